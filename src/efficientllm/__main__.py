@@ -1,0 +1,5 @@
+"""`python -m efficientllm`, which is what torchrun starts."""
+
+from efficientllm.cli import main
+
+main()

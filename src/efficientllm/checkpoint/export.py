@@ -1,0 +1,46 @@
+"""A run's model as an ordinary transformers folder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from efficientllm.checkpoint.files import appearing
+from efficientllm.errors import UsageError
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    extras: Callable[[Path], object] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes config, safetensors, generation config and tokenizer; `extras` may add files before it appears.
+
+    Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it, with no code of ours. Tied embeddings stay tied:
+    the LM head is not written. Raises UsageError when the disk refuses; what stood there before is then intact.
+    """
+    config = model.config
+    try:
+        with appearing(folder) as partial:
+            model.config = copy.deepcopy(config)
+            model.config.use_cache = True
+            generation = model.generation_config or GenerationConfig()
+            generation.use_cache = True
+            generation.eos_token_id = config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if extras is not None:
+                extras(partial)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the model to {folder} ({error.strerror or error}); free disk space or choose another folder"
+        ) from error
+    finally:
+        model.config = config

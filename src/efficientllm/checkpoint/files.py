@@ -1,0 +1,51 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial-"
+
+
+def flush(path: Path) -> None:
+    """Forces a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its name once the body has ended without an error.
+
+    What stood under the name is replaced. After an error, or a kill, the name is as it was before; the leftovers
+    of a kill are cleared by the next call for the same name.
+    """
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            flush(path)
+        flush(partial)
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(PARTIAL + "old-" + folder.name)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

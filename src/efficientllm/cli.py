@@ -1,0 +1,93 @@
+"""The command line: argv in, one sentence or a result out. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from efficientllm import __version__
+from efficientllm.errors import UsageError
+
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a good language model into a better small one: pretraining, architecture design and pruning in one run.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; see recipes/ for commented ones.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Replaces keys of the recipe, e.g. train.lr=1e-3"),
+]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@app.command()
+def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
+    from efficientllm.config import load_recipe
+    from efficientllm.jobs.prune import run
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.prune is None:
+        raise UsageError(f"{recipe} has no prune section; add one with a target, or use `efficientllm train`")
+    print(run(loaded, say)["result"]["path"])
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train without pruning: continued pretraining, or from scratch with `init: random`; `prune` must be absent."""
+    from efficientllm.config import load_recipe
+    from efficientllm.jobs.prune import run
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.prune is not None:
+        raise UsageError(f"{recipe} has a prune section; remove it (or set prune=null), or use `efficientllm prune`")
+    print(run(loaded, say)["result"]["path"])
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where the demo keeps its runs.")] = Path("runs/demo"),
+) -> None:
+    """The whole story in minutes on two CPU cores, without downloads: source, compact model, from-scratch control."""
+    from efficientllm.demo.story import run_demo
+
+    run_demo(folder, say)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0 done, 2 something the user can mend, 130 or 143 stopped by a signal and saved."""
+    from efficientllm.jobs.interruption import Interrupted
+
+    try:
+        app(args=argv, standalone_mode=True)
+    except UsageError as error:
+        say(f"error: {error}")
+        raise SystemExit(USAGE_ERROR) from None
+    except Interrupted as stop:
+        say(str(stop))
+        raise SystemExit(128 + stop.signum) from None
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Recipes: what a run is to do, read from YAML, typed, and refused in one clear sentence where something is off."""
+
+from efficientllm.config.prune import AlignConfig, FloorsConfig, PruneConfig, WidthTarget
+from efficientllm.config.reading import dump_recipe, load_recipe
+from efficientllm.config.sections import DataConfig, DataSource, Recipe, RunConfig, TrainConfig
+
+__all__ = [
+    "AlignConfig",
+    "DataConfig",
+    "DataSource",
+    "FloorsConfig",
+    "PruneConfig",
+    "Recipe",
+    "RunConfig",
+    "TrainConfig",
+    "WidthTarget",
+    "dump_recipe",
+    "load_recipe",
+]

@@ -1,0 +1,139 @@
+"""The prune section: how far, when, and by what scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from efficientllm.config.fields import Count, Momentum, Place, Section, Share, Text, json_as, one_or_more, union_side
+from efficientllm.errors import UsageError
+from efficientllm.sizes import Position, exact_count, format_fraction, parse_count, parse_fraction
+
+
+class WidthTarget(Section):
+    """Widths to prune to, the same in every layer; null keeps the source's width."""
+
+    hidden: Count | None = Field(default=None, description="Residual channels")
+    heads: Count | None = Field(default=None, description="Query heads")
+    kv_heads: Count | None = Field(default=None, description="Key-value heads")
+    intermediate: Count | None = Field(default=None, description="FFN channels")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.model_fields_set:
+            raise UsageError("prune.target names no width: give one or more of hidden, heads, kv_heads, intermediate")
+        return self
+
+
+class AlignConfig(Section):
+    """Multiples that widths are rounded to: up while running, within the target at the end."""
+
+    hidden: Count = Field(default=1, description="Multiple for the hidden width")
+    intermediate: Count = Field(default=1, description="Multiple for the FFN width")
+
+
+class FloorsConfig(Section):
+    """The least that is kept of each width."""
+
+    hidden: Count | None = Field(default=None, description="Residual channels; null: the source's head_dim")
+    kv_heads: Count = Field(default=1, description="Key-value heads")
+    heads_per_kv: Count = Field(default=1, description="Query heads of a key-value head")
+    intermediate: Count = Field(default=32, description="FFN channels")
+
+
+def _target(value: object) -> object:
+    """A ratio as float, a parameter count as int; widths pass."""
+    if isinstance(value, Mapping | BaseModel):
+        return value
+    for parse in (parse_fraction, parse_count):
+        try:
+            size = parse(value)
+        except ValueError:
+            continue
+        if size > 0 and size != 1:
+            return size
+    raise ValueError(
+        f"{value!r} is no size to prune to: write a parameter count such as 469M, a ratio such as 40% or 0.4, "
+        "or widths such as {hidden: 512, intermediate: 1408}"
+    )
+
+
+def _dump_target(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return format_fraction(value) if isinstance(value, float) else exact_count(value)
+
+
+def _align(value: object) -> object:
+    """One multiple stands for both widths; auto and a mapping pass."""
+    if value == "auto" or isinstance(value, Mapping | BaseModel):
+        return value
+    try:
+        return dict.fromkeys(("hidden", "intermediate"), parse_count(value))
+    except ValueError:
+        mend = "write auto, a multiple such as 64, or {hidden: 64, intermediate: 128}"
+        raise ValueError(f"{value!r} is no alignment: {mend}") from None
+
+
+Target = Annotated[
+    Annotated[int | float, Tag("<plain>")] | Annotated[WidthTarget, Tag("<widths>")],
+    Discriminator(union_side),
+    BeforeValidator(_target),
+    json_as(_dump_target),
+]
+Align = Annotated[
+    Annotated[Literal["auto"], Tag("<plain>")] | Annotated[AlignConfig, Tag("<widths>")],
+    Discriminator(union_side),
+    BeforeValidator(_align),
+]
+PruningType = Literal["attention", "attention_query", "ffn", "stem"]
+ALL_TYPES: tuple[PruningType, ...] = ("attention", "attention_query", "ffn", "stem")
+
+
+class PruneConfig(Section):
+    """How far, when and by what scores the model is pruned while it trains."""
+
+    section: ClassVar[str] = "prune"
+    target: Target = Field(description="Size to reach: parameters (469M), a ratio (40%), or widths (a mapping)")
+    start: Place = Field(default=Position(0.0), description="Where pruning starts")
+    end: Place = Field(default=Position(0.15), description="Where the target is reached")
+    every: Count | None = Field(
+        default=None, description="The paper's N: one event every N batches until the target, in place of end"
+    )
+    curve: Literal["linear", "cubic", "cosine", "exponential"] = Field(
+        default="cubic", description="Size over tokens between start and end; cubic cuts fast first"
+    )
+    saliency: Text = Field(default="taylor-element", description="Name of the score of a unit")
+    ema: Momentum = Field(default=0.9, description="Share of the old in the scores' moving average over steps")
+    types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
+        default=ALL_TYPES, description="Pruning types that may fall; attention_query needs a GQA model"
+    )
+    selection: Literal["calibrated", "raw"] = Field(
+        default="calibrated", description="Compare types by measured loss, or by scores as they are"
+    )
+    bound: Share = Field(
+        default=0.01, gt=0, description="Most of the parameters that fall between two refreshes of the scores"
+    )
+    calibration_tokens: Count | None = Field(
+        default=None, description="Tokens to measure loss on; null: an eighth of the batch, at least one row"
+    )
+    align: Align = Field(default="auto", description="auto, one multiple, or one for hidden and intermediate each")
+    floors: FloorsConfig = Field(default=FloorsConfig(), description="The least that is kept of each width")
+    compact_at: Share = Field(
+        default=0.04, gt=0, description="Zeroed share of the parameters at which tensors are cut to size"
+    )
+
+    def _idle(self) -> dict[str, str]:
+        idle = {} if self.selection == "calibrated" else {"calibration_tokens": "with prune.selection raw"}
+        if self.every is not None:
+            idle |= dict.fromkeys(["end", "curve"], "beside prune.every, which sets the pace by itself")
+        return idle
+
+    @model_validator(mode="after")
+    def _distinct_types(self) -> Self:
+        twice = next((name for name in self.types if self.types.count(name) > 1), None)
+        if twice:
+            raise UsageError(f"prune.types names {twice} more than once: drop the repetition")
+        return self

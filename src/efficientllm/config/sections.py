@@ -1,0 +1,190 @@
+"""The recipe and its sections but prune, field by field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from efficientllm.config.fields import (
+    Count,
+    Device,
+    Interval,
+    Momentum,
+    Natural,
+    Place,
+    Real,
+    Section,
+    Share,
+    Text,
+    explain,
+    one_or_more,
+)
+from efficientllm.config.prune import PruneConfig
+from efficientllm.errors import UsageError
+from efficientllm.sizes import Position, exact_count
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+):([^:]*)(?::(.*))?")
+
+
+class DataSource(Section):
+    """Where text comes from. As a string: a path, or a hub id as org/data:name:split."""
+
+    path: Text = Field(description="File, glob, folder saved by datasets, or hub id; relative to the current directory")
+    name: str | None = Field(default=None, description="Configuration of a hub data set")
+    split: str | None = Field(default=None, description="Split of a hub data set")
+    weight: Real = Field(default=1.0, gt=0, description="Share of the tokens, relative to the other sources")
+    text_column: Text | None = Field(default=None, description="Column with the text; null: data.text_column")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, data: Any) -> Any:
+        data = {"path": data} if isinstance(data, str) else data
+        hub_id = _HUB_ID.fullmatch(str(data.get("path"))) if isinstance(data, Mapping) else None
+        if hub_id is None:
+            return data
+        parts = {"path": hub_id[1], "name": hub_id[2], "split": hub_id[3]}
+        for key in ("name", "split"):
+            if parts[key] and data.get(key):
+                raise ValueError(f"{key} stands in the path {data['path']!r} and as a key: keep one of them")
+        return {**data, **{key: part for key, part in parts.items() if part}}
+
+
+DataSources = Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)]
+
+
+class DataConfig(Section):
+    """The corpus: tokenised once, cut into rows, cached."""
+
+    section: ClassVar[str] = "data"
+    train: DataSources = Field(description="Text to train on: one source or a list of them")
+    validation: DataSources | None = Field(
+        default=None, description="Held-out text; null: validation_fraction of the documents of train"
+    )
+    validation_fraction: Share = Field(
+        default=0.005, gt=0, lt=0.5, description="Share of the documents that is held out"
+    )
+    text_column: Text = Field(default="text", description="Column with the text")
+    sequence_length: Count = Field(default=1024, ge=8, description="Tokens in a row")
+    cache_dir: Text | None = Field(
+        default=None,
+        description="Folder for tokenised text; null: $EFFICIENTLLM_CACHE, or ~/.cache/efficientllm",
+    )
+    workers: Count | None = Field(default=None, description="Processes that tokenise; null: one per core")
+
+    def _idle(self) -> dict[str, str]:
+        return {} if self.validation is None else {"validation_fraction": "beside data.validation"}
+
+
+class TrainConfig(Section):
+    """The training loop: how long, how fast, in what precision."""
+
+    section: ClassVar[str] = "train"
+    tokens: Count = Field(description="Tokens of the whole run")
+    batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step, all devices together")
+    micro_batch: Count = Field(default=8, description="Rows in one forward pass on one device")
+    lr: Real = Field(gt=0, description="Peak learning rate of AdamW")
+    schedule: Literal["wsd", "cosine", "constant"] = Field(
+        default="wsd", description="Learning rate after warm-up: stable then decay, cosine, or constant"
+    )
+    warmup: Place = Field(default=Position(0.02), description="Stretch of linear warm-up")
+    decay: Place = Field(default=Position(0.2), description="Last stretch of the run, where wsd decays")
+    min_lr: Share = Field(default=0.0, description="Learning rate at the end, as a fraction of lr")
+    weight_decay: Real = Field(default=0.05, ge=0, description="Decoupled; norms and biases are left out")
+    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.95), description="Adam's two moving averages")
+    eps: Real = Field(default=1e-8, gt=0, description="Adam's divisor offset")
+    grad_clip: Real = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="bf16: autocast over fp32 weights; auto: bf16 on a GPU that has it, else fp32"
+    )
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    seed: Natural = Field(default=0, description="Of fresh weights and of the order of the rows")
+    compile: bool = Field(default=False, description="Run the model through torch.compile")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
+    )
+
+    def batch_rows(self, sequence_length: int) -> int:
+        """Rows of one step: the nearest positive multiple of micro_batch, or of 1 for less than one micro-batch."""
+        unit = self.micro_batch if self.batch_tokens >= self.micro_batch * sequence_length else 1
+        unit_tokens = unit * sequence_length
+        return max(1, (2 * self.batch_tokens + unit_tokens) // (2 * unit_tokens)) * unit
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimizer steps that cover `tokens`; the last one may go over."""
+        return -(-self.tokens // (self.batch_rows(sequence_length) * sequence_length))
+
+    def _idle(self) -> dict[str, str]:
+        why = f"with train.schedule {self.schedule}"
+        names = {"wsd": [], "cosine": ["decay"], "constant": ["decay", "min_lr"]}[self.schedule]
+        return dict.fromkeys(names, why)
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        decay = self.decay if self.schedule == "wsd" else Position(0)
+        # One token over is rounding.
+        if self.warmup.tokens(self.tokens) + decay.tokens(self.tokens) > self.tokens + 1:
+            both = f"train.warmup ({self.warmup}) and train.decay ({decay}) together are"
+            raise UsageError(f"{both} longer than the run ({exact_count(self.tokens)} tokens): shorten one of them")
+        return self
+
+
+class RunConfig(Section):
+    """The run folder and how often something is written to it."""
+
+    dir: Text = Field(description="Run folder; the same command on an existing one resumes")
+    checkpoint_every: Interval = Field(default=Position(0.1), description="Stretch between two checkpoints")
+    keep: Count = Field(default=2, description="Checkpoints that are kept")
+    validate_every: Interval = Field(default=Position(0.05), description="Stretch between two validations")
+    validation_tokens: Count | None = Field(
+        default=None, description="Tokens of one validation; null: the whole validation split"
+    )
+    log_every: Count = Field(default=1, description="Steps between two lines of metrics")
+
+
+class Recipe(Section):
+    """A whole run. Bad input raises UsageError with one sentence, never pydantic's ValidationError."""
+
+    source: Text = Field(description="Source model: transformers folder, relative to the current directory, or hub id")
+    tokenizer: Text | None = Field(
+        default=None,
+        description="Folder, relative to the current directory, or hub id; null: that of the source",
+    )
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained", description="random: the source's architecture with fresh weights, the control"
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model or data set")
+    data: DataConfig = Field(description="The corpus")
+    train: TrainConfig = Field(description="The training loop")
+    prune: PruneConfig | None = Field(default=None, description="Pruning; null: plain continued pretraining")
+    run: RunConfig = Field(description="The run folder")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_sentence(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise UsageError(explain(error)) from None
+
+    @model_validator(mode="after")
+    def _pruning_fits(self) -> Self:
+        if self.prune is None:
+            return self
+        start, end, total = self.prune.start, self.prune.end, self.train.tokens
+        if self.prune.every is not None:
+            end = Position(1.0)
+        if end.tokens(total) > total:
+            raise UsageError(f"prune.end ({end}) lies beyond train.tokens ({exact_count(total)}): lower it")
+        if start.tokens(total) >= end.tokens(total):
+            last = f"prune.end ({end})" if self.prune.every is None else "the end of the run"
+            raise UsageError(f"prune.start ({start}) must come before {last}: lower prune.start or move the end")
+        return self

@@ -1,0 +1,1 @@
+"""`efficientllm demo`: source, compact model and from-scratch control on text that every machine has."""

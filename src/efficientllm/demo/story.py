@@ -1,0 +1,135 @@
+"""The demo: train a source, prune it while it trains, train the same shape from scratch, compare.
+
+Every stage is an ordinary run on an ordinary recipe; a finished stage is not repeated, an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+from efficientllm.checkpoint.files import appearing
+from efficientllm.config import Recipe
+from efficientllm.demo.corpus import train_tokenizer, write_corpus
+from efficientllm.jobs.prune import run
+from efficientllm.reporting.plots import plot_demo, plot_run
+from efficientllm.sizes import format_count
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How large the demo is. Tokens are those of training; lr is AdamW's peak."""
+
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 384
+    sequence_length: int = 256
+    batch_tokens: int = 4096
+    source_tokens: int = 2_000_000
+    prune_tokens: int = 800_000
+    lr: float = 3e-3
+    validation_tokens: int = 65_536
+
+
+def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, dict[str, Any]]:
+    """All stages under `folder`; prints the table to stdout and returns each stage's summary by name."""
+    size = size or DemoSize()
+    corpus = prepare_corpus(folder, size, say)
+    start = write_architecture(folder, corpus, size)
+    common: dict[str, Any] = {
+        "data": {
+            "train": str(corpus / "train.jsonl"),
+            "validation": str(corpus / "validation.jsonl"),
+            "sequence_length": size.sequence_length,
+            "cache_dir": str(folder / "cache"),
+            "workers": 2,
+        },
+    }
+    train = {"batch_tokens": size.batch_tokens, "micro_batch": size.batch_tokens // size.sequence_length, "lr": size.lr}
+
+    def stage(name: str, source: Path, tokens: int, **more: Any) -> dict[str, Any]:
+        recipe = common | {
+            "source": str(source),
+            "train": train | {"tokens": tokens},
+            "run": {"dir": str(folder / name), "validation_tokens": size.validation_tokens},
+        }
+        return run(Recipe.model_validate(recipe | more), say)
+
+    say("1 of 3: a source model, trained from nothing")
+    source = stage("source", start, size.source_tokens, init="random")
+    say("2 of 3: pruned to 40 % while it keeps training")
+    compact = stage("compact", folder / "source" / "model", size.prune_tokens, prune={"target": "40%"})
+    say("3 of 3: the control, the same final shape from scratch on the same batches")
+    scratch = stage("scratch", folder / "compact" / "model", size.prune_tokens, init="random")
+    summaries = {"source": source, "compact": compact, "from scratch": scratch}
+    picture = plot_run(folder / "compact", folder / "pruning.png", title="Pruned to 40 % while it keeps training")
+    curves = plot_demo({"compact": folder / "compact", "from scratch": folder / "scratch"}, folder / "learning.png")
+    print_table(summaries)
+    say(f"pictures: {picture} (saliency and pruning ratio over tokens), {curves} (learning curves)")
+    return summaries
+
+
+def prepare_corpus(folder: Path, size: DemoSize, say: Say) -> Path:
+    """Text and tokenizer under folder/corpus, once."""
+    corpus = folder / "corpus"
+    if not corpus.is_dir():
+        say("gathering the standard library's source files and training a tokenizer on them")
+        with appearing(corpus) as partial:
+            facts = write_corpus(partial)
+            train_tokenizer([partial / "train.jsonl"], size.vocabulary, partial / "tokenizer")
+        say(
+            f"corpus: {facts.files} files, {format_count(facts.characters)} characters, "
+            f"{facts.held_out_files} files held out"
+        )
+    return corpus
+
+
+def write_architecture(folder: Path, corpus: Path, size: DemoSize) -> Path:
+    """A folder with the config and tokenizer of a model that has no weights yet."""
+    start = folder / "architecture"
+    if not start.is_dir():
+        from efficientllm.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(str(corpus / "tokenizer"))
+        config = LlamaConfig(
+            vocab_size=size.vocabulary,
+            hidden_size=size.hidden,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            intermediate_size=size.intermediate,
+            max_position_embeddings=size.sequence_length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        with appearing(start) as partial:
+            config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    return start
+
+
+def print_table(summaries: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="The same tokens, the same batches, the same final shape")
+    for name in ("model", "parameters", "validation loss", "tokens/s in training", "path"):
+        table.add_column(name, justify="left" if name in ("model", "path") else "right", no_wrap=name != "path")
+    for name, summary in summaries.items():
+        result = summary["result"]
+        table.add_row(
+            name,
+            format_count(result["parameters"]),
+            f"{result['validation_loss']:.3f}",
+            f"{summary['tokens'] / summary['seconds']:,.0f}",
+            result["path"],
+        )
+    Console().print(table)

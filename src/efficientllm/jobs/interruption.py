@@ -1,0 +1,41 @@
+"""Stopping a run between two steps, on request."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; it has been saved. `signum` is the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@dataclass
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM; the second SIGINT raises KeyboardInterrupt at once."""
+
+    signum: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    request = StopRequest()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if request.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signum = signum
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,56 @@
+"""The lines that a step leaves in the run folder's journals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from efficientllm.training.loop import Compaction, StepRecord
+from efficientllm.training.state import TrainState
+
+
+def metrics_record(
+    state: TrainState, record: StepRecord, tokens_in_step: int, validation: float | None
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Losses in nats per token; seconds and tokens/s cover the whole step."""
+    line: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": record.loss,
+        "lr": record.lr,
+        "grad_norm": record.grad_norm,
+        "live_parameters": state.live_parameters,
+        "allocated_parameters": state.allocated_parameters,
+        "tokens_per_second": tokens_in_step / record.seconds,
+        "seconds": record.seconds,
+        "refresh_tokens": state.refresh_tokens,
+        "widths": asdict(state.live_widths),
+    }
+    if record.prune and record.prune.damages:
+        line["saliency"] = record.prune.damages
+    if record.prune and record.prune.ratios:
+        line["calibration"] = record.prune.ratios
+    if validation is not None:
+        line["validation_loss"] = validation
+    return line
+
+
+def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, Any]]:
+    """Lines of events.jsonl. units: one a row (-1 in dead rows), counted in the widths allocated at that step."""
+    for applied in record.prune.events if record.prune else ():
+        yield {
+            "step": state.step,
+            "tokens": state.tokens,
+            "type": applied.event.type,
+            "units": applied.event.units.tolist(),
+            "saliency": applied.event.saliency,
+            "damage_per_parameter": applied.event.damage,
+            "parameters_after": applied.parameters,
+            "widths": asdict(applied.widths),
+        }
+
+
+def compaction_record(state: TrainState, compaction: Compaction) -> dict[str, Any]:
+    """One line of compactions.jsonl."""
+    return {"step": state.step, "tokens": state.tokens} | asdict(compaction)

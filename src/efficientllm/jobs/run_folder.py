@@ -1,0 +1,116 @@
+"""The folder of a run: what lies where, who may write there, and whether a recipe belongs to it.
+
+config.yaml        the resolved recipe           metrics.jsonl      one record a step
+source.json        facts of the source           events.jsonl       one record a pruning event
+checkpoints/       snapshots to resume from      compactions.jsonl  one record a change of shape
+model/             the result                    summary.json       what came of it; its presence means finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from efficientllm.config import Recipe, dump_recipe
+from efficientllm.errors import UsageError
+from efficientllm.reporting.journal import Journal, write_atomically
+
+# Keys that say how a run is kept and shown, not what it computes; they may change when it is resumed.
+FREE_KEYS = (("run",), ("data", "cache_dir"), ("data", "workers"))
+
+
+class RunFolder:
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.source = self.path / "source.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.summary = self.path / "summary.json"
+        self.metrics = Journal(self.path / "metrics.jsonl")
+        self.events = Journal(self.path / "events.jsonl")
+        self.compactions = Journal(self.path / "compactions.jsonl")
+
+    @property
+    def journals(self) -> tuple[Journal, Journal, Journal]:
+        return self.metrics, self.events, self.compactions
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes off this folder. Raises UsageError when one is at work in it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to run folder {self.path} ({error.strerror}); choose another run.dir"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    f"another process is working on run folder {self.path}; wait for it, or choose another run.dir"
+                ) from error
+            yield
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Writes config.yaml, or checks that the recipe there asks for the same run.
+
+        Raises UsageError naming the first key that differs.
+        """
+        text = dump_recipe(recipe)
+        if self.config.is_file():
+            try:
+                there = yaml.safe_load(self.config.read_text())
+                difference = first_difference(_essential(there), _essential(yaml.safe_load(text)))
+            except (yaml.YAMLError, AttributeError, TypeError) as error:
+                raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
+            if difference:
+                key, old, new = difference
+                raise UsageError(
+                    f"run folder {self.path} belongs to a recipe with {key}={old}, not {new}; set it back, or choose "
+                    "another run.dir"
+                )
+        write_atomically(self.config, text.encode())
+
+    def read_json(self, path: Path) -> dict[str, Any] | None:
+        """A JSON file of the run folder; None where there is none. Raises UsageError where it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is damaged; delete it and run the same command again") from error
+        return content
+
+    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _essential(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the keys that may change between resumes."""
+    kept = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
+    for path in FREE_KEYS:
+        if len(path) == 1:
+            kept.pop(path[0], None)
+        elif isinstance(kept.get(path[0]), dict):
+            kept[path[0]].pop(path[1], None)
+    return kept
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two nested mappings differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if old == new else (key, old, new)

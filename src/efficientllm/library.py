@@ -1,0 +1,213 @@
+"""The method in anybody's training loop: two calls around the optimizer's step.
+
+pruner = Pruner(model, optimizer, target="469M", steps=2000)
+loss = model(input_ids=ids, labels=ids).loss
+loss.backward();  pruner.observe()       # saliency from the gradient that training has just computed
+optimizer.step(); pruner.step()          # zero the next groups when the schedule says so
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efficientllm.checkpoint.export import export_model
+from efficientllm.config import PruneConfig
+from efficientllm.models.space import check_space, space_of
+from efficientllm.pruning.engine import PruneReport, PrunerOptions, PruningEngine
+from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
+from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.training.optim import shaped_moments
+from efficientllm.training.planning import alignment_of, floors_of, target_of
+from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
+
+LossFunction = Callable[[], Tensor]
+
+
+class Replay:
+    """Runs the model's last forward call again: what the pruner measures and refreshes on.
+
+    Keeps references to that call's inputs until the next one. Used where the caller gives no loss function.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._replaying = False
+        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._replaying and module.training:
+            # A count of labels in a larger batch would rescale the loss of this call alone.
+            self._call = args, {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+
+    def __call__(self) -> Tensor:
+        if self._call is None:
+            raise ValueError("pruner.step() was called before any forward pass in training mode; train a step first")
+        args, kwargs = self._call
+        self._replaying = True
+        try:
+            loss = getattr(self._model(*args, **kwargs), "loss", None)
+        finally:
+            self._replaying = False
+        if loss is None:
+            raise ValueError(
+                "the model's forward call returns no loss; pass labels to it, or loss_fn=lambda: <loss of the current "
+                "batch> to Pruner"
+            )
+        return loss
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+
+class Pruner:
+    """Prunes a transformers model while somebody's loop trains it.
+
+    model: a supported decoder (Llama, Mistral, Qwen2, Qwen3). optimizer: built on its parameters (Adam, AdamW, SGD).
+    target: parameters ("469M"), a share ("40%", 0.4) or widths ({"hidden": 512}). steps: calls of step() until the
+    target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
+    default: the last forward call is run again. Further keywords are the recipe's prune keys: curve, saliency, ema,
+    types, selection, bound, align, floors.
+
+    Raises UsageError or ValueError, in one sentence, for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        target: str | int | float | Mapping[str, int],
+        steps: int,
+        start: int = 0,
+        loss_fn: LossFunction | None = None,
+        types: Sequence[str] = PRUNING_TYPES,
+        **prune: Any,
+    ) -> None:
+        options = PruneConfig.model_validate({"target": target, "types": list(types)} | prune)
+        space = space_of(model.config)
+        check_space(space, model)
+        self.model, self.optimizer = model, optimizer
+        self.calls = 0
+        self._landing, self._schedule = _plan(space, options, start, steps)
+        self._options = PrunerOptions(
+            tuple(options.types), options.saliency, options.ema, options.selection == "calibrated", options.bound
+        )
+        self._given_loss = loss_fn
+        self._bind(space)
+
+    def _bind(self, space: Space) -> None:
+        """Points the engine at the model and optimizer in hand."""
+        params = dict(self.model.named_parameters())
+        self._replay = None if self._given_loss else Replay(self.model)
+        self.engine = PruningEngine(
+            space,
+            params,
+            lambda name: shaped_moments(self.optimizer, params[name]),
+            landing=self._landing,
+            schedule=self._schedule,
+            options=self._options,
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self.engine.finished
+
+    @property
+    def parameters(self) -> int:
+        """Live parameters."""
+        return self.engine.parameters
+
+    @property
+    def widths(self) -> Widths:
+        """Live widths."""
+        return self.engine.widths
+
+    def observe(self) -> None:
+        """After backward(), best before clipping: takes the saliency from .grad. Every step, also once finished."""
+        self.engine.observe()
+
+    def step(self) -> PruneReport:
+        """After optimizer.step(): carries out the events that are due; where it pruned, gradients are cleared.
+
+        May run the current batch again: now and then to measure what a bundle costs, and, where the schedule asks
+        for more than one bundle a step, to take the gradient anew.
+        """
+        self.calls += 1
+        report = self.engine.step(self.calls, self)
+        if report.refreshes:
+            self.optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _current_loss(self) -> Tensor:
+        function = self._given_loss or self._replay
+        assert function is not None
+        return function()
+
+    def loss(self) -> float:
+        """For the engine: the loss of the current batch in nats."""
+        return float(self._current_loss().detach())
+
+    def refresh(self) -> None:
+        """For the engine: the gradient of the current batch, at the current weights, in .grad."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._current_loss().backward()
+
+    def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+        """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
+
+        Live widths are rounded up to the alignment until pruning is finished. Learning-rate schedulers must be made
+        anew for the new optimizer. Raises ValueError for an optimizer whose state cannot be cut.
+        """
+        widths = self._landing.align.round_up(self.widths, self.engine.space.widths)
+        snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths)
+        device = next(self.model.parameters()).device
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        training = self.model.training
+        model = model_of(snapshot, device)
+        model.train(training)
+        fresh = dict(model.named_parameters())
+        groups = [
+            {**group, "params": [fresh[names[weight]] for weight in group["params"]]}
+            for group in self.optimizer.param_groups
+        ]
+        kind: Any = type(self.optimizer)  # its hyperparameters travel in the groups
+        self.optimizer = kind(groups)
+        load_moments(self.optimizer, model, snapshot.moments)
+        if self._replay:
+            self._replay.remove()
+        self.model = model
+        self._bind(space_of(model.config))
+        assert snapshot.pruner_facts is not None
+        self.engine.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
+        return model, self.optimizer
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Writes the model, cut to its live widths, as a folder that plain transformers loads."""
+        widths = self._landing.align.round_up(self.widths, self.engine.space.widths)
+        model = self.model
+        if widths != self.engine.space.widths:
+            snapshot = snapshot_of(self.model, self.optimizer, self.engine)
+            snapshot.moments = {}
+            model = model_of(cut(snapshot, widths), next(self.model.parameters()).device)
+        export_model(model, tokenizer, Path(folder))
+
+
+def _plan(space: Space, options: PruneConfig, start: int, steps: int) -> tuple[Landing, SpanSchedule]:
+    if steps < 1:
+        raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
+    landing = Landing(
+        space,
+        target_of(options, space),
+        types=tuple(options.types),
+        align=alignment_of(options, space.widths),
+        floors=floors_of(options, space),
+    )
+    return landing, SpanSchedule(start, start + steps, space.num_params(), landing.target, options.curve)

@@ -1,0 +1,83 @@
+"""From a transformers config to what pruning needs: the space, and the config of narrower widths."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from efficientllm.errors import UsageError
+from efficientllm.models.adapter import adapter_for
+from efficientllm.pruning.groups import HIDDEN, ParamSpec, Space, Widths
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def widths_of(config: PretrainedConfig) -> Widths:
+    return Widths(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+    )
+
+
+def space_of(config: PretrainedConfig) -> Space:
+    """The pruning space of a model. Raises UsageError for a family or configuration that is not supported."""
+    adapter = adapter_for(config)
+    widths = widths_of(config)
+    vocabulary = config.vocab_size
+    params = [ParamSpec("model.embed_tokens.weight", (vocabulary, HIDDEN))]
+    for layer in range(widths.layers):
+        for name, axes in adapter.layer_axes(config).items():
+            params.append(ParamSpec(f"model.layers.{layer}.{name}", axes, layer))
+    params.append(ParamSpec("model.norm.weight", (HIDDEN,)))
+    if not config.tie_word_embeddings:
+        params.append(ParamSpec("lm_head.weight", (vocabulary, HIDDEN)))
+    gains = {spec.name for spec in params if spec.axes == (HIDDEN,) and "norm" in spec.name}
+    feeding = {
+        spec.name for spec in params if spec.layer is not None and spec.name.endswith(adapter.norm_inputs() or ("\0",))
+    }
+    return Space(tuple(params), widths, head_dim_of(config), frozenset(gains), frozenset(feeding))
+
+
+def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
+    """The config of the same family (a Llama may become a Mistral) at other widths.
+
+    Epsilon grows by D/d with the stem's cut, which together with the gains' sqrt(D/d) leaves the function as it is.
+    """
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "torch_dtype"):
+        values.pop(key, None)
+    values |= {
+        "hidden_size": widths.hidden,
+        "num_attention_heads": widths.heads,
+        "num_key_value_heads": widths.kv_heads,
+        "intermediate_size": widths.intermediate,
+        "head_dim": head_dim_of(config),
+        "rms_norm_eps": config.rms_norm_eps * config.hidden_size / widths.hidden,
+    }
+    return adapter_for(config).narrow(values, widths)
+
+
+def build(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A model with fresh fp32 weights, SDPA attention, no key-value cache."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model
+
+
+def check_space(space: Space, model: nn.Module) -> None:
+    """Raises UsageError unless the space names every weight of the model with its shape."""
+    have = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    want = {spec.name: space.shape(spec, space.widths) for spec in space.params}
+    if have != want:
+        odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        raise UsageError(
+            f"the model's weights are not those of its family: {odd[0]} is {have.get(odd[0], 'missing')}, "
+            f"expected {want.get(odd[0], 'none')}; modified architectures are not supported"
+        )

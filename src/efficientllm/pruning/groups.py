@@ -1,0 +1,259 @@
+"""What falls together: axes, pruning types, units, groups (the paper's minimal parameter groups).
+
+Every weight of a decoder is described by the *axes* of its dimensions, one word each:
+
+=========  ===========================  =======================================
+axis       length                       entries, in order
+=========  ===========================  =======================================
+hidden     hidden                       residual channels (shared by the whole model)
+query      heads * head_dim             per layer: KV head, query head of it, channel
+kv         kv_heads * head_dim          per layer: KV head, channel
+ffn        intermediate                 per layer: FFN channels
+=========  ===========================  =======================================
+
+Everything else follows from these labels: which slices fall with a unit, how many parameters a shape has, how a
+tensor is cut. A *pruning type* is a matrix of units, (rows, units); an event takes one live unit of each live row:
+
+===============  ============================  ====================================  ================
+type             row                           unit                                  axes it cuts
+===============  ============================  ====================================  ================
+attention        layer                         KV head with its queries (MHA: head)  query, kv
+attention_query  layer and KV head             one query head of it                  query
+ffn              layer                         FFN channel                           ffn
+stem             the model (a single row)      residual channel                      hidden
+===============  ============================  ====================================  ================
+
+Source: EfficientLLM (ACL 2026), the pruning space; GQA units are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIDDEN, QUERY, KV, FFN = "hidden", "query", "kv", "ffn"
+ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM = "attention", "attention_query", "ffn", "stem"
+PRUNING_TYPES = (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What is left: one number a dimension for the whole model (layers are uniform)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one KV head (1 in multi-head attention)."""
+        return self.heads // self.kv_heads
+
+    def after(self, pruning_type: str, events: int = 1) -> Widths:
+        """The widths once `events` events of one type have taken their units."""
+        if pruning_type == ATTENTION:
+            kv_heads = self.kv_heads - events
+            return replace(self, kv_heads=kv_heads, heads=kv_heads * self.queries_per_kv)
+        if pruning_type == ATTENTION_QUERY:
+            return replace(self, heads=self.heads - events * self.kv_heads)
+        if pruning_type == FFN_TYPE:
+            return replace(self, intermediate=self.intermediate - events)
+        return replace(self, hidden=self.hidden - events)
+
+    def count(self, pruning_type: str) -> int:
+        """Units of one type left in each of its rows."""
+        return {
+            ATTENTION: self.kv_heads,
+            ATTENTION_QUERY: self.queries_per_kv,
+            FFN_TYPE: self.intermediate,
+            STEM: self.hidden,
+        }[pruning_type]
+
+    def __str__(self) -> str:
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        return f"{self.layers} layers, hidden {self.hidden}, heads {heads}, FFN {self.intermediate}"
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One weight: its fully qualified name, the axis of each dimension (an int is a fixed length), its layer."""
+
+    name: str
+    axes: tuple[str | int, ...]
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one weight that falls with a unit: `indices` (int64, 1-D) along dimension `dim`."""
+
+    name: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Space:
+    """A model as pruning sees it.
+
+    stem_gains: norm gains over the hidden axis. Compaction from D to d hidden channels multiplies them by sqrt(D/d).
+    norm_inputs: weights whose output is normalised by a norm that shares the stem's epsilon without lying on the
+        hidden axis (Qwen3's q and k); they are multiplied alike, so that a changed epsilon changes nothing.
+    """
+
+    params: tuple[ParamSpec, ...]
+    widths: Widths
+    head_dim: int
+    stem_gains: frozenset[str] = frozenset()
+    norm_inputs: frozenset[str] = frozenset()
+
+    def axis_length(self, axis: str | int, widths: Any) -> Any:
+        """Length of an axis; elementwise where the fields of `widths` are tensors."""
+        if isinstance(axis, int):
+            return axis
+        if axis == HIDDEN:
+            return widths.hidden
+        if axis == FFN:
+            return widths.intermediate
+        return (widths.heads if axis == QUERY else widths.kv_heads) * self.head_dim
+
+    def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
+        return tuple(self.axis_length(axis, widths) for axis in spec.axes)
+
+    def num_params(self, widths: Any | None = None) -> Any:
+        """Parameters of the model at `widths` (default: its own); elementwise on int64 tensors."""
+        widths = self.widths if widths is None else widths
+        kinds = Counter((spec.layer is not None, spec.axes) for spec in self.params)
+        total: Any = 0
+        for (layered, axes), number in kinds.items():
+            copies = number // self.widths.layers * widths.layers if layered else number
+            total = total + copies * math.prod([self.axis_length(axis, widths) for axis in axes])
+        return total
+
+    def event_cost(self, pruning_type: str, widths: Widths, events: int = 1) -> int:
+        """Parameters that `events` events of one type remove from a model of these widths."""
+        return int(self.num_params(widths) - self.num_params(widths.after(pruning_type, events)))
+
+    def narrowed(self, widths: Widths) -> Space:
+        return replace(self, widths=widths)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One pruning act: a type and one unit of each of its live rows.
+
+    units: int64 (rows,), the unit taken in each row, -1 where the row is dead already (its KV head is gone).
+    saliency: predicted loss increase in nats, calibrated. cost: what it removes (parameters by default).
+    """
+
+    type: str
+    units: Tensor
+    saliency: float
+    cost: float
+
+    @property
+    def damage(self) -> float:
+        """Saliency per unit of cost, the currency in which types are compared."""
+        return self.saliency / self.cost
+
+
+class Live:
+    """Which units of a model are still there: bool tensors on the CPU.
+
+    hidden (D,), ffn (L, F), kv (L, K), query (L, K, Q). A query head of a dead KV head is dead.
+    """
+
+    def __init__(self, hidden: Tensor, ffn: Tensor, kv: Tensor, query: Tensor) -> None:
+        self.hidden, self.ffn, self.kv, self.query = hidden, ffn, kv, query
+
+    @classmethod
+    def full(cls, widths: Widths) -> Live:
+        layers, kv, queries = widths.layers, widths.kv_heads, widths.queries_per_kv
+        shapes = ((widths.hidden,), (layers, widths.intermediate), (layers, kv), (layers, kv, queries))
+        return cls(*(torch.ones(shape, dtype=torch.bool) for shape in shapes))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"hidden": self.hidden, "ffn": self.ffn, "kv": self.kv, "query": self.query}
+
+    def widths(self) -> Widths:
+        """Widths of what is live; uniform over layers by construction."""
+        kv_heads = int(self.kv[0].sum())
+        heads = int(self.query[0].sum())
+        counts = int(self.hidden.sum()), heads, kv_heads, int(self.ffn[0].sum())
+        return Widths(self.kv.shape[0], *counts)
+
+    def all_live(self) -> bool:
+        return all(bool(mask.all()) for mask in self.tensors().values())
+
+    def units(self, pruning_type: str) -> Tensor:
+        """Live units of one type, bool (rows, units)."""
+        if pruning_type == ATTENTION:
+            return self.kv
+        if pruning_type == ATTENTION_QUERY:
+            return self.query.flatten(0, 1)
+        return self.ffn if pruning_type == FFN_TYPE else self.hidden[None]
+
+    def remove(self, event: Event) -> None:
+        """Marks an event's units as dead. Raises AssertionError if one of them was dead before."""
+        units = self.units(event.type)
+        rows = (event.units >= 0).nonzero().flatten()
+        taken = event.units[rows]
+        assert bool(units[rows, taken].all()), f"{event.type} event takes a unit that is dead already"
+        units[rows, taken] = False
+        if event.type == ATTENTION:
+            self.query[rows, taken] = False
+
+
+def entries(axis: str, rows: Tensor, units: Tensor, pruning_type: str, shape: tuple[int, int, int]) -> Tensor:
+    """Entries along `axis` of one layer (or of the model) that belong to the given units.
+
+    rows, units: int64 (n,), all of one layer. shape: (kv_heads, queries_per_kv, head_dim) as allocated.
+    Returns int64, sorted.
+    """
+    kv_heads, queries, head_dim = shape
+    if pruning_type in (FFN_TYPE, STEM):
+        return units.sort().values
+    if pruning_type == ATTENTION_QUERY:
+        heads = (rows % kv_heads) * queries + units
+    elif axis == KV:
+        heads = units
+    else:
+        heads = (units[:, None] * queries + torch.arange(queries)).flatten()
+    return (heads.sort().values[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+CUT_AXES = {ATTENTION: (QUERY, KV), ATTENTION_QUERY: (QUERY,), FFN_TYPE: (FFN,), STEM: (HIDDEN,)}
+
+
+def group_slices(space: Space, events: Sequence[Event]) -> Iterator[Slice]:
+    """Every slice that falls with the events, merged to one per weight, dimension and type.
+
+    `space.widths` are the allocated widths, in which the units are counted.
+    """
+    widths = space.widths
+    shape = (widths.kv_heads, widths.queries_per_kv, space.head_dim)
+    for pruning_type in PRUNING_TYPES:
+        units = [event.units for event in events if event.type == pruning_type]
+        if not units:
+            continue
+        table = torch.stack(units)  # (events, rows)
+        rows_per_layer = table.shape[1] if pruning_type == STEM else table.shape[1] // widths.layers
+        for spec in space.params:
+            for dim, axis in enumerate(spec.axes):
+                if axis not in CUT_AXES[pruning_type]:
+                    continue
+                first = 0 if pruning_type == STEM else (spec.layer or 0) * rows_per_layer
+                rows = torch.arange(first, first + rows_per_layer).expand(len(units), -1)
+                taken = table[:, first : first + rows_per_layer]
+                there = taken >= 0
+                indices = entries(str(axis), rows[there], taken[there], pruning_type, shape)
+                if len(indices):
+                    yield Slice(spec.name, dim, indices)

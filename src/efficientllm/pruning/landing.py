@@ -1,0 +1,173 @@
+"""Where the run may end: the aligned shapes just under the target, and which events still lead to one of them.
+
+A greedy run could paint itself into a corner: a head is a large step, an aligned width a coarse one. So the
+shapes in which it may end are listed before it starts, and an event is allowed only while one of them is
+still within reach (no width of it above what is left). Following allowed events always ends in such a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, Space, Widths
+
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least that is kept of each width."""
+
+    hidden: int
+    kv_heads: int = 1
+    queries_per_kv: int = 1
+    intermediate: int = 32
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Multiples that hidden and intermediate widths are rounded to (up while running, to land at the end)."""
+
+    hidden: int = 1
+    intermediate: int = 1
+
+    @classmethod
+    def automatic(cls, widths: Widths) -> Alignment:
+        """The largest power of two from 8 to 128 that leaves at least 16 steps of a width; 1 for tiny widths."""
+
+        def fit(width: int) -> int:
+            return max((step for step in (8, 16, 32, 64, 128) if step * 16 <= width), default=1)
+
+        return cls(fit(widths.hidden), fit(widths.intermediate))
+
+    def round_up(self, live: Widths, allocated: Widths) -> Widths:
+        """Live widths with hidden and intermediate rounded up, never above what is allocated."""
+
+        def up(width: int, step: int, most: int) -> int:
+            return min(-(-width // step) * step, most)
+
+        return Widths(
+            live.layers,
+            up(live.hidden, self.hidden, allocated.hidden),
+            live.heads,
+            live.kv_heads,
+            up(live.intermediate, self.intermediate, allocated.intermediate),
+        )
+
+
+def _multiples(low: int, high: int, step: int) -> Tensor:
+    """Aligned widths from low to high, and `high` itself, which is what the source has."""
+    values = set(range(-(-low // step) * step, high + 1, step)) | {high}
+    return torch.tensor(sorted(values))
+
+
+class Landing:
+    """All shapes in which a run to `target` parameters may end.
+
+    For every (hidden, KV heads, queries per KV head) on the grid, the range of aligned intermediate widths whose
+    parameters lie in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, the
+    largest one under the target is the only one, and `gap` says by how much it misses.
+
+    Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        target: int | Widths,
+        *,
+        types: tuple[str, ...],
+        align: Alignment,
+        floors: Floors,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        self.space, self.align = space, align
+        source = space.widths
+        if isinstance(target, Widths):
+            self._check_widths(target, types, floors)
+            self.target = int(space.num_params(target))
+            pin = target
+            floors = Floors(pin.hidden, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
+            self.align = align = Alignment()
+        else:
+            self.target, pin = target, source
+        grids = (
+            _multiples(floors.hidden if STEM in types else source.hidden, pin.hidden, align.hidden),
+            _multiples(floors.kv_heads if ATTENTION in types else source.kv_heads, pin.kv_heads, 1),
+            _multiples(
+                floors.queries_per_kv if ATTENTION_QUERY in types else source.queries_per_kv,
+                pin.queries_per_kv,
+                1,
+            ),
+        )
+        self.hidden, self.kv, self.queries = (grid.flatten() for grid in torch.meshgrid(*grids, indexing="ij"))
+        low = floors.intermediate if FFN_TYPE in types else source.intermediate
+        self.ffn = _multiples(low, pin.intermediate, align.intermediate)
+        self._band(tolerance)
+
+    def _check_widths(self, target: Widths, types: tuple[str, ...], floors: Floors) -> None:
+        source = self.space.widths
+        least = {
+            STEM: ("hidden", floors.hidden),
+            ATTENTION: ("kv_heads", floors.kv_heads),
+            ATTENTION_QUERY: ("queries per KV head", floors.queries_per_kv),
+            FFN_TYPE: ("intermediate", floors.intermediate),
+        }
+        for pruning_type, (name, floor) in least.items():
+            have, want = source.count(pruning_type), target.count(pruning_type)
+            if want > have:
+                raise ValueError(f"target {name} {want} is above the source's {have}; choose at most {have}")
+            if want < have and pruning_type not in types:
+                raise ValueError(f"target {name} {want} needs pruning type '{pruning_type}' in prune.types")
+            if want < min(floor, have):
+                raise ValueError(
+                    f"target {name} {want} is below its floor of {floor}; lower prune.floors or aim higher"
+                )
+        if target == source:
+            raise ValueError("the target widths are the source's own; there is nothing to prune")
+
+    def _params(self, intermediate: Tensor) -> Tensor:
+        """Parameters of each grid point at the given intermediate widths, int64."""
+        heads = self.kv * self.queries
+        layers = self.space.widths.layers
+        shape = Widths(layers, self.hidden, heads, self.kv, intermediate)  # type: ignore[arg-type]
+        return torch.as_tensor(self.space.num_params(shape))
+
+    def _band(self, tolerance: float) -> None:
+        """Indices into `self.ffn`: the first and last intermediate width of each grid point inside the band."""
+        source = int(self.space.num_params())
+        base = self._params(torch.zeros_like(self.hidden))
+        slope = self._params(torch.ones_like(self.hidden)) - base
+        smallest = int((base + slope * self.ffn[0]).min())
+        if self.target >= source:
+            raise ValueError(
+                f"the target of {self.target:,} parameters is not below the source's {source:,}; aim lower"
+            )
+        if self.target < smallest:
+            raise ValueError(
+                f"the target of {self.target:,} parameters is below {smallest:,}, the least that the floors and the "
+                "pruning types allow; aim higher, lower prune.floors or add types"
+            )
+        # Largest intermediate width under the target: ffn[last] <= (target - base) / slope.
+        self.last = torch.searchsorted(self.ffn, (self.target - base) // slope, right=True) - 1
+        best = int((base + slope * self.ffn[self.last.clamp(min=0)])[self.last >= 0].max())
+        lowest = min(best, int((1.0 - tolerance) * self.target) + 1)
+        self.first = torch.searchsorted(self.ffn, -(-(lowest - base).clamp(min=0) // slope))
+        self.gap = 1.0 - best / self.target
+        self.lowest = lowest
+
+    def reachable(self, widths: Widths) -> bool:
+        """Whether some final shape has no width above these."""
+        fits = (self.hidden <= widths.hidden) & (self.kv <= widths.kv_heads) & (self.queries <= widths.queries_per_kv)
+        most = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
+        return bool((fits & (self.first <= self.last.clamp(max=most))).any())
+
+    def reached(self, widths: Widths) -> bool:
+        """Whether these widths are a final shape."""
+        here = (self.hidden == widths.hidden) & (self.kv == widths.kv_heads) & (self.queries == widths.queries_per_kv)
+        at = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
+        on_grid = at >= 0 and int(self.ffn[at]) == widths.intermediate
+        return on_grid and bool((here & (self.first <= at) & (at <= self.last)).any())

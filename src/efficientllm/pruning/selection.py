@@ -1,0 +1,115 @@
+"""Which event comes next: damage per parameter removed, one currency for all pruning types.
+
+A score that ranks units well within a type still has another scale in each type (METHOD: |g w| overestimates the
+loss increase of FFN channels 22-fold and of heads 1.7-fold), so the types are compared through measured ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, PRUNING_TYPES, Event, Live, Space, Widths
+from efficientllm.pruning.landing import Landing
+
+# A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
+LEAST_RATIO = 1e-3
+
+
+class Ranking:
+    """The order in which each type's live units would fall: per row, least salient first, ties to the lower index."""
+
+    def __init__(self, scores: Mapping[str, Tensor], live: Live) -> None:
+        self._scores, self._live = scores, live
+        self._orders: dict[str, tuple[Tensor, Tensor]] = {}
+        self._taken: dict[str, int] = dict.fromkeys(PRUNING_TYPES, 0)
+
+    def _order(self, pruning_type: str) -> tuple[Tensor, Tensor]:
+        """(units (events, rows) with -1 in dead rows, saliency (events,) fp64: the sum over the event's units)."""
+        if pruning_type not in self._orders:
+            live = self._live.units(pruning_type)
+            scores = self._scores[pruning_type].double().masked_fill(~live, torch.inf)
+            values, units = scores.sort(dim=1, stable=True)
+            units = units.masked_fill(values.isinf(), -1)
+            saliency = values.masked_fill(values.isinf(), 0.0).sum(0)
+            self._orders[pruning_type] = units.T, saliency
+            self._taken[pruning_type] = 0
+        return self._orders[pruning_type]
+
+    def upcoming(self, pruning_type: str, events: int) -> tuple[Tensor, float]:
+        """Units (events, rows) of the next events of a type, and their saliency summed."""
+        units, saliency = self._order(pruning_type)
+        first = self._taken[pruning_type]
+        return units[first : first + events], float(saliency[first : first + events].sum())
+
+    def take(self, event: Event) -> None:
+        """Moves on after an event. The two attention types share heads, so one reorders the other."""
+        self._taken[event.type] += 1
+        other = {ATTENTION: ATTENTION_QUERY, ATTENTION_QUERY: ATTENTION}.get(event.type)
+        if other:
+            self._orders.pop(other, None)
+
+
+@dataclass
+class Calibration:
+    """Measured over predicted loss increase of each type, smoothed over the measurements.
+
+    Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
+    does not.
+    """
+
+    smoothing: float = 0.5
+    measured: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    def update(self, pruning_type: str, measured: float, predicted: float) -> None:
+        """One measurement in nats: the loss increase of a zeroed bundle, and the sum of its saliency."""
+        for record, value in ((self.measured, measured), (self.predicted, predicted)):
+            old = record.get(pruning_type, value)
+            record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
+
+    def ratio(self, pruning_type: str) -> float:
+        """Factor that turns predicted into measured loss increase; 1 before the first measurement."""
+        predicted = self.predicted.get(pruning_type, 0.0)
+        if predicted <= 0.0:
+            return 1.0
+        return max(self.measured[pruning_type] / predicted, LEAST_RATIO)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken."""
+
+    event: Event
+    allowed: bool
+
+
+def candidates(
+    ranking: Ranking,
+    widths: Widths,
+    *,
+    space: Space,
+    landing: Landing,
+    calibration: Calibration | None,
+    types: Sequence[str],
+) -> list[Candidate]:
+    """The next event of every type that has more than one unit a row left. `widths` are the live ones."""
+    weighed = []
+    for pruning_type in PRUNING_TYPES:
+        if pruning_type not in types or widths.count(pruning_type) <= 1:
+            continue
+        units, saliency = ranking.upcoming(pruning_type, 1)
+        if calibration is not None:
+            saliency *= calibration.ratio(pruning_type)
+        event = Event(pruning_type, units[0], saliency, space.event_cost(pruning_type, widths))
+        weighed.append(Candidate(event, landing.reachable(widths.after(pruning_type))))
+    return weighed
+
+
+def least_damage(weighed: Sequence[Candidate]) -> Event | None:
+    """The allowed event that costs the least loss per parameter removed; ties go to the first type."""
+    allowed = [candidate.event for candidate in weighed if candidate.allowed]
+    return min(allowed, key=lambda event: event.damage, default=None)

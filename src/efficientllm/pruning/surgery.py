@@ -1,0 +1,133 @@
+"""Compaction: cutting {name: tensor} down to narrower widths. Pure; the same code serves memory and disk.
+
+Cutting the stem from D to d channels changes the mean inside RMSNorm from sum/D to sum/d. With the gains times
+sqrt(D/d) and epsilon times D/d the function is unchanged (METHOD section 3). A weight scaled by a has its Adam
+moments scaled by 1/a and 1/a^2, as its gradient is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficientllm.pruning.groups import (
+    ATTENTION,
+    ATTENTION_QUERY,
+    FFN,
+    FFN_TYPE,
+    HIDDEN,
+    QUERY,
+    STEM,
+    Live,
+    ParamSpec,
+    Space,
+    Widths,
+)
+
+MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "momentum_buffer": -1.0}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Units that stay, int64 and sorted: hidden (d,), ffn (L, f), kv (L, k), query (L, k, q) within the KV head."""
+
+    hidden: Tensor
+    ffn: Tensor
+    kv: Tensor
+    query: Tensor
+
+    def entries(self, axis: str, layer: int, before: Widths, head_dim: int) -> Tensor:
+        """Entries along one axis of one layer that stay, int64."""
+        if axis == HIDDEN:
+            return self.hidden
+        if axis == FFN:
+            return self.ffn[layer]
+        heads = self.kv[layer]
+        if axis == QUERY:
+            heads = (heads[:, None] * before.queries_per_kv + self.query[layer]).flatten()
+        return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _first(live: Tensor, count: int) -> Tensor:
+    """Per row (last dimension) `count` indices: all live ones, then the lowest dead ones as padding; sorted."""
+    order = (~live).to(torch.uint8).sort(dim=-1, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def choose_kept(live: Live, widths: Widths) -> Kept:
+    """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
+    kv = _first(live.kv, widths.kv_heads)
+    query = torch.gather(live.query, 1, kv[..., None].expand(-1, -1, live.query.shape[2]))
+    return Kept(
+        hidden=_first(live.hidden, widths.hidden),
+        ffn=_first(live.ffn, widths.intermediate),
+        kv=kv,
+        query=_first(query, widths.queries_per_kv),
+    )
+
+
+def cut_live(live: Live, kept: Kept) -> Live:
+    """The live mask in the new widths; padding stays dead."""
+    kv = torch.gather(live.kv, 1, kept.kv)
+    query = torch.gather(live.query, 1, kept.kv[..., None].expand(-1, -1, live.query.shape[2]))
+    return Live(live.hidden[kept.hidden], torch.gather(live.ffn, 1, kept.ffn), kv, torch.gather(query, 2, kept.query))
+
+
+def cut_weight(tensor: Tensor, spec: ParamSpec, kept: Kept, space: Space) -> Tensor:
+    """One weight, or one of its moments, at the new widths; a new contiguous tensor on the same device."""
+    for dim, axis in enumerate(spec.axes):
+        if isinstance(axis, str):
+            entries = kept.entries(axis, spec.layer or 0, space.widths, space.head_dim)
+            if len(entries) != tensor.shape[dim]:
+                tensor = tensor.index_select(dim, entries.to(tensor.device))
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def cut_state(
+    space: Space,
+    kept: Kept,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """All weights {name: tensor} and optimizer moments {name: {key: tensor}} at the new widths.
+
+    Raises ValueError for optimizer state other than that of Adam, AdamW and SGD.
+    """
+    unknown = {key for each in moments.values() for key, value in each.items() if value.ndim} - MOMENT_POWER.keys()
+    if unknown:
+        raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
+    factor = math.sqrt(space.widths.hidden / len(kept.hidden))
+    cut_weights: dict[str, Tensor] = {}
+    cut_moments: dict[str, dict[str, Tensor]] = {}
+    for spec in space.params:
+        scaled = factor != 1.0 and (spec.name in space.stem_gains or spec.name in space.norm_inputs)
+        weight = cut_weight(weights[spec.name], spec, kept, space)
+        cut_weights[spec.name] = weight.mul_(factor) if scaled else weight
+        cut_moments[spec.name] = {}
+        for key, moment in moments.get(spec.name, {}).items():
+            if moment.ndim == 0:  # AdamW's step count
+                cut_moments[spec.name][key] = moment.clone()
+                continue
+            tensor = cut_weight(moment, spec, kept, space)
+            cut_moments[spec.name][key] = tensor.mul_(factor ** MOMENT_POWER[key]) if scaled else tensor
+    return cut_weights, cut_moments
+
+
+def cut_scores(scores: Mapping[str, Tensor], kept: Kept, before: Widths) -> dict[str, Tensor]:
+    """Saliency averages (rows, units) of every pruning type at the new widths."""
+    cut = {}
+    for name, score in scores.items():
+        if name == STEM:
+            cut[name] = score[:, kept.hidden.to(score.device)]
+        elif name == ATTENTION_QUERY:
+            table = score.view(before.layers, before.kv_heads, before.queries_per_kv)
+            rows = kept.kv.to(score.device)[..., None].expand(-1, -1, before.queries_per_kv)
+            cut[name] = table.gather(1, rows).gather(2, kept.query.to(score.device)).flatten(0, 1)
+        else:
+            units = {ATTENTION: kept.kv, FFN_TYPE: kept.ffn}[name]
+            cut[name] = score.gather(1, units.to(score.device))
+    return cut

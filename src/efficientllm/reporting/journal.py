@@ -1,0 +1,151 @@
+"""Append-only JSON lines: metrics.jsonl, events.jsonl and compactions.jsonl of a run folder.
+
+A record is one JSON object on one line. NaN and infinities are written as null, because JSON has no words for them
+and a reader in another language must not choke on a diverged run.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efficientllm.errors import UsageError
+
+
+class Journal:
+    """A file of JSON lines that survives being killed at any byte.
+
+    The file and its folder are made by the first `append`. Only one process may write a journal.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._tail_is_whole = False
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write `record` as one line and hand it to the operating system before returning.
+
+        Raises UsageError when the disk refuses the line, TypeError when a value is not JSON.
+        """
+        line = json.dumps(_without_nonfinite(record), allow_nan=False, separators=(",", ":")) + "\n"
+        try:
+            if not self._tail_is_whole:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._rewrite(None)  # a line appended behind a torn one would make both unreadable
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+            self._tail_is_whole = True
+        except OSError as error:
+            self._tail_is_whole = False
+            raise UsageError(
+                f"cannot write {self.path} ({error.strerror}): make room or mend its permissions, "
+                "then run the same command again"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Drop every record whose "step" is greater than `step`, and a torn last line; keep the rest bit for bit.
+
+        With a checkpoint of `step`, the journal then holds what an uninterrupted run had written by that step.
+        The file is replaced atomically, and left alone when there is nothing to drop.
+        Raises UsageError for a line that is torn elsewhere or has no whole "step".
+        """
+        self._rewrite(step)
+        self._tail_is_whole = True
+
+    def sync(self) -> None:
+        """Force what was appended to the disk; call it before a checkpoint that stands for these records."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _rewrite(self, step: int | None) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for number, (line, record) in enumerate(_lines(self.path), start=1):
+            if step is not None and _step(record, self.path, number) > step:
+                continue
+            kept.append(line)
+        whole = b"".join(line + b"\n" for line in kept)
+        if whole != self.path.read_bytes():
+            write_atomically(self.path, whole)
+
+
+def read_journal(path: Path | str) -> list[dict[str, Any]]:
+    """Return the records of a journal in the order of writing; a missing file has none.
+
+    A torn last line (the process died while writing it) is left out. Raises UsageError, with the file and the line,
+    for a line that is torn elsewhere.
+    """
+    path = Path(path)
+    return [record for _, record in _lines(path)] if path.exists() else []
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Make `path` hold `content`, whole or not at all: temporary file in the same folder, fsync, rename.
+
+    One writer per path: the temporary name is fixed, so what a killed process left is overwritten by the next try.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return (line without its newline, record) of every whole line."""
+    raw = path.read_bytes().split(b"\n")
+    if raw[-1] == b"":
+        raw.pop()
+    result = []
+    for number, line in enumerate(raw, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:  # also UnicodeDecodeError: blocks that never reached the disk read as zero bytes
+            record = None
+        if isinstance(record, dict):
+            result.append((line, record))
+        elif number < len(raw):
+            raise UsageError(
+                f"{path}, line {number}: not a JSON record; the file was damaged after it was written: "
+                "take that line out, or restore the file from a copy"
+            )
+    return result
+
+
+def _step(record: Mapping[str, Any], path: Path, number: int) -> int:
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise UsageError(f'{path}, line {number}: the record has no whole "step"; take that line out')
+    return step
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; Windows cannot open a folder and does without."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

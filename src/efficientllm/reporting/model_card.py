@@ -1,0 +1,178 @@
+"""The model card: a README.md beside the result that says what it is, how it was made and what it cannot do."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from efficientllm.reporting.journal import write_atomically
+from efficientllm.sizes import format_count
+
+WIDTH_NAMES = {
+    "layers": "layers",
+    "hidden": "hidden size",
+    "heads": "query heads",
+    "kv_heads": "key/value heads",
+    "intermediate": "FFN channels",
+}
+
+_TEMPLATE = """\
+---
+{front}---
+
+# {title}
+
+{result_count} parameters, made from {source_name} ({source_count} parameters) by pruning-aware pretraining: the
+least salient structure was removed a little at a time while the model kept training.
+
+{table}
+
+Losses are nats per token on the validation text of this run; perplexity is their exponential.
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+It is an ordinary transformers model: no code of its own, every layer of the same shape, nothing masked.
+
+## How it was made
+
+{tokens} training tokens, {events} pruning events and {compactions} compactions in {duration},
+with efficientllm {efficientllm}, torch {torch} and transformers {transformers}. The recipe:
+
+{fence}yaml
+{recipe}
+{fence}
+
+## Limits
+
+- {comparison} Other text, tasks and languages were not measured.
+- It predicts text as its source does: it inherits what the source got wrong, its biases and its context length,
+  and it is not tuned to follow instructions or to refuse unless the source was and the training text kept that up.
+- It is smaller than its source and knows less. Check what it says.
+- The licence of the source and the terms of the training text apply to it; this card grants nothing.
+"""
+
+
+def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
+    """Write README.md into `folder` from the facts of summary.json and return its path.
+
+    `facts` has "source" and "result" ("path", "parameters", "widths", "validation_loss" in nats or None), "tokens",
+    "events", "compactions", "seconds", the versions "efficientllm", "torch", "transformers", and "recipe" (YAML).
+    Absolute paths are shown by their last component: the card is published, the machine's folders are not.
+    """
+    source, result = facts["source"], facts["result"]
+    base = _hub_id(str(source["path"]))
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"tags": ["efficientllm", "pruned"]} | ({"base_model": base} if base else {})
+    recipe = _without_absolute_paths(str(facts["recipe"])).strip("\n")
+    card = _TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=f"{_title(source)}, pruned to {format_count(result['parameters'])}",
+        result_count=format_count(result["parameters"]),
+        source_name=f"[{base}](https://huggingface.co/{base})" if base else f"`{_title(source)}`",
+        source_count=format_count(source["parameters"]),
+        table=_table(source, result),
+        tokens=format_count(facts["tokens"]),
+        events=facts["events"],
+        compactions=facts["compactions"],
+        duration=_duration(facts["seconds"]),
+        efficientllm=facts["efficientllm"],
+        torch=facts["torch"],
+        transformers=facts["transformers"],
+        fence=_fence(recipe),
+        recipe=recipe,
+        comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
+    )
+    path = Path(folder) / "README.md"
+    write_atomically(path, card.encode())
+    return path
+
+
+def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    share = result["parameters"] / source["parameters"]
+    rows: list[tuple[str, ...]] = [
+        ("", "source", "compact"),
+        ("---", "---:", "---:"),
+        ("parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"),
+    ]
+    for key, name in WIDTH_NAMES.items():
+        if key in result["widths"]:
+            rows.append((name, str(source["widths"].get(key, "")), str(result["widths"][key])))
+    losses = source.get("validation_loss"), result.get("validation_loss")
+    rows.append(("validation loss", *(_number(loss, loss) for loss in losses)))
+    rows.append(("perplexity", *(_number(loss, _perplexity(loss)) for loss in losses)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(min(loss, 700.0))  # beyond it a double overflows
+
+
+def _number(loss: float | None, value: float | None) -> str:
+    if loss is None or value is None or not math.isfinite(loss):
+        return "not measured" if loss is None else "not finite"
+    return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
+
+
+def _comparison(source: float | None, result: float | None) -> str:
+    if source is None or result is None:
+        return "No validation text was given, so nothing is known of its quality."
+    if not math.isfinite(result - source):
+        return "Its loss is not a finite number: the run diverged, do not use it."
+    way = "worse" if result > source else "better"
+    return f"On the validation text it is {abs(result - source):.3f} nats per token {way} than the source."
+
+
+def _hub_id(path: str) -> str | None:
+    """Return `path` when it names a repository on the hub (owner/name), None when it is a local folder."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
+    return path if is_id and not Path(path).exists() else None
+
+
+def _title(source: Mapping[str, Any]) -> str:
+    return _last_component(str(source["path"]))
+
+
+def _last_component(path: str) -> str:
+    name = PureWindowsPath(path).name  # understands both kinds of slash
+    return name if name not in ("", ".", "..", "~") else "source"
+
+
+def _without_absolute_paths(recipe: str) -> str:
+    """Replace each absolute path that is a value of the recipe by its last component; the layout stays."""
+    paths = {text for text in _strings(yaml.safe_load(recipe)) if re.match(r"[/~\\]|[A-Za-z]:[/\\]", text)}
+    for path in sorted(paths, key=len, reverse=True):  # a folder must not be cut out of the paths inside it
+        recipe = recipe.replace(path, _last_component(path))
+    return recipe
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _fence(text: str) -> str:
+    """Return a run of backticks longer than any in `text`."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,93 @@
+"""Records of JSON and text files, read one by one, packed or not; and what is said of files that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from efficientllm.errors import UsageError
+
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+TEXT_COLUMN = "text"
+
+
+def documents(files: Sequence[str], kind: str, column: str) -> Iterator[dict[str, str | None]]:
+    """The records {"text": ...} of JSON or text files. Raises UsageError, naming file and line, for a bad one."""
+    for file in files:
+        with readable(Path(file)), _opened(Path(file)) as stream:
+            if kind == "text":
+                yield {TEXT_COLUMN: stream.read()}
+                continue
+            for place, record in _json_records(stream, file):
+                if not isinstance(record, dict):
+                    raise UsageError(f"{place} is no JSON object with a column '{column}'; mend or remove it")
+                if column not in record:
+                    raise no_column(place, column, list(record))
+                text = record[column]
+                if text is not None and not isinstance(text, str):
+                    raise no_text(place, column, type(text).__name__)
+                yield {TEXT_COLUMN: text and _encodable(text)}
+
+
+def _json_records(stream: TextIO, file: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, record) of JSON lines, or of one array of records."""
+    for number, line in enumerate(stream, start=1):
+        if line.isspace():
+            continue
+        place = f"{file}, line {number}"
+        array = number == 1 and line.lstrip().startswith("[")
+        try:
+            value = json.loads(line + stream.read() if array else line)
+        except ValueError as error:
+            raise UsageError(f"{place}: not valid JSON ({error}); write one JSON object per line") from error
+        if not array:
+            yield place, value
+            continue
+        yield from ((f"{file}, record {index}", record) for index, record in enumerate(value, start=1))
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no UTF-8 can hold: it becomes a question mark."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _opened(path: Path) -> TextIO:
+    packing = PACKED.get(path.suffix)
+    raw = pa.input_stream(str(path), compression=packing)  # reports a stream that was cut short
+    return io.TextIOWrapper(raw, encoding="utf-8-sig")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged or forbidden file raises into a UsageError that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    except (OSError, EOFError, pa.ArrowException) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UsageError(f"'{path}' cannot be read ({reason}); replace the file or leave it out") from error
+
+
+def no_column(where: str, column: str, columns: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{where}: no column '{column}', but {', '.join(columns)}; set data.text_column to the one with text"
+    )
+
+
+def no_text(where: str, column: str, kind: str) -> UsageError:
+    return UsageError(f"{where}: column '{column}' holds {kind}, not text; set data.text_column to one that does")
+
+
+def no_documents(name: str) -> UsageError:
+    return UsageError(f"'{name}' holds no text: there is no document in it, or all are empty; add text")

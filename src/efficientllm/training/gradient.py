@@ -1,0 +1,81 @@
+"""One batch: its loss, its gradient, the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Forward = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """bf16 autocast over fp32 master weights, or plain fp32."""
+
+    device_type: str
+    bf16: bool
+
+    def context(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device_type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @classmethod
+    def choose(cls, wanted: str, device: torch.device) -> Precision:
+        """`auto` takes bf16 where a GPU has it, fp32 on CPUs (where bf16 is emulated and slow)."""
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return cls(device.type, wanted == "bf16" or (wanted == "auto" and capable))
+
+
+def summed_loss(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
+    """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length)."""
+    with precision.context():
+        logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
+    predictions = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    return functional.cross_entropy(predictions, rows[:, 1:].reshape(-1), reduction="sum")
+
+
+def predicted_tokens(rows: Tensor) -> int:
+    """Tokens of (rows, length) that have a predecessor in their row."""
+    return rows.shape[0] * (rows.shape[1] - 1)
+
+
+def accumulate_gradient(model: Forward, batch: Tensor, micro_batch: int, precision: Precision) -> Tensor:
+    """Adds the gradient of the batch's mean loss to .grad, a micro-batch at a time; returns that loss (detached).
+
+    Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should.
+    """
+    total = predicted_tokens(batch)
+    loss = torch.zeros((), device=batch.device)
+    for rows in batch.split(micro_batch):
+        part = summed_loss(model, rows, precision) / total
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+@torch.no_grad()
+def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -> float:
+    """Mean loss per predicted token over micro-batches of rows, in nats; summed in fp64."""
+    total, tokens = 0.0, 0
+    for rows in batches:
+        total += float(summed_loss(model, rows, precision))
+        tokens += predicted_tokens(rows)
+    return total / tokens
+
+
+def update(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], *, lr: float, clip: float) -> float:
+    """Clips to a global L2 norm of `clip`, steps, clears the gradient; returns the norm before clipping.
+
+    A norm that is not finite leaves weights and moments as they were.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, clip if clip > 0 else float("inf")))
+    if norm == norm and norm != float("inf"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

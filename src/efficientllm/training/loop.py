@@ -1,0 +1,114 @@
+"""The training loop, top to bottom. It yields after every step; files, bars and validation are its caller's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from efficientllm.config import TrainConfig
+from efficientllm.errors import UsageError
+from efficientllm.pruning.engine import PruneReport
+from efficientllm.pruning.groups import Widths
+from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, update
+from efficientllm.training.optim import learning_rate
+from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
+
+
+class Batches(Protocol):
+    def batch(self, step: int) -> Tensor:
+        """The batch of a step, int64 (rows, length): a pure function of (seed, step)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """One change of shape: allocated widths and parameters before and after, and how long it took."""
+
+    before: Widths
+    after: Widths
+    allocated_before: int
+    allocated_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did. loss in nats per token, before the update; seconds cover the whole step."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    prune: PruneReport | None
+    compaction: Compaction | None
+
+
+class BatchProbe:
+    """Answers the pruner's questions about the current batch (pruning.engine.Probe)."""
+
+    def __init__(self, state: TrainState, batch: Tensor, train: TrainConfig, rows: int, precision: Precision) -> None:
+        self._state, self._batch, self._train = state, batch, train
+        self._rows, self._precision = rows, precision
+
+    def loss(self) -> float:
+        """On the batch's first `rows` rows."""
+        rows = self._batch[: self._rows]
+        return mean_loss(self._state.forward, rows.split(self._train.micro_batch), self._precision)
+
+    def refresh(self) -> None:
+        self._state.optimizer.zero_grad(set_to_none=True)
+        accumulate_gradient(self._state.forward, self._batch, self._train.micro_batch, self._precision)
+        self._state.refresh_tokens += self._batch.numel()
+
+
+def train_steps(
+    state: TrainState,
+    batches: Batches,
+    train: TrainConfig,
+    plan: PruningPlan | None,
+    *,
+    steps: int,
+    calibration_rows: int,
+    precision: Precision,
+) -> Iterator[StepRecord]:
+    """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
+
+    Raises UsageError, before the weights change, when the loss or its gradient is no longer finite.
+    """
+    device = next(state.model.parameters()).device
+    while state.step < steps:
+        began = time.perf_counter()
+        batch = batches.batch(state.step).to(device)
+        loss = accumulate_gradient(state.forward, batch, train.micro_batch, precision)
+        if state.pruner:
+            state.pruner.observe()
+        lr = learning_rate(state.tokens, train)
+        norm = update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
+        if not torch.isfinite(torch.tensor([float(loss), norm])).all():
+            raise UsageError(
+                f"the loss is {float(loss):.4g} and its gradient norm {norm:.4g} at step {state.step}: training has "
+                "diverged; lower train.lr and start again, or resume from an earlier checkpoint"
+            )
+        state.step += 1
+        state.tokens += batch.numel()
+        report = None
+        if state.pruner and not state.pruner.finished:
+            report = state.pruner.step(state.tokens, BatchProbe(state, batch, train, calibration_rows, precision))
+            state.optimizer.zero_grad(set_to_none=True)
+        compaction = _compact_if_due(state, train, plan)
+        yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan | None) -> Compaction | None:
+    widths = compaction_widths(state, plan) if plan else None
+    if plan is None or widths is None:
+        return None
+    began = time.perf_counter()
+    before, allocated = state.space.widths, state.allocated_parameters
+    compact(state, widths, train, plan)
+    return Compaction(before, widths, allocated, state.allocated_parameters, time.perf_counter() - began)

@@ -1,0 +1,49 @@
+"""AdamW and the learning rate as a pure function of the position in the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientllm.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) without decay on vectors: norm gains and biases."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def shaped_moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> Mapping[str, Tensor]:
+    """Optimizer state tensors that have the weight's shape, by key; empty before its first update."""
+    state: Mapping[str, Any] = optimizer.state.get(weight, {})
+    return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == weight.shape}
+
+
+def learning_rate(tokens: float, train: TrainConfig) -> float:
+    """Learning rate for the step that begins after `tokens` tokens.
+
+    Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
+    min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
+    (arXiv 1608.03983); "constant".
+    """
+    warmup = train.warmup.tokens(train.tokens)
+    if tokens < warmup:
+        return train.lr * (tokens + 1) / (warmup + 1)
+    if train.schedule == "cosine":
+        x = min(1.0, (tokens - warmup) / max(1, train.tokens - warmup))
+        share = 0.5 * (1.0 + math.cos(math.pi * x))
+    elif train.schedule == "wsd":
+        decay = train.decay.tokens(train.tokens)
+        share = min(1.0, max(0.0, (train.tokens - tokens) / decay)) if decay else 1.0
+    else:
+        share = 1.0
+    return train.lr * (train.min_lr + (1.0 - train.min_lr) * share)

@@ -1,0 +1,88 @@
+"""From a recipe to a pruning plan: every request is checked against the source before anything is spent."""
+
+from __future__ import annotations
+
+from efficientllm.config import PruneConfig, Recipe, WidthTarget
+from efficientllm.errors import UsageError
+from efficientllm.pruning.engine import PrunerOptions
+from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.landing import Alignment, Floors, Landing
+from efficientllm.pruning.saliency import criterion
+from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
+from efficientllm.training.state import PruningPlan
+
+
+def pruning_plan(recipe: Recipe, space: Space) -> PruningPlan | None:
+    """The plan for a source with this space; None where the recipe prunes nothing.
+
+    Raises UsageError for a target that cannot be reached or a criterion that does not exist.
+    """
+    prune = recipe.prune
+    if prune is None:
+        return None
+    options = PrunerOptions(
+        types=tuple(prune.types),
+        saliency=prune.saliency,
+        decay=prune.ema,
+        calibrated=prune.selection == "calibrated",
+        bound=prune.bound,
+    )
+    try:
+        criterion(prune.saliency)
+        landing = Landing(
+            space,
+            target_of(prune, space),
+            types=options.types,
+            align=alignment_of(prune, space.widths),
+            floors=floors_of(prune, space),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return PruningPlan(landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
+
+
+def target_of(prune: PruneConfig, space: Space) -> int | Widths:
+    """A parameter count, or widths with those left out taken from the source."""
+    target = prune.target
+    if isinstance(target, WidthTarget):
+        return _widths(target, space.widths)
+    return round(target * space.num_params()) if isinstance(target, float) else target
+
+
+def _widths(target: WidthTarget, source: Widths) -> Widths:
+    kv_heads = target.kv_heads or source.kv_heads
+    heads = target.heads or kv_heads * source.queries_per_kv
+    if target.kv_heads is None and source.queries_per_kv == 1:
+        kv_heads = heads
+    if heads % kv_heads:
+        raise ValueError(f"target heads {heads} is not a multiple of kv_heads {kv_heads}; choose a multiple")
+    return Widths(
+        source.layers, target.hidden or source.hidden, heads, kv_heads, target.intermediate or source.intermediate
+    )
+
+
+def alignment_of(prune: PruneConfig, widths: Widths) -> Alignment:
+    if prune.align == "auto":
+        return Alignment.automatic(widths)
+    return Alignment(prune.align.hidden, prune.align.intermediate)
+
+
+def floors_of(prune: PruneConfig, space: Space) -> Floors:
+    floors = prune.floors
+    return Floors(
+        hidden=min(floors.hidden or space.head_dim, space.widths.hidden),
+        kv_heads=floors.kv_heads,
+        queries_per_kv=floors.heads_per_kv,
+        intermediate=min(floors.intermediate, space.widths.intermediate),
+    )
+
+
+def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:
+    """Positions in tokens."""
+    train = recipe.train
+    start = prune.start.tokens(train.tokens)
+    if prune.every is not None:
+        batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
+        return EverySchedule(start, prune.every * batch)
+    end = prune.end.tokens(train.tokens)
+    return SpanSchedule(start, end, space.num_params(), landing.target, prune.curve)

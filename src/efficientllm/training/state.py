@@ -1,0 +1,207 @@
+"""The state of a run, the snapshot it is saved as, and compaction, which is a cut between the two.
+
+    capture(state) -> Snapshot -> cut(snapshot, widths) -> restore(snapshot) -> state
+
+A checkpoint is a snapshot on disk; resuming is `restore`; compaction is `restore(cut(capture(state)))`. There is
+no other way in which a tensor changes its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from efficientllm.config import TrainConfig
+from efficientllm.models.space import build, narrowed_config, space_of
+from efficientllm.pruning.engine import PrunerOptions, PruningEngine
+from efficientllm.pruning.groups import Live, Space, Widths
+from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.schedule import Schedule
+from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.training.optim import build_optimizer, shaped_moments
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What does not change over a run: where it may end, when it prunes, how it decides, when it compacts.
+
+    compact_at: share of the allocated parameters that a compaction must free to be worth it.
+    """
+
+    landing: Landing
+    schedule: Schedule
+    options: PrunerOptions
+    compact_at: float
+
+
+@dataclass
+class Snapshot:
+    """A run between two steps, as plain tensors and JSON values.
+
+    weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
+    facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
+    tokens trained on, tokens whose gradient was taken for saliency alone.
+    """
+
+    config: dict[str, Any]
+    step: int
+    tokens: int
+    refresh_tokens: int
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
+    pruner_facts: dict[str, Any] | None = None
+
+
+@dataclass
+class TrainState:
+    """A live run: everything that changes while it trains."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    space: Space
+    pruner: PruningEngine | None
+    forward: Any
+    step: int = 0
+    tokens: int = 0
+    refresh_tokens: int = 0
+
+    @property
+    def live_parameters(self) -> int:
+        return self.pruner.parameters if self.pruner else self.allocated_parameters
+
+    @property
+    def allocated_parameters(self) -> int:
+        return int(self.space.num_params())
+
+    @property
+    def live_widths(self) -> Widths:
+        return self.pruner.widths if self.pruner else self.space.widths
+
+
+def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None) -> TrainState:
+    """A run at step 0 on a freshly loaded model."""
+    return _assemble(model, train, plan)
+
+
+def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None) -> TrainState:
+    """Optimizer, pruner, checkpointing and compiled forward around a model."""
+    space = space_of(model.config)
+    optimizer = build_optimizer(model, train)
+    pruner = None
+    if plan is not None:
+        params = dict(model.named_parameters())
+        pruner = PruningEngine(
+            space,
+            params,
+            lambda name: shaped_moments(optimizer, params[name]),
+            landing=plan.landing,
+            schedule=plan.schedule,
+            options=plan.options,
+        )
+    model.train()
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    forward = torch.compile(model, dynamic=False) if train.compile else model
+    return TrainState(model, optimizer, space, pruner, forward)
+
+
+def capture(state: TrainState) -> Snapshot:
+    """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
+    counts = (state.step, state.tokens, state.refresh_tokens)
+    return snapshot_of(state.model, state.optimizer, state.pruner, counts)
+
+
+def snapshot_of(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    pruner: PruningEngine | None,
+    counts: tuple[int, int, int] = (0, 0, 0),
+) -> Snapshot:
+    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens."""
+    named = dict(model.named_parameters())
+    weights = {name: weight.detach() for name, weight in named.items()}
+    moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
+    tensors, facts = pruner.state() if pruner else ({}, None)
+    return Snapshot(model.config.to_dict(), *counts, weights, moments, tensors, facts)
+
+
+def config_of(snapshot: Snapshot) -> PretrainedConfig:
+    values = dict(snapshot.config)
+    return CONFIG_MAPPING[values.pop("model_type")](**values)
+
+
+def cut(snapshot: Snapshot, widths: Widths) -> Snapshot:
+    """The snapshot at narrower widths, none below the live ones. Pure: the given one is left as it is."""
+    config = config_of(snapshot)
+    space = space_of(config)
+    assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
+    live = Live(**{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "ffn", "kv", "query")})
+    kept = choose_kept(live, widths)
+    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments)
+    prefix = "saliency."
+    scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
+    tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
+    tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
+    narrow = narrowed_config(config, widths).to_dict()
+    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens)
+    return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
+
+
+def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, device: torch.device | str) -> TrainState:
+    """A live run from a snapshot: the model built anew at its widths, weights and moments put in."""
+    model = model_of(snapshot, device)
+    state = _assemble(model, train, plan)
+    load_moments(state.optimizer, model, snapshot.moments)
+    if state.pruner and snapshot.pruner_facts is not None:
+        state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
+    state.step, state.tokens, state.refresh_tokens = snapshot.step, snapshot.tokens, snapshot.refresh_tokens
+    return state
+
+
+@torch.no_grad()
+def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:
+    """A new model of the snapshot's widths with its weights, copied."""
+    model = build(config_of(snapshot), device)
+    for name, weight in model.named_parameters():
+        weight.copy_(snapshot.weights[name])
+    return model
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Puts copies of optimizer state {name: {key: tensor}} in place."""
+    for name, weight in model.named_parameters():
+        if moments.get(name):
+            optimizer.state[weight] = {key: _placed(value, weight) for key, value in moments[name].items()}
+
+
+def _placed(value: Tensor, weight: Tensor) -> Tensor:
+    """A moment on the weight's device, in memory of its own (the snapshot may be somebody else's)."""
+    return value.detach().to(weight.device, copy=True)
+
+
+def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
+    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over."""
+    pruner = state.pruner
+    if pruner is None or pruner.live.all_live():
+        return None
+    widths = plan.landing.align.round_up(pruner.widths, state.space.widths)
+    if widths == state.space.widths:
+        return None
+    freed = 1.0 - state.space.num_params(widths) / state.allocated_parameters
+    return widths if pruner.finished or freed >= plan.compact_at else None
+
+
+def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
+    """Narrows the run in place. The old tensors are released before the new model's gradients are allocated."""
+    device = next(state.model.parameters()).device
+    narrower = restore(cut(capture(state), widths), train, plan, device)
+    for name in ("model", "optimizer", "space", "pruner", "forward"):
+        setattr(state, name, getattr(narrower, name))

@@ -1,0 +1,112 @@
+"""Tiny models of every family, MHA and GQA, tied and untied, with odd shapes; a small world to run jobs in."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from efficientllm.demo.corpus import train_tokenizer
+from efficientllm.models.space import build
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+FAMILIES = {
+    "llama-mha-tied": (LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-gqa": (LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "mistral-gqa-tied": (
+        MistralConfig,
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None},
+    ),
+    "qwen2-gqa-tied": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3-gqa": (Qwen3Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+}
+
+
+def tiny_config(family: str, **changes: object) -> PretrainedConfig:
+    kind, options = FAMILIES[family]
+    return kind(**(SHAPE | options | changes))
+
+
+def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A tiny model whose weights are large enough for every path to matter (biases and gains included)."""
+    torch.manual_seed(seed)
+    model = build(tiny_config(family, **changes))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(0.0, 0.3)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.1)
+            else:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a text corpus, a tokenizer and a tiny source model, and a recipe over them."""
+
+    folder: Path
+
+    def recipe(self, name: str, **sections: dict[str, object]) -> dict[str, object]:
+        """A recipe of 24 steps, pruned over the first half, into runs/NAME; sections are merged into it."""
+        recipe: dict[str, dict[str, object] | str] = {
+            "source": str(self.folder / "source"),
+            "data": {
+                "train": str(self.folder / "train.jsonl"),
+                "validation": str(self.folder / "validation.jsonl"),
+                "sequence_length": 32,
+                "cache_dir": str(self.folder / "cache"),
+                "workers": 1,
+            },
+            "train": {"tokens": 24 * 256, "batch_tokens": 256, "micro_batch": 4, "lr": 1e-2},
+            "prune": {"target": "50%", "end": "50%", "floors": {"intermediate": 8}, "bound": 0.05},
+            "run": {"dir": str(self.folder / "runs" / name), "checkpoint_every": 8 * 256, "validate_every": 8 * 256},
+        }
+        for section, values in sections.items():
+            old = recipe.get(section)
+            recipe[section] = {**old, **values} if isinstance(old, dict) and isinstance(values, dict) else values
+        return recipe
+
+    def write(self, name: str, **sections: dict[str, object]) -> Path:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(self.recipe(name, **sections)))
+        return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    chooser = random.Random(0)
+    words = ["the", "model", "learns", "to", "write", "short", "words", "and", "prunes", "its", "own", "heads"]
+    for name, documents in (("train", 120), ("validation", 12)):
+        lines = [json.dumps({"text": " ".join(chooser.choices(words, k=80))}) for _ in range(documents)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = train_tokenizer([folder / "train.jsonl"], 300, folder / "tokenizer")
+    torch.manual_seed(0)
+    model = build(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    return World(folder)

@@ -1,0 +1,303 @@
+"""The main job as a user runs it: two commands, a run folder, interruptions, misfortunes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import World
+from efficientllm.checkpoint.store import checkpoints
+from efficientllm.cli import main
+from efficientllm.reporting.journal import read_journal
+
+RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.startswith("efficientllm") for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("the model learns to", return_tensors="pt").input_ids
+logits = model(ids).logits
+text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+print(json.dumps({"logits": logits[0, -1].tolist(), "text": text, "tied": tied,
+                  "parameters": sum(p.numel() for p in model.parameters())}))
+"""
+
+
+def call(*argv: str | Path) -> int:
+    """The command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def finished(world: World) -> Path:
+    """A finished run that nobody disturbed."""
+    assert call("prune", world.write("calm")) == 0
+    return world.folder / "runs" / "calm"
+
+
+def test_run_folder_says_what_happened(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    metrics = read_journal(finished / "metrics.jsonl")
+    events = read_journal(finished / "events.jsonl")
+    compactions = read_journal(finished / "compactions.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, 25))
+    source, result = summary["source"], summary["result"]
+    assert 0.9 * 0.5 * source["parameters"] < result["parameters"] <= 0.5 * source["parameters"]
+    assert result["validation_loss"] < source["validation_loss"]
+    assert (summary["events"], summary["compactions"]) == (len(events), len(compactions))
+    assert metrics[-1]["allocated_parameters"] == metrics[-1]["live_parameters"] == result["parameters"]
+    assert events[-1]["parameters_after"] == result["parameters"]
+    assert events[-1]["widths"] == compactions[-1]["after"] == result["widths"]
+    assert compactions[0]["allocated_before"] == source["parameters"]
+    sizes = [record["live_parameters"] for record in metrics]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(event["saliency"] > 0 and event["damage_per_parameter"] > 0 for event in events)
+    assert {record["step"] for record in metrics if "validation_loss" in record} == {8, 16, 24}
+    assert (finished / "run.png").stat().st_size > 10_000
+    assert "AutoModelForCausalLM" in (finished / "model" / "README.md").read_text()
+    assert len(checkpoints(finished / "checkpoints")) == 2
+
+
+def test_result_loads_with_transformers_alone(finished: Path) -> None:
+    """In a fresh process: the trained weights bit for bit, the same logits, text, tied embeddings."""
+    out = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(finished / "model")], capture_output=True, text=True, check=True
+    )
+    answer = json.loads(out.stdout.strip().splitlines()[-1])
+    summary = json.loads((finished / "summary.json").read_text())
+    assert answer["parameters"] == summary["result"]["parameters"]
+    assert answer["tied"]
+    assert answer["text"]
+    trained = load_file(checkpoints(finished / "checkpoints")[-1] / "weights.safetensors")
+    exported = load_file(finished / "model" / "model.safetensors")
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[name], exported[name]) for name in trained)
+
+
+def test_finished_run_is_not_repeated(world: World, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert call("prune", world.folder / "calm.yaml") == 0
+    captured = capsys.readouterr()
+    assert "is finished" in captured.err
+    assert captured.out.strip() == str(finished / "model")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def start_process(recipe: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "efficientllm", "prune", str(recipe)], stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, other)]
+    return weights[0].keys() == weights[1].keys() and all(
+        torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
+    )
+
+
+def test_killed_and_resumed_is_bitwise_the_same(world: World, finished: Path) -> None:
+    """SIGKILL before the first checkpoint, between checkpoints, and while one is being written."""
+    recipe = world.write("killed")
+    folder = world.folder / "runs" / "killed"
+    moments = [
+        lambda: steps_done(folder) >= 3,
+        lambda: steps_done(folder) >= 10,
+        lambda: any((folder / "checkpoints").glob(".partial-step-00000016*")) or steps_done(folder) >= 18,
+    ]
+    for moment in moments:
+        process = start_process(recipe)
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert call("prune", recipe) == 0
+    assert same_weights(folder, finished)
+    timing = ("seconds", "tokens_per_second")
+    for name in ("metrics", "events", "compactions"):
+        records = [read_journal(each / f"{name}.jsonl") for each in (folder, finished)]
+        for record in records[0] + records[1]:
+            for key in timing:
+                record.pop(key, None)
+        assert records[0] == records[1], name
+
+
+def test_interrupted_run_is_saved_and_goes_on(world: World, finished: Path) -> None:
+    recipe = world.write("interrupted")
+    folder = world.folder / "runs" / "interrupted"
+    process = start_process(recipe)
+    wait_for(lambda: steps_done(folder) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on from there" in errors
+    saved = checkpoints(folder / "checkpoints")
+    assert saved
+    assert call("prune", recipe) == 0
+    assert same_weights(folder, finished)
+
+
+def test_plain_training_and_the_scratch_control(world: World, finished: Path) -> None:
+    recipe = world.recipe("scratch", source=str(finished / "model"), init="random")
+    del recipe["prune"]
+    path = world.folder / "scratch.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call("train", path) == 0
+    folder = world.folder / "runs" / "scratch"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (
+        summary["source"]["parameters"] == json.loads((finished / "summary.json").read_text())["result"]["parameters"]
+    )
+    assert summary["events"] == 0
+    assert summary["result"]["validation_loss"] < summary["source"]["validation_loss"]
+
+
+def test_the_paper_s_cadence(world: World) -> None:
+    """One event every second batch; the target is not reached in time, and the run says so and exports what is live."""
+    path = world.write("every", prune={"target": "50%", "every": 2, "floors": {"intermediate": 8}, "end": None})
+    assert call("prune", path) == 0
+    events = read_journal(world.folder / "runs" / "every" / "events.jsonl")
+    assert [event["step"] for event in events] == list(range(2, 25, 2))[: len(events)]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"prune": {"target": "90B"}}, "is not below the source's"),
+        ({"prune": {"target": 1000}}, "aim higher"),
+        ({"prune": {"saliency": "tailor-element"}}, "did you mean 'taylor-element'"),
+        ({"prune": {"target": {"hidden": 400}}}, "above the source's 40"),
+        ({"source": "./nowhere/at/all"}, "neither a folder nor a hub id"),
+        ({"data": {"train": "missing-*.jsonl"}}, "missing-"),
+        ({"data": {"sequence_length": 128}}, "more than the 64 positions"),
+        ({"train": {"device": "cuda:7"}}, "not available here"),
+        ({"train": {"lr": 1e30, "grad_clip": 0}}, "diverged"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    world: World, sections: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = world.write("bad", **sections)  # type: ignore[arg-type]
+    try:
+        assert call("prune", recipe) == 2
+    finally:
+        shutil.rmtree(world.folder / "runs" / "bad", ignore_errors=True)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from efficientllm.demo.corpus import train_tokenizer
+
+    train_tokenizer([world.folder / "train.jsonl"], 340, tmp_path / "large")
+    recipe = world.write("vocabulary", tokenizer=str(tmp_path / "large"))  # type: ignore[arg-type]
+    code = call("prune", recipe)
+    message = capsys.readouterr().err
+    assert code in (0, 2)
+    assert code == 0 or "do not belong together" in message
+
+
+def test_another_recipe_on_the_same_folder_is_refused(
+    world: World, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = world.write("calm", train={"lr": 5e-3})
+    try:
+        assert call("prune", recipe) == 2
+        assert "train.lr=0.01, not 0.005" in capsys.readouterr().err
+        assert call("prune", world.write("calm", run={"keep": 5})) == 0
+    finally:
+        world.write("calm")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_serves(
+    world: World, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = world.folder / "runs" / "damaged"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "model")
+    (folder / "config.yaml").unlink()
+    newest, older = checkpoints(folder / "checkpoints")[::-1]
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    recipe = world.write("damaged")
+    assert call("prune", recipe) == 2
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    shutil.rmtree(newest)
+    manifest = json.loads((older / "manifest.json").read_text())
+    assert next(iter(manifest)) == "widths"
+    assert call("prune", recipe) == 0
+    assert same_weights(folder, finished)
+    (older / "manifest.json").write_text(json.dumps(manifest | {"format": 99, "efficientllm": "9.0"}))
+
+
+def test_one_process_a_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = world.write("locked")
+    process = start_process(recipe)
+    folder = world.folder / "runs" / "locked"
+    wait_for(lambda: steps_done(folder) >= 1, process)
+    assert call("prune", recipe) == 2
+    assert "another process is working on" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_full_disk_leaves_the_previous_checkpoint_whole(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    from efficientllm.checkpoint import store
+
+    real, calls = store.save_file, []
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 4:  # the second checkpoint's second file
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", save_file)
+    recipe = world.write("full")
+    assert call("prune", recipe) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    folder = world.folder / "runs" / "full" / "checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000008"]
+    monkeypatch.setattr(store, "save_file", real)
+    assert call("prune", recipe) == 0
+    assert same_weights(world.folder / "runs" / "full", finished)
+
+
+def test_help_starts_without_loading_torch() -> None:
+    code = "import sys, efficientllm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

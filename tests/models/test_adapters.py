@@ -1,0 +1,75 @@
+"""Families, the Llama shape trap, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_config, tiny_model
+from transformers import GPT2Config, LlamaConfig
+
+from efficientllm.errors import UsageError
+from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.space import narrowed_config, space_of
+from efficientllm.pruning.groups import Widths
+
+
+def test_llama_becomes_mistral_only_where_llama_refuses_the_shape() -> None:
+    config = tiny_config("llama-gqa")
+    assert narrowed_config(config, Widths(2, 36, 4, 2, 40)).model_type == "llama"
+    odd = narrowed_config(config, Widths(2, 34, 4, 2, 40))
+    assert odd.model_type == "mistral"
+    assert odd.sliding_window is None
+    assert odd.head_dim == 6
+    assert odd.rms_norm_eps == pytest.approx(1e-5 * 40 / 34)
+
+
+def test_narrowing_keeps_everything_else() -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    config = tiny_config("qwen3-gqa", rope_parameters=scaling, tie_word_embeddings=True)
+    narrow = narrowed_config(config, Widths(2, 33, 2, 2, 40))
+    assert narrow.rope_parameters == config.rope_parameters
+    assert narrow.tie_word_embeddings
+    assert narrow.max_position_embeddings == config.max_position_embeddings
+    assert type(narrow) is type(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "not supported; choose a source of one of: llama, mistral, qwen2, qwen3"),
+        (LlamaConfig(attention_bias=True), "biases"),
+        (LlamaConfig(attention_dropout=0.1), "attention_dropout"),
+    ],
+)
+def test_unsupported_models_are_refused(config: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        space_of(config)  # type: ignore[arg-type]
+
+
+def test_loading_refuses_what_is_not_whole(tmp_path) -> None:
+    with pytest.raises(UsageError, match="neither a folder nor a hub id"):
+        load_config("./nowhere/at/all")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="cannot read the configuration"):
+        load_config(str(tmp_path / "empty"))
+    folder = tmp_path / "model"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    assert load_model(str(folder)).config.hidden_size == 40
+    with pytest.raises(UsageError, match="cannot load a tokenizer"):
+        load_tokenizer(str(folder))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="cannot load the weights"):
+        load_model(str(folder))
+    weights.unlink()
+    with pytest.raises(UsageError, match="cannot load the weights"):
+        load_model(str(folder))
+
+
+def test_a_missing_weight_is_never_made_up(tmp_path) -> None:
+    model = tiny_model("llama-gqa")
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UsageError, match=r"lacks the weight .*up_proj"):
+        load_model(str(tmp_path))

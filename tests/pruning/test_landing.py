@@ -1,0 +1,111 @@
+"""Whatever order of allowed events: the run ends aligned, at or just under the target, above every floor."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import PRUNING_TYPES, ParamSpec, Space, Widths
+from efficientllm.pruning.landing import Alignment, Floors, Landing
+
+
+def space_with(widths: Widths, head_dim: int = 8, vocabulary: int = 100) -> Space:
+    template = space_of(tiny_config("llama-gqa"))
+    params = [
+        ParamSpec(spec.name, (vocabulary, *spec.axes[1:]) if isinstance(spec.axes[0], int) else spec.axes, spec.layer)
+        for spec in template.params
+    ]
+    return Space(tuple(params), widths, head_dim)
+
+
+widths = st.builds(
+    lambda hidden, kv, queries, ffn: Widths(2, hidden, kv * queries, kv, ffn),
+    st.integers(16, 200),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(40, 400),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(widths, st.floats(0.15, 0.95), st.sampled_from([1, 4, 8]), st.integers(0, 10**6))
+def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed: int) -> None:
+    space = space_with(source)
+    floors = Floors(hidden=8, intermediate=32)
+    try:
+        landing = Landing(
+            space,
+            int(space.num_params() * share),
+            types=PRUNING_TYPES,
+            align=Alignment(step, step),
+            floors=floors,
+        )
+    except ValueError as error:
+        assert "aim higher" in str(error)
+        return
+    order = random.Random(seed)
+    now = source
+    while not landing.reached(now):
+        allowed = [each for each in PRUNING_TYPES if now.count(each) > 1 and landing.reachable(now.after(each))]
+        assert allowed, f"stuck at {now}"
+        now = now.after(order.choice(allowed))
+    parameters = space.num_params(now)
+    assert parameters <= landing.target
+    assert parameters >= landing.target * 0.99 or parameters == landing.lowest
+    assert now.hidden % step == 0 or now.hidden == source.hidden
+    assert now.intermediate % step == 0 or now.intermediate == source.intermediate
+    assert now.hidden >= 8
+    assert now.intermediate >= 32
+    assert now.heads % now.kv_heads == 0
+
+
+def test_widths_as_target_are_met_exactly() -> None:
+    source = Widths(2, 64, 8, 4, 100)
+    goal = Widths(2, 50, 4, 2, 77)
+    landing = Landing(space_with(source), goal, types=PRUNING_TYPES, align=Alignment(8, 8), floors=Floors(hidden=8))
+    now = source
+    while not landing.reached(now):
+        now = now.after(next(each for each in PRUNING_TYPES if landing.reachable(now.after(each))))
+    assert now == goal
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (10**9, "is not below the source's"),
+        (50, "the least that the floors and the pruning types allow; aim higher"),
+        (Widths(2, 64, 8, 4, 200), "intermediate 200 is above the source's 100"),
+        (Widths(2, 64, 8, 4, 20), "below its floor of 32"),
+        (Widths(2, 64, 8, 4, 100), "nothing to prune"),
+    ],
+)
+def test_targets_that_cannot_be_had(target: int | Widths, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Landing(
+            space_with(Widths(2, 64, 8, 4, 100)),
+            target,
+            types=PRUNING_TYPES,
+            align=Alignment(),
+            floors=Floors(hidden=8),
+        )
+
+
+def test_a_type_left_out_stays_as_it_is() -> None:
+    space = space_with(Widths(2, 64, 8, 4, 100))
+    with pytest.raises(ValueError, match="needs pruning type 'stem'"):
+        Landing(space, Widths(2, 32, 8, 4, 100), types=("ffn",), align=Alignment(), floors=Floors(hidden=8))
+    landing = Landing(space, int(space.num_params() * 0.8), types=("ffn",), align=Alignment(), floors=Floors(hidden=8))
+    assert not landing.reachable(space.widths.after("stem"))
+    assert landing.reachable(space.widths.after("ffn"))
+
+
+def test_automatic_alignment_keeps_enough_steps() -> None:
+    assert Alignment.automatic(Widths(24, 2048, 32, 32, 8192)) == Alignment(128, 128)
+    assert Alignment.automatic(Widths(32, 960, 15, 5, 2560)) == Alignment(32, 128)
+    assert Alignment.automatic(Widths(4, 192, 6, 6, 512)) == Alignment(8, 32)
+    assert Alignment.automatic(Widths(2, 40, 4, 2, 52)) == Alignment(1, 1)

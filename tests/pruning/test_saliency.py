@@ -1,0 +1,93 @@
+"""Scores against the fp64 reference, and the first-order score against a finite difference of the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from reference.groups_fp64 import group_masks, unit_saliency
+
+from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import PRUNING_TYPES
+from efficientllm.pruning.saliency import CRITERIA, MovingAverage, criterion, unit_scores
+
+IDS = torch.arange(64).reshape(4, 16) % 61
+
+
+def graded_model(family: str) -> torch.nn.Module:
+    model = tiny_model(family)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return model
+
+
+def fp64_model(family: str) -> torch.nn.Module:
+    """The model in fp64 throughout: transformers' RMSNorm computes in fp32 whatever it is given."""
+    model = tiny_model(family)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model.double()
+
+
+def fp64_loss(model: torch.nn.Module) -> torch.Tensor:
+    """transformers computes its loss in fp32; a finite difference needs more."""
+    logits = model(input_ids=IDS).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_scores_equal_the_reference(family: str, name: str) -> None:
+    model = graded_model(family)
+    space = space_of(model.config)
+    weights = {key: weight.detach() for key, weight in model.named_parameters()}
+    grads = {key: weight.grad for key, weight in model.named_parameters()}
+    fisher = {key: grad.square() * 0.7 for key, grad in grads.items()}
+    parts = ((spec, weights[spec.name], grads[spec.name], fisher[spec.name]) for spec in space.params)
+    scores = unit_scores(space, criterion(name), parts, torch.device("cpu"))
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+    for pruning_type in PRUNING_TYPES:
+        rows, units = scores[pruning_type].shape
+        for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
+            masks = group_masks(shapes, space.widths, space.head_dim, pruning_type, row, unit)
+            want = unit_saliency(name, masks, weights, grads, fisher)
+            assert float(scores[pruning_type][row, unit]) == pytest.approx(want, rel=2e-4, abs=1e-6)
+
+
+def test_taylor_vector_is_the_slope_of_the_loss(family: str) -> None:
+    """Scaling a unit by 1 - h changes the loss by -h * sum(g w) to first order (central difference in fp64)."""
+    model = fp64_model(family)
+    fp64_loss(model).backward()
+    space = space_of(model.config)
+    params = dict(model.named_parameters())
+    parts = ((spec, params[spec.name].detach(), params[spec.name].grad, None) for spec in space.params)
+    scores = unit_scores(space, criterion("taylor-vector"), parts, torch.device("cpu"))
+    shapes = {key: tuple(weight.shape) for key, weight in params.items()}
+    originals = {key: weight.detach().clone() for key, weight in params.items()}
+    h = 1e-4
+    for pruning_type in PRUNING_TYPES:
+        masks = group_masks(shapes, space.widths, space.head_dim, pruning_type, 0, 0)
+        losses = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                for key, weight in params.items():
+                    weight.copy_(torch.where(masks[key], originals[key] * (1.0 + sign * h), originals[key]))
+                losses.append(float(fp64_loss(model)))
+        slope = abs(losses[0] - losses[1]) / (2 * h)
+        assert float(scores[pruning_type][0, 0]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_moving_average_has_no_bias_at_its_start() -> None:
+    average = MovingAverage(0.9)
+    first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])
+    average.update({"ffn": first})
+    torch.testing.assert_close(average.values()["ffn"], first)
+    average.update({"ffn": second})
+    torch.testing.assert_close(average.values()["ffn"], (0.9 * first + second) / 1.9)
+
+
+def test_unknown_criterion_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'taylor-element'"):
+        criterion("tailor-element")

@@ -1,0 +1,109 @@
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from efficientllm.reporting.model_card import write_model_card
+
+RECIPE = """\
+source: /home/somebody/my models/big
+data:
+  train: [/data/private/books/train-*.parquet, ../shared/more.jsonl]
+  note: "```"
+run: {dir: ~/runs/books, windows: 'C:\\somewhere\\else'}
+"""
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    base = {
+        "source": {
+            "path": "HuggingFaceTB/SmolLM-1.7B",
+            "parameters": 1_711_376_384,
+            "widths": {"layers": 24, "hidden": 2048, "heads": 32, "kv_heads": 32, "intermediate": 8192},
+            "validation_loss": 2.5,
+        },
+        "result": {
+            "path": "runs/x/model",
+            "parameters": 469_123_456,
+            "widths": {"layers": 24, "hidden": 1152, "heads": 19, "kv_heads": 19, "intermediate": 3008},
+            "validation_loss": 2.75,
+        },
+        "tokens": 60_000_000,
+        "events": 4321,
+        "compactions": 27,
+        "seconds": 9000.0,
+        "efficientllm": "0.1.0",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+        "recipe": RECIPE,
+    }
+    return base | changes
+
+
+def parts(path: Path) -> tuple[dict[str, Any], str]:
+    _, front, body = path.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_of_a_hub_model(tmp_path: Path) -> None:
+    front, body = parts(write_model_card(tmp_path / "model", facts()))
+    assert front["library_name"] == "transformers"
+    assert front["tags"] == ["efficientllm", "pruned"]
+    assert front["base_model"] == "HuggingFaceTB/SmolLM-1.7B"
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", body, re.MULTILINE))
+    assert rows["parameters"] == "1,711,376,384 | 469,123,456 (27.4%)"
+    assert rows["hidden size"] == "2048 | 1152"
+    assert rows["validation loss"] == "2.500 | 2.750"
+    assert rows["perplexity"] == f"{math.exp(2.5):.3f} | {math.exp(2.75):.3f}"
+    assert "0.250 nats per token worse" in body
+    assert "60M training tokens, 4321 pruning events and 27 compactions in 2.5 hours" in body
+    assert "{" not in re.sub(r"(?s)````yaml.*?````", "", body)  # no field was left unfilled
+
+
+def test_no_folder_of_this_machine_is_published(tmp_path: Path) -> None:
+    local = facts()["source"] | {"path": str(tmp_path / "secret" / "big-model")}
+    front, body = parts(write_model_card(tmp_path, facts(source=local)))
+    assert "base_model" not in front
+    assert "`big-model`" in body
+    recipe = yaml.safe_load(re.search(r"(?s)\n````yaml\n(.*?)\n````\n", body)[1])  # type: ignore[index]
+    assert recipe == {
+        "source": "big",
+        "data": {"train": ["train-*.parquet", "../shared/more.jsonl"], "note": "```"},
+        "run": {"dir": "books", "windows": "else"},
+    }
+    for leak in (str(tmp_path), "secret", "somebody", "private", "somewhere"):
+        assert leak not in body
+
+
+def test_an_existing_folder_that_looks_like_a_hub_id_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    front, _ = parts(write_model_card(tmp_path, facts(source=facts()["source"] | {"path": "models/small"})))
+    assert "base_model" not in front
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown", "said"),
+    [
+        (None, "not measured", "No validation text was given"),
+        (math.nan, "not finite", "diverged"),
+        (2.25, "2.250", "0.250 nats per token better"),
+        (5000.0, "5000", "worse"),
+    ],
+)
+def test_missing_or_broken_losses_are_said_plainly(tmp_path: Path, loss: float | None, shown: str, said: str) -> None:
+    changed = facts()["result"] | {"validation_loss": loss}
+    _, body = parts(write_model_card(tmp_path, facts(result=changed)))
+    assert f"| validation loss | 2.500 | {shown} |" in body
+    assert said in body
+
+
+def test_the_loading_example_is_plain_transformers(tmp_path: Path) -> None:
+    _, body = parts(write_model_card(tmp_path, facts()))
+    code = re.search(r"(?s)```python\n(.*?)```", body)
+    assert code is not None
+    compile(code[1], "card", "exec")
+    assert "trust_remote_code" not in body

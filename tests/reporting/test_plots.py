@@ -1,0 +1,125 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from efficientllm.errors import UsageError
+from efficientllm.reporting.journal import Journal
+from efficientllm.reporting.plots import (
+    LOSS_COLOUR,
+    PHASE_COLOUR,
+    RUN_COLOURS,
+    SIZE_COLOUR,
+    TYPE_STYLES,
+    VALIDATION_COLOUR,
+    plot_demo,
+    plot_run,
+)
+
+SOURCE = {"layers": 4, "hidden": 192, "heads": 8, "kv_heads": 4, "intermediate": 512}
+
+
+def write_run(folder: Path, *, pruned: bool = True, steps: int = 60, prune_until: int = 15) -> Path:
+    """Records of a run that halves every width while it prunes, one type after the other."""
+    metrics, events, compactions = (Journal(folder / f"{name}.jsonl") for name in ("metrics", "events", "compactions"))
+    order = [("ffn", "intermediate", 16), ("stem", "hidden", 6), ("attention", "kv_heads", 1)]
+    widths = dict(SOURCE)
+    for step in range(1, steps + 1):
+        at = {"step": step, "tokens": step * 4096}
+        if pruned and step <= prune_until:
+            name, key, less = order[step % 3]
+            if widths[key] > SOURCE[key] // 2:
+                widths[key] -= less
+            widths["heads"] = widths["kv_heads"] * (2 if step < 8 else 1)
+            events.append({**at, "type": name, "damage_per_parameter": 1e-8, "widths": widths})
+        record = {**at, "loss": 3.0 + math.exp(-step / 20) + 0.05 * (-1) ** step, "widths": dict(widths)}
+        record |= {"live_parameters": 2_000_000 - 10_000 * step, "allocated_parameters": 2_100_000 - 10_000 * step}
+        if pruned and step <= prune_until:
+            record["saliency"] = {t: 1e-8 * (n + 1) * 1.05**step for n, t in enumerate(TYPE_STYLES)}
+        if step % 20 == 0:
+            record["validation_loss"] = 3.0 + math.exp(-step / 20)
+            compactions.append({**at, "allocated_before": 2_100_000, "allocated_after": 2_100_000 - 10_000 * step})
+        metrics.append(record)
+    return folder
+
+
+def pixels_of(image: np.ndarray, colour: str) -> int:
+    """How many pixels have exactly this colour; antialiased edges do not count."""
+    return int((np.abs(image[..., :3] - to_rgb(colour)) < 1 / 255).all(axis=-1).sum())
+
+
+def test_run_picture_shows_every_series(tmp_path: Path) -> None:
+    out = plot_run(write_run(tmp_path / "run"), tmp_path / "new" / "run.png", title="books, 469M")
+    assert out == tmp_path / "new" / "run.png"
+    image = imread(out)
+    height = image.shape[0]
+    upper, middle, lower = image[: height // 3], image[height // 3 : 3 * height // 5], image[3 * height // 5 :]
+    for colour, _, _ in TYPE_STYLES.values():
+        assert pixels_of(upper, colour) > 100
+        assert pixels_of(middle, colour) > 100
+    for colour in (LOSS_COLOUR, VALIDATION_COLOUR, SIZE_COLOUR):
+        assert pixels_of(lower, colour) > 50
+    # pruning is a quarter of the run: the upper panels show it large, the lower one as a band
+    assert pixels_of(upper, PHASE_COLOUR) > 2 * pixels_of(lower, PHASE_COLOUR) > 0
+
+
+def test_same_records_same_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    first = plot_run(run, tmp_path / "a.svg").read_bytes()
+    assert first.startswith(b"<?xml")
+    assert first == plot_run(run, tmp_path / "b.svg").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_run_without_events_shows_loss_and_size_only(tmp_path: Path) -> None:
+    image = imread(plot_run(write_run(tmp_path / "run", pruned=False), tmp_path / "run.png"))
+    assert pixels_of(image, LOSS_COLOUR) > 100
+    assert pixels_of(image, SIZE_COLOUR) > 100
+    assert not any(pixels_of(image, colour) for colour, _, _ in TYPE_STYLES.values())
+
+
+def test_source_widths_of_the_summary_count_events_before_the_first_record(tmp_path: Path) -> None:
+    """A run whose first record is already pruned still has the source as its 0 %."""
+    run = tmp_path / "run"
+    half = SOURCE | {"intermediate": 256}
+    Journal(run / "metrics.jsonl").append(
+        {"step": 9, "tokens": 9, "loss": 3.0, "widths": half, "saliency": {"ffn": 1.0}}
+    )
+    (run / "summary.json").write_text(json.dumps({"source": {"widths": SOURCE}}))
+    assert "<!-- 50% -->" in plot_run(run, tmp_path / "run.svg").read_text()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_short_diverged_and_sparse_runs_are_drawn(tmp_path: Path, steps: int) -> None:
+    journal = Journal(tmp_path / "run" / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        journal.append(
+            {"step": step, "tokens": step * 10, "loss": math.nan if step % 2 else 3.0, "saliency": {"ffn": 0.0}}
+        )
+    assert plot_run(tmp_path / "run", tmp_path / "run.png").stat().st_size > 1000
+    assert plot_demo({"run": tmp_path / "run"}, tmp_path / "demo.png").stat().st_size > 1000
+
+
+def test_demo_picture_overlays_the_runs_and_names_their_validation_loss(tmp_path: Path) -> None:
+    runs = {
+        "compact": write_run(tmp_path / "one"),
+        "from scratch": write_run(tmp_path / "two", pruned=False, steps=90),
+    }
+    image = imread(plot_demo(runs, tmp_path / "demo.png"))
+    assert all(pixels_of(image, colour) > 100 for colour in RUN_COLOURS[:2])
+    assert not any(pixels_of(image, colour) for colour in RUN_COLOURS[2:6])
+    text = plot_demo(runs, tmp_path / "demo.svg").read_text()
+    assert "compact: validation 3.050" in text
+    assert "from scratch: validation 3.018" in text
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no metrics\.jsonl"):
+        plot_run(tmp_path, tmp_path / "run.png")
+    with pytest.raises(UsageError, match="at least one run"):
+        plot_demo({}, tmp_path / "demo.png")
+    assert list(tmp_path.iterdir()) == []

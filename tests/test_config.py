@@ -1,0 +1,294 @@
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficientllm.config import AlignConfig, DataSource, Recipe, TrainConfig, WidthTarget, dump_recipe, load_recipe
+from efficientllm.config.fields import Section
+from efficientllm.errors import UsageError
+from efficientllm.sizes import Position
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+BASE = """
+source: org/model
+data: {train: [a.txt], sequence_length: 1024}
+train: {tokens: 60M, batch_tokens: 32K, lr: 1.5e-3}
+prune: {target: 469M}
+run: {dir: runs/x}
+"""
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load(*overrides: str, text: str = BASE) -> Recipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return load
+
+
+def refusal(load: Load, *overrides: str, text: str = BASE) -> str:
+    """The message of a refused recipe; always one line."""
+    with pytest.raises(UsageError) as error:
+        load(*overrides, text=text)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_project_load_and_dump_back(path: Path, load: Load) -> None:
+    recipe = load_recipe(path)
+    assert recipe.prune is not None
+    assert load(text=dump_recipe(recipe)) == recipe
+
+
+def test_published_recipes_are_all_there() -> None:
+    assert {"smollm-1.7b-to-1.1b", "smollm-1.7b-to-469m", "smollm-360m-to-134m", "books"} <= {p.stem for p in RECIPES}
+
+
+def test_sizes_and_places_are_typed(load: Load) -> None:
+    recipe = load("prune.start=2M", "data.cache_dir=null", "train.lr=1e-3", "prune.align.hidden=64")
+    assert recipe.train.tokens == 60_000_000
+    assert recipe.train.lr == 1e-3  # PyYAML reads 1e-3 as text
+    assert recipe.prune is not None
+    assert recipe.prune.target == 469_000_000
+    assert recipe.prune.start.tokens(recipe.train.tokens) == 2_000_000
+    assert recipe.prune.end == Position(0.15)
+    assert recipe.prune.bound == 0.01
+    assert recipe.prune.align == AlignConfig(hidden=64, intermediate=1)
+    assert recipe.prune.floors.intermediate == 32
+
+
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [
+        ("469M", 469_000_000),
+        ("40%", 0.4),
+        ("0.4", 0.4),
+        ("'0.4'", 0.4),
+        ("{hidden: 512, heads: 8}", WidthTarget(hidden=512, heads=8)),
+    ],
+)
+def test_targets_are_a_count_a_ratio_or_widths(load: Load, value: str, target: object) -> None:
+    prune = load(f"prune.target={value}").prune
+    assert prune is not None
+    assert prune.target == target
+    assert type(prune.target) is type(target)
+
+
+@pytest.mark.parametrize(
+    ("value", "source"),
+    [
+        ("a.txt", DataSource(path="a.txt")),
+        ("org/data:en:train", DataSource(path="org/data", name="en", split="train")),
+        ("org/data::train[:5%]", DataSource(path="org/data", split="train[:5%]")),
+        ("{path: org/data:en, weight: 2}", DataSource(path="org/data", name="en", weight=2)),
+        ("C:/text/a.txt", DataSource(path="C:/text/a.txt")),
+        ("hf://datasets/x", DataSource(path="hf://datasets/x")),
+        ("./a:b.txt", DataSource(path="./a:b.txt")),
+    ],
+)
+def test_sources_are_paths_or_hub_ids(load: Load, value: str, source: DataSource) -> None:
+    quoted = value if value.startswith("{") else f"'{value}'"
+    assert load(f"data.train={value}").data.train == load(f"data.train=[{quoted}]").data.train == (source,)
+
+
+def test_overrides_win_and_null_restores_the_default(load: Load) -> None:
+    recipe = load("run.dir=a=b", "run.keep=5", "run.keep=7", "train.seed=3", "train.seed=null", "prune=null")
+    assert (recipe.run.dir, recipe.run.keep, recipe.train.seed, recipe.prune) == ("a=b", 7, 0, None)
+    assert load("prune=null", "prune.target=50%").prune == load("prune.target=50%").prune
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "sequence_length", "rows"),
+    [(32_000, 1024, 32), (32_768, 1024, 32), (4096, 1024, 4), (5000, 1024, 5), (100, 1024, 1), (12_288, 1024, 16)],
+)
+def test_batches_are_whole_micro_batches_where_they_can(batch_tokens: int, sequence_length: int, rows: int) -> None:
+    train = TrainConfig(tokens=1_000_000, batch_tokens=batch_tokens, micro_batch=8, lr=1e-3)
+    assert train.batch_rows(sequence_length) == rows
+    step_tokens = rows * sequence_length
+    assert (train.steps(sequence_length) - 1) * step_tokens < train.tokens <= train.steps(sequence_length) * step_tokens
+
+
+positions = st.one_of(
+    st.floats(0, 0.2).map(lambda x: f"{x:.6f}"), st.integers(2, 2_000_000).map(str), st.just("0%"), st.just("1M")
+)
+names = st.text(string.ascii_letters + string.digits + " ./_-:#'\"{}[]%&*!|>@`\t\u00e9\u4e16", min_size=1, max_size=20)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Valid recipes with every kind of field set, some left out."""
+    schedule = draw(st.sampled_from(["wsd", "cosine", "constant"]))
+    train = {
+        "tokens": draw(st.integers(10**7, 10**13)),
+        "batch_tokens": draw(st.integers(1, 10**7)),
+        "lr": draw(st.floats(1e-12, 1e3)),
+        "schedule": schedule,
+        "warmup": draw(positions),
+        "betas": draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2)),
+        **({"decay": draw(positions)} if schedule == "wsd" else {}),
+        **({"min_lr": draw(st.floats(0, 1))} if schedule != "constant" else {}),
+    }
+    widths = st.dictionaries(
+        st.sampled_from(["hidden", "heads", "kv_heads", "intermediate"]), st.integers(1, 10**6), min_size=1
+    )
+    ratio = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    pace = st.one_of(
+        st.just({}),
+        st.fixed_dictionaries({"every": st.integers(1, 100)}),
+        st.fixed_dictionaries({"end": st.floats(0.3, 1), "curve": st.sampled_from(["linear", "exponential"])}),
+    )
+    prune = {
+        "target": draw(st.one_of(st.integers(2, 10**12), ratio, widths)),
+        "types": draw(st.lists(st.sampled_from(["attention", "ffn", "stem"]), min_size=1, unique=True)),
+        "align": draw(st.one_of(st.just("auto"), st.integers(1, 512), st.just({"hidden": 64}))),
+        "bound": draw(ratio),
+        **draw(pace),
+    }
+    return {
+        "source": draw(names),
+        "data": {"train": draw(st.lists(names, min_size=1, max_size=3)), "validation": draw(st.none() | names)},
+        "train": train,
+        "prune": draw(st.none() | st.just(prune)),
+        "run": {"dir": draw(names), "checkpoint_every": draw(st.sampled_from(["5M", "3%", None]))},
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(recipes())
+def test_what_is_dumped_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(data)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_the_dump_is_resolved_and_readable(load: Load) -> None:
+    dumped = yaml.safe_load(dump_recipe(load("prune.every=2", "train.schedule=cosine", "data.validation=b.txt")))
+    assert dumped["train"]["tokens"] == "60M"
+    assert dumped["train"]["weight_decay"] == 0.05
+    assert dumped["prune"]["compact_at"] == "4%"
+    assert dumped["run"]["checkpoint_every"] == "10%"
+    assert not {"end", "curve"} & set(dumped["prune"])  # without effect
+    assert "decay" not in dumped["train"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "train.lrr is not a recipe key: did you mean train.lr?"),
+        ("trian.lr=1", "trian is not a recipe key: did you mean train?"),
+        ("run.zzz=1", "run.zzz is not a recipe key: the keys here are dir, checkpoint_every, keep, "),
+        ("data.train={pth: b}", "data.train[0].pth is not a recipe key: did you mean data.train[0].path?"),
+        ("prune.target={hiden: 4}", "prune.target.hiden is not a recipe key: did you mean prune.target.hidden?"),
+        ("prune.align.hiden=3", "prune.align.hiden is not a recipe key: did you mean prune.align.hidden?"),
+        ("train.lr=null", "train.lr is missing: add it to the recipe"),
+        ("train=null", "train is missing: add it to the recipe"),
+        ("train=3", "train should be a mapping of keys to values, not 3"),
+        ("train.lr=fast", "train.lr should be a valid number, not 'fast'"),
+        ("train.lr=yes", "train.lr: true is not a number"),
+        ("train.lr=.nan", "train.lr should be a finite number, not nan"),
+        ("train.lr=0", "train.lr should be greater than 0, not 0"),
+        ("train.tokens=lots", "train.tokens: 'lots' is not a count: write a whole number"),
+        ("train.tokens=-5", "train.tokens: -5 is not a count: write a whole number that is not negative"),
+        ("train.batch_tokens=0", "train.batch_tokens should be greater than 0, not 0"),
+        ("train.schedule=wds", "train.schedule should be 'wsd', 'cosine' or 'constant', not 'wds'"),
+        ("train.betas=[0.9, 1]", "train.betas[1] should be less than 1, not 1"),
+        ("train.betas=0.9", "train.betas should be a list, not 0.9"),
+        ("train.device=gpu", "train.device: 'gpu' is no device: write auto, cpu, cuda, cuda:1, mps or xpu"),
+        ("train.warmup=90%", "train.warmup (90%) and train.decay (20%) together are longer than the run"),
+        ("data.train=[]", "data.train should have at least 1 item, not 0"),
+        ("data.train={path: org/d:n, name: m}", "data.train[0]: name stands in the path 'org/d:n' and as a key"),
+        ("data.sequence_length=4", "data.sequence_length should be greater than or equal to 8, not 4"),
+        ("data.validation_fraction=60%", "data.validation_fraction should be less than 0.5, not 0.6"),
+        ("prune.target=100%", "prune.target: '100%' is no size to prune to: write a parameter count such as 469M"),
+        ("prune.target={}", "prune.target names no width: give one or more of hidden, heads"),
+        ("prune.target.hidden=8", "override 'prune.target.hidden=8': prune.target has no keys in this recipe, so set"),
+        ("prune.bound=2", "prune.bound: 2 is not a fraction: write a share such as 2% or 0.02"),
+        ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, a multiple such as 64"),
+        ("prune.types=[fnn]", "prune.types[0] should be 'attention', 'attention_query', 'ffn' or 'stem', not 'fnn'"),
+        ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
+        ("prune.start=20%", "prune.start (20%) must come before prune.end (15%)"),
+        ("prune.end=70M", "prune.end (70M) lies beyond train.tokens (60M): lower it"),
+        ("prune.end=110%", "prune.end: '110%' is no place in a run: write a share of it such as 15% or 0.15"),
+        ("run.checkpoint_every=0", "run.checkpoint_every: an interval cannot be zero: write one such as 10% or 5M"),
+        ("run.dir=2024-01-01", "run.dir should be a valid string, not datetime.date(2024, 1, 1)"),
+        ("train.lr", "override 'train.lr' should read section.key=value, such as train.lr=1e-3"),
+        (".lr=3", "override '.lr=3' should read section.key=value"),
+        ("source.lr=3", "override 'source.lr=3': source has no keys in this recipe"),
+        ("train.lr=[1", "the value in override 'train.lr=[1' is not valid YAML at line 1, column 3: "),
+        ("run.dir=2024-13-01", "the value in override 'run.dir=2024-13-01' is not valid YAML: month must be"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(load: Load, override: str, message: str) -> None:
+    assert refusal(load, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prune.every=1", "prune.end=5%"], "prune.end has no effect beside prune.every, which sets the pace"),
+        (["prune.every=1", "prune.curve=cubic"], "prune.curve has no effect beside prune.every"),
+        (["prune.every=1", "prune.start=60M"], "prune.start (60M) must come before the end of the run"),
+        (
+            ["prune.selection=raw", "prune.calibration_tokens=4K"],
+            "prune.calibration_tokens has no effect with prune.selection raw",
+        ),
+        (["train.schedule=cosine", "train.decay=10%"], "train.decay has no effect with train.schedule cosine"),
+        (["train.schedule=constant", "train.min_lr=0"], "train.min_lr has no effect with train.schedule constant"),
+        (
+            ["data.validation=b.txt", "data.validation_fraction=1%"],
+            "data.validation_fraction has no effect beside data.validation",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(load: Load, overrides: list[str], message: str) -> None:
+    assert refusal(load, *overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty: it should have the keys source, data, train and run"),
+        ("- a", "is not a mapping: it should have the keys"),
+        ("a: [", "is not valid YAML at line 1, column 5: "),
+        ("a: 1\nb: 2\na: 3", "is not valid YAML at line 3, column 1: a is given twice"),
+        ("a: \x00", "is not valid YAML: special characters are not allowed"),
+        ("a: !!python/name:os.system x", "is not valid YAML at line 1, column 4: could not determine a constructor"),
+        ("[1]: 2", "is not valid YAML at line 1, column 1: found unhashable key"),
+        ("{}", "source is missing: add it to the recipe"),
+        ("1: 2", "1 is not a recipe key: the keys here are source, tokenizer, init"),
+        ("'': 2", " is not a recipe key: the keys here are source, tokenizer, init"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(load: Load, text: str, message: str) -> None:
+    assert message in refusal(load, text=text)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\xfa")
+    for path, message in [
+        (tmp_path / "none.yaml", f"there is no recipe {tmp_path / 'none.yaml'}: check the path"),
+        (tmp_path, f"recipe {tmp_path} cannot be read (Is a directory): give a readable YAML file"),
+        (binary, f"recipe {binary} is not text in UTF-8: give a YAML file"),
+    ]:
+        with pytest.raises(UsageError) as error:
+            load_recipe(path)
+        assert str(error.value) == message
+
+
+def test_every_field_is_described() -> None:
+    for section in Section.__subclasses__():
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
