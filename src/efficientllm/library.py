@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
+from efficientllm.config.fields import explain
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.engine import PruneReport, PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
@@ -91,7 +93,7 @@ class Pruner:
         types: Sequence[str] = PRUNING_TYPES,
         **prune: Any,
     ) -> None:
-        options = PruneConfig.model_validate({"target": target, "types": list(types)} | prune)
+        options = _options({"target": target, "types": list(types)} | prune)
         space = space_of(model.config)
         check_space(space, model)
         self.model, self.optimizer = model, optimizer
@@ -198,6 +200,13 @@ class Pruner:
             snapshot.moments = {}
             model = model_of(cut(snapshot, widths), next(self.model.parameters()).device)
         export_model(model, tokenizer, Path(folder))
+
+
+def _options(values: dict[str, Any]) -> PruneConfig:
+    try:
+        return PruneConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
 
 
 def _plan(space: Space, options: PruneConfig, start: int, steps: int) -> tuple[Landing, SpanSchedule]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_config, tiny_model
 from transformers import GPT2Config, LlamaConfig
 
+from conftest import tiny_config, tiny_model
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import narrowed_config, space_of

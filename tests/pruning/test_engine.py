@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import nn
 
+from conftest import tiny_model
 from efficientllm.models.space import space_of
+from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import ATTENTION_QUERY, PRUNING_TYPES, group_slices
 from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.engine import PruningEngine, PrunerOptions
 from efficientllm.pruning.schedule import SpanSchedule
 
 

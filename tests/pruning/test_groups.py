@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
-from reference.groups_fp64 import group_masks
 
+from conftest import tiny_model
 from efficientllm.models.space import build, check_space, narrowed_config, space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live, group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_state
+from reference.groups_fp64 import group_masks
 
 
 def random_event(live: Live, pruning_type: str, seed: int) -> Event:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import tiny_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, ParamSpec, Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
@@ -36,18 +36,17 @@ widths = st.builds(
 @given(widths, st.floats(0.15, 0.95), st.sampled_from([1, 4, 8]), st.integers(0, 10**6))
 def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed: int) -> None:
     space = space_with(source)
-    floors = Floors(hidden=8, intermediate=32)
-    try:
-        landing = Landing(
-            space,
-            int(space.num_params() * share),
-            types=PRUNING_TYPES,
-            align=Alignment(step, step),
-            floors=floors,
-        )
-    except ValueError as error:
-        assert "aim higher" in str(error)
+    target = int(space.num_params() * share)
+
+    def landing_at(goal: int) -> Landing:
+        floors = Floors(hidden=8, intermediate=32)
+        return Landing(space, goal, types=PRUNING_TYPES, align=Alignment(step, step), floors=floors)
+
+    if target < space.num_params(Widths(2, 8, 1, 1, 32)):
+        with pytest.raises(ValueError, match="aim higher"):
+            landing_at(target)
         return
+    landing = landing_at(target)
     order = random.Random(seed)
     now = source
     while not landing.reached(now):

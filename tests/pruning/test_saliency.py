@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
-from reference.groups_fp64 import group_masks, unit_saliency
 
+from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import PRUNING_TYPES
 from efficientllm.pruning.saliency import CRITERIA, MovingAverage, criterion, unit_scores
+from reference.groups_fp64 import group_masks, unit_saliency
 
 IDS = torch.arange(64).reshape(4, 16) % 61
 

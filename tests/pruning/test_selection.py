@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live
 from efficientllm.pruning.landing import Alignment, Floors, Landing

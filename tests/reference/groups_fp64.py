@@ -15,9 +15,7 @@ def group_masks(
     masks = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     if pruning_type == "stem":
         for name, mask in masks.items():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                mask[:, unit] = True
-            elif name.endswith(
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.endswith(
                 ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
             ):
                 mask[:, unit] = True

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from efficientllm.errors import UsageError
 from efficientllm.training.cache import file_digest, only_one, plain_errors, publish, temporary, tokenizer_digest
 from efficientllm.training.documents import no_documents
-from efficientllm.training.rows import COLUMN, Holdout, Part, count_tokens, cut, plan_holdout, token_type, tokenise
+from efficientllm.training.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
 from efficientllm.training.sources import Located, load_from_hub, locate, read
 
 if TYPE_CHECKING:
@@ -180,12 +180,13 @@ class _Loader:
             if located.kind != "hub" and self._key(located, fraction) != folder.name:
                 raise UsageError(f"'{name}' changed while it was read; run again once it is complete")
             self._say(f"{name}: tokenising {len(texts):,} documents")
-            tokens = tokenise(texts, self._tokenizer, partial, self._workers, name)
+            encoder = Encoder(self._tokenizer)
+            tokens = tokenise(texts, encoder, partial, self._workers, name)
             holdout = self._plan(tokens, name, fraction)
             done = partial / "done"
             done.mkdir()
-            dtype = token_type(self._tokenizer)
-            train, held = cut(tokens, holdout, self._length, dtype, _file(done, "train"), _file(done, "validation"))
+            files = _file(done, "train"), _file(done, "validation")
+            train, held = cut(tokens, holdout, self._length, encoder.dtype, *files)
             parts = {"train": train} if fraction is None else {"train": train, "validation": held}
             (done / "parts.json").write_text(json.dumps({name: asdict(part) for name, part in parts.items()}))
             publish(done, folder, lambda there: _facts(there) is not None)

@@ -1,0 +1,46 @@
+"""Pruning inside transformers' Trainer: one callback.
+
+    python examples/trainer.py
+
+A toy Llama on a repeating pattern, so that it runs anywhere in seconds; give the Trainer your own model and data.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+
+from efficientllm import PruningCallback
+
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=True,
+)
+model = AutoModelForCausalLM.from_config(config)
+rows = [(torch.arange(32) + start) % 64 for start in range(64)]
+data = [{"input_ids": row, "labels": row} for row in rows]
+
+with tempfile.TemporaryDirectory() as folder:
+    callback = PruningCallback(target="50%", span=0.5)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=60,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    callback.pruner.save_pretrained(Path(folder) / "compact")
+    compact = AutoModelForCausalLM.from_pretrained(Path(folder) / "compact")
+    print(f"{sum(weight.numel() for weight in compact.parameters()):,} parameters, {callback.pruner.widths}")

@@ -1,0 +1,68 @@
+"""Imports go one way (docs/architecture.md); importing the package has no effect."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "efficientllm"
+
+# Room -> rooms of ours that it may import. A room may always import itself.
+ALLOWED = {
+    "errors": set(),
+    "sizes": set(),
+    "pruning": set(),
+    "models": {"errors", "pruning"},
+    "config": {"errors", "sizes"},
+    "training": {"errors", "config", "models", "pruning"},
+    "checkpoint": {"errors", "models", "training", ""},
+    "evaluation": {"training"},
+    "reporting": {"errors", "sizes"},
+    "jobs": {
+        "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
+    },
+    "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
+    "library": {"config", "models", "pruning", "training", "checkpoint"},
+    "trainer_callback": {"library"},
+    "cli": {"errors", "config", "jobs", "demo", ""},
+    "__main__": {"cli"},
+    "": {"library", "trainer_callback"},
+}  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return {name for name in names if name.split(".")[0] == "efficientllm"}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} is a new room: say in docs/architecture.md and here what it may import"
+    for module in imported(path):
+        parts = module.split(".")
+        other = parts[1] if len(parts) > 1 else ""
+        assert other == room or other in ALLOWED[room], f"{room} may not import {module}"
+
+
+def test_pruning_is_pure() -> None:
+    """torch and the standard library only."""
+    for path in (SOURCE / "pruning").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                assert (module or "").split(".")[0] not in {"transformers", "datasets", "numpy", "pydantic"}, path
