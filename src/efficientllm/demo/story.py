@@ -35,8 +35,8 @@ class DemoSize:
     intermediate: int = 384
     sequence_length: int = 256
     batch_tokens: int = 2048
-    source_tokens: int = 1_600_000
-    prune_tokens: int = 640_000
+    source_tokens: int = 1_300_000
+    prune_tokens: int = 500_000
     lr: float = 4e-3
     initializer_range: float = 0.06  # transformers' 0.02 suits wide models; one this narrow would sit on a plateau
     validation_tokens: int = 65_536

@@ -1,0 +1,182 @@
+"""What pruning costs: a pruned step, the whole pruning phase, and memory, each against plain training.
+
+    python benchmarks/overhead.py [--steps 60] [--json out.json]
+
+A 2.2 M parameter Llama, batches of 4,096 random tokens. Compared runs take their steps in turn within one process, so
+that a busy machine slows both; quoted are medians over blocks of 10 steps of the ratio of their times, because a
+calibration falls on some steps only. Memory is the peak resident size of a fresh process above its size before the
+model is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from efficientllm.config import Recipe
+from efficientllm.models.space import build, space_of
+from efficientllm.sizes import format_count
+from efficientllm.training.gradient import Precision
+from efficientllm.training.loop import StepRecord, train_steps
+from efficientllm.training.planning import pruning_plan
+from efficientllm.training.state import TrainState, start
+
+SEQUENCE, BATCH = 256, 4096
+BLOCK = 10
+
+
+class RandomBatches:
+    def batch(self, step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(0, 2048, (BATCH // SEQUENCE, SEQUENCE), generator=generator)
+
+
+def source() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=2048,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        intermediate_size=512,
+        max_position_embeddings=SEQUENCE,
+        tie_word_embeddings=True,
+    )
+
+
+def run(steps: int, prune: dict[str, object] | None) -> tuple[TrainState, Iterator[StepRecord]]:
+    """A run on the source shape, and its steps."""
+    train = {"tokens": steps * BATCH, "batch_tokens": BATCH, "micro_batch": BATCH // SEQUENCE, "lr": 1e-3}
+    recipe = Recipe.model_validate(
+        {
+            "source": "benchmark",
+            "data": {"train": "none", "sequence_length": SEQUENCE},
+            "train": train,
+            "prune": prune,
+            "run": {"dir": "none"},
+        }
+    )
+    torch.manual_seed(0)
+    model = build(source())
+    plan = pruning_plan(recipe, space_of(model.config))
+    state = start(model, recipe.train, plan)
+    rows = max(1, BATCH // SEQUENCE // 8)
+    precision = Precision.choose("fp32", torch.device("cpu"))
+    records = train_steps(
+        state, RandomBatches(), recipe.train, plan, steps=steps, calibration_rows=rows, precision=precision
+    )
+    return state, records
+
+
+def block_ratios(ours: list[float], plain: list[float]) -> list[float]:
+    """Ratio of summed seconds, block by block."""
+    return [
+        sum(ours[first : first + BLOCK]) / sum(plain[first : first + BLOCK])
+        for first in range(0, len(ours) - BLOCK + 1, BLOCK)
+    ]
+
+
+def summary(ratios: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "blocks": len(ratios)}
+
+
+def step_overhead(steps: int) -> dict[str, object]:
+    """Saliency every step and one event every step, shapes held fixed, against a plain step."""
+    events = {"target": "30%", "every": 1, "compact_at": 1.0}
+    runs = {
+        "plain": run(steps, None),
+        "raw": run(steps, events | {"selection": "raw"}),
+        "calibrated": run(steps, events),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    calibrations = 0
+    for _ in range(steps):
+        for name, (_, records) in runs.items():
+            record = next(records)
+            seconds[name].append(record.seconds)
+            calibrations += record.prune.calibrations if record.prune and name == "calibrated" else 0
+    assert all(not state.pruner or not state.pruner.finished for state, _ in runs.values()), "pruning ended early"
+    return {
+        "raw": summary(block_ratios(seconds["raw"], seconds["plain"])),
+        "calibrated": summary(block_ratios(seconds["calibrated"], seconds["plain"])),
+        "steps_per_calibration": steps / max(1, calibrations),
+        "plain_step_seconds": statistics.median(seconds["plain"]),
+    }
+
+
+def phase_cost(steps: int) -> dict[str, float]:
+    """The pruning phase to 40 %, compactions included, against as many tokens at the source's shape."""
+    plain_state, plain = run(steps, None)
+    state, pruned = run(steps, {"target": "40%", "end": "100%", "curve": "linear"})
+    ours = theirs = live = 0.0
+    passes = 0
+    for _ in range(steps):
+        theirs += next(plain).seconds
+        record = next(pruned)
+        ours += record.seconds
+        passes += record.prune.refreshes if record.prune else 0
+        live += state.live_parameters / plain_state.live_parameters / steps
+    return {"time_ratio": ours / theirs, "mean_live_share": live, "refresh_passes": passes}
+
+
+def peak_memory(kind: str, steps: int = 12) -> float:
+    """MiB above the process's size before the model, in this process; see memory()."""
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prune = None if kind == "plain" else {"target": "40%", "end": "100%", "curve": "linear"}
+    for _ in run(steps, prune)[1]:
+        pass
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory(repeats: int = 3) -> dict[str, float]:
+    """Median peak of fresh processes, plain and pruned in turn."""
+    peaks: dict[str, list[float]] = {"plain": [], "pruned": []}
+    for _ in range(repeats):
+        for kind, values in peaks.items():
+            command = [sys.executable, __file__, "--peak", kind]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+            values.append(float(out.stdout))
+    ratios = [pruned / plain for pruned, plain in zip(peaks["pruned"], peaks["plain"], strict=True)]
+    return {
+        "plain_mib": statistics.median(peaks["plain"]),
+        "pruned_mib": statistics.median(peaks["pruned"]),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", choices=["plain", "pruned"], help="measure one process (used by this script itself)")
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(peak_memory(arguments.peak))
+        return
+    results = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "parameters": int(space_of(source()).num_params()),
+        "step": step_overhead(arguments.steps),
+        "phase": phase_cost(2 * arguments.steps),
+        "memory": memory(),
+    }
+    print(json.dumps(results, indent=1))
+    print(f"source: {format_count(results['parameters'])} parameters", file=sys.stderr)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
