@@ -77,6 +77,6 @@ def test_calibration_averages_and_never_turns_negative() -> None:
     assert calibration.ratio("ffn") == 1.0
     calibration.update("ffn", measured=0.2, predicted=1.0)
     calibration.update("ffn", measured=0.4, predicted=1.0)
-    assert calibration.ratio("ffn") == pytest.approx(0.3)
+    assert calibration.ratio("ffn") == pytest.approx((0.5 * 0.2 + 0.4) / 1.5)
     calibration.update("stem", measured=-0.1, predicted=1.0)
     assert calibration.ratio("stem") == 1e-3

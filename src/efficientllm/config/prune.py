@@ -117,7 +117,7 @@ class PruneConfig(Section):
         default=0.01, gt=0, description="Most of the parameters that fall between two refreshes of the scores"
     )
     calibration_tokens: Count | None = Field(
-        default=None, description="Tokens to measure loss on; null: an eighth of the batch, at least one row"
+        default=None, description="Tokens to measure loss on; null: an eighth of the batch, at least 512"
     )
     align: Align = Field(default="auto", description="auto, one multiple, or one for hidden and intermediate each")
     floors: FloorsConfig = Field(default=FloorsConfig(), description="The least that is kept of each width")

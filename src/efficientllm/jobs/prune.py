@@ -212,9 +212,10 @@ def train(job: Job, state: TrainState, source: dict[str, Any], stop: StopRequest
 
 
 def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
-    """Rows of the batch that measure a bundle's true cost: an eighth of it unless the recipe says otherwise."""
+    """Rows of the batch that measure a bundle's true cost: an eighth of it, at least 512 tokens, or as asked."""
+    length = recipe.data.sequence_length
     tokens = recipe.prune.calibration_tokens if recipe.prune else None
-    rows = batch_rows // 8 if tokens is None else tokens // recipe.data.sequence_length
+    rows = max(batch_rows // 8, -(-512 // length)) if tokens is None else tokens // length
     return min(batch_rows, max(1, rows))
 
 

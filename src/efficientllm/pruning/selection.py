@@ -58,17 +58,18 @@ class Calibration:
     """Measured over predicted loss increase of each type, smoothed over the measurements.
 
     Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
-    does not.
+    does not. They share their weights, so the ratio needs no correction for their start at zero. At 0.8 about five
+    bundles of 1 % of the parameters speak: one, measured on a few hundred tokens, is often no more than noise.
     """
 
-    smoothing: float = 0.5
+    smoothing: float = 0.8
     measured: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
 
     def update(self, pruning_type: str, measured: float, predicted: float) -> None:
         """One measurement in nats: the loss increase of a zeroed bundle, and the sum of its saliency."""
         for record, value in ((self.measured, measured), (self.predicted, predicted)):
-            old = record.get(pruning_type, value)
+            old = record.get(pruning_type, 0.0)
             record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
 
     def ratio(self, pruning_type: str) -> float:
