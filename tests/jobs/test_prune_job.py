@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import World
+from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.reporting.journal import read_journal
@@ -216,14 +216,38 @@ def test_bad_input_gets_one_sentence(
 def test_a_tokenizer_of_another_model_is_refused(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from efficientllm.demo.corpus import train_tokenizer
+    tiny_model("llama-gqa").save_pretrained(tmp_path)  # 61 entries; the tokenizer has 256 bytes alone
+    recipe = world.write("vocabulary", source=str(tmp_path), tokenizer=str(world.folder / "tokenizer"))  # type: ignore[arg-type]
+    assert call("prune", recipe) == 2
+    assert "do not belong together" in capsys.readouterr().err
 
-    train_tokenizer([world.folder / "train.jsonl"], 340, tmp_path / "large")
-    recipe = world.write("vocabulary", tokenizer=str(tmp_path / "large"))  # type: ignore[arg-type]
-    code = call("prune", recipe)
-    message = capsys.readouterr().err
-    assert code in (0, 2)
-    assert code == 0 or "do not belong together" in message
+
+def test_text_that_changed_is_refused_on_resume(
+    world: World, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = world.folder / "runs" / "changed"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    (folder / "config.yaml").unlink()
+    train = world.folder / "train.jsonl"
+    text = train.read_text()
+    try:
+        train.write_text(text + json.dumps({"text": "one more document about heads"}) + "\n")
+        assert call("prune", world.write("changed")) == 2
+        assert "is not the text that run folder" in capsys.readouterr().err
+    finally:
+        train.write_text(text)
+
+
+def test_generation_settings_of_the_source_survive(world: World, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(world.folder / "source", source)
+    settings = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    recipe = world.write("generation", source=str(source), train={"tokens": 1024})  # type: ignore[arg-type]
+    assert call("prune", recipe, "prune.end=100%") == 0
+    saved = json.loads((world.folder / "runs" / "generation" / "model" / "generation_config.json").read_text())
+    assert {key: saved[key] for key in settings} == settings
 
 
 def test_another_recipe_on_the_same_folder_is_refused(

@@ -17,22 +17,23 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
+    generation: GenerationConfig | None = None,
     extras: Callable[[Path], object] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Writes config, safetensors, generation config and tokenizer; `extras` may add files before it appears.
 
     Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it, with no code of ours. Tied embeddings stay tied:
-    the LM head is not written. Raises UsageError when the disk refuses; what stood there before is then intact.
+    the LM head is not written. `generation` defaults to what follows from the config. Raises UsageError when the
+    disk refuses; what stood there before is then intact.
     """
     config = model.config
     try:
         with appearing(folder) as partial:
             model.config = copy.deepcopy(config)
             model.config.use_cache = True
-            generation = model.generation_config or GenerationConfig()
-            generation.use_cache = True
-            generation.eos_token_id = config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+            model.generation_config = generation or GenerationConfig.from_model_config(model.config)
+            model.generation_config.use_cache = True
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)

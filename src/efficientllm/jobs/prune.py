@@ -19,7 +19,7 @@ from efficientllm.evaluation.validation import chosen_rows, validation_loss
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.loading import load_config, load_generation_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of, widths_of
 from efficientllm.reporting.journal import read_journal
 from efficientllm.reporting.model_card import write_model_card
@@ -49,6 +49,7 @@ class Job:
     batch_rows: int
     validation: Sequence[Corpus]
     steps: int
+    corpora: dict[str, str]  # name -> content key; a run goes on only with the text that it began with
 
 
 def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
         if epochs > 1:
             say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
     precision = Precision.choose(recipe.train.precision, device)
-    return Job(recipe, folder, device, precision, config, tokenizer, plan, batches, rows, validation, steps)
+    corpora = {corpus.name: corpus.key for corpus in training}
+    return Job(recipe, folder, device, precision, config, tokenizer, plan, batches, rows, validation, steps, corpora)
 
 
 def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
@@ -119,6 +121,12 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     saved = checkpoints(job.folder.checkpoints)
     source = job.folder.read_json(job.folder.source)
     if saved and source is not None:
+        changed = [name for name, key in source.get("corpora", {}).items() if job.corpora.get(name) != key]
+        if changed:
+            raise UsageError(
+                f"{changed[0]} is not the text that run folder {job.folder.path} began with; restore it, or choose "
+                "another run.dir"
+            )
         snapshot = load(saved[-1])
         for journal in job.folder.journals:
             journal.rewind(snapshot.step)
@@ -142,6 +150,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         "parameters": state.allocated_parameters,
         "widths": asdict(widths_of(job.config)),
         "validation_loss": loss,
+        "corpora": job.corpora,
     }
     job.folder.write_json(job.folder.source, facts)
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
@@ -247,14 +256,20 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[s
     if job.plan and state.pruner and not state.pruner.finished:
         say(
             f"the run ended at {format_count(state.live_parameters)} parameters, above the target of "
-            f"{format_count(job.plan.landing.target)}: the schedule left events undone; train longer or lower prune.every"
+            f"{format_count(job.plan.landing.target)}: events are left undone; train longer or lower prune.every"
         )
     if job.plan and state.live_widths != state.space.widths:
         compact(
             state, job.plan.landing.align.round_up(state.live_widths, state.space.widths), job.recipe.train, job.plan
         )
     summary = summarize(job, state, source)
-    export_model(state.model, job.tokenizer, job.folder.model, extras=lambda path: write_model_card(path, summary))
+    export_model(
+        state.model,
+        job.tokenizer,
+        job.folder.model,
+        generation=load_generation_config(job.recipe.source),
+        extras=lambda path: write_model_card(path, summary),
+    )
     plot_run(job.folder.path, job.folder.path / "run.png")
     job.folder.write_json(job.folder.summary, summary)
     say(f"{job.folder.model}: {result_line(summary)}")

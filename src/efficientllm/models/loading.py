@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -86,3 +87,11 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         raise UsageError(
             f"cannot load a tokenizer from '{source}': {_first_line(error)}; name one with `tokenizer:` in the recipe"
         ) from error
+
+
+def load_generation_config(source: str) -> GenerationConfig | None:
+    """How the source's authors want it to generate (end-of-turn tokens, sampling); None where they did not say."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return None

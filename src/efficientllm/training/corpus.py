@@ -40,7 +40,8 @@ class Corpus:
     """Rows of tokens from one source.
 
     rows: column `input_ids`, fixed-size lists of uint16 or int32, one EOS after each document; weight relative to
-    the other sources; documents begun in it; tokens, those of a last, partial row included, which is not in `rows`.
+    the other sources; documents begun in it; tokens, those of a last, partial row included, which is not in `rows`;
+    key: digest of everything that the rows depend on.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Corpus:
     weight: float
     documents: int
     tokens: int
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,6 +148,7 @@ class _Loader:
                 source.weight,
                 part.documents,
                 part.tokens,
+                folder.name,
             )
             for name, part in parts.items()
         ]

@@ -179,12 +179,19 @@ def load_moments(
     """Puts copies of optimizer state {name: {key: tensor}} in place."""
     for name, weight in model.named_parameters():
         if moments.get(name):
-            optimizer.state[weight] = {key: _placed(value, weight) for key, value in moments[name].items()}
+            optimizer.state[weight] = {
+                key: _placed(value, weight, fused=bool(optimizer.defaults.get("fused")))
+                for key, value in moments[name].items()
+            }
 
 
-def _placed(value: Tensor, weight: Tensor) -> Tensor:
-    """A moment on the weight's device, in memory of its own (the snapshot may be somebody else's)."""
-    return value.detach().to(weight.device, copy=True)
+def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
+    """A moment beside its weight, in memory of its own (the snapshot may be somebody else's).
+
+    AdamW's step count lives on the weight's device where the optimizer is fused, else where it was.
+    """
+    device = weight.device if value.ndim or fused else value.device
+    return value.detach().to(device, copy=True)
 
 
 def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
