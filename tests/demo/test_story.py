@@ -1,0 +1,38 @@
+"""The demo from end to end at toy size, and again: finished stages are not repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from efficientllm.demo.story import DemoSize, run_demo
+
+TOY = DemoSize(
+    vocabulary=512,
+    hidden=32,
+    layers=2,
+    heads=2,
+    intermediate=128,
+    sequence_length=64,
+    batch_tokens=512,
+    source_tokens=16_000,
+    prune_tokens=16_000,
+    validation_tokens=4_096,
+)
+
+
+def test_demo_tells_its_story_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    first = run_demo(tmp_path, said.append, TOY)
+    table = capsys.readouterr().out
+    assert list(first) == ["source", "compact", "from scratch"]
+    assert all(name in table for name in first)
+    assert first["compact"]["result"]["parameters"] <= 0.4 * first["source"]["result"]["parameters"]
+    assert first["from scratch"]["result"]["widths"] == first["compact"]["result"]["widths"]
+    assert first["from scratch"]["tokens"] == first["compact"]["tokens"]
+    for name in ("pruning.png", "learning.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    said.clear()
+    assert run_demo(tmp_path, said.append, TOY) == first
+    assert sum("is finished" in line for line in said) == 3
