@@ -108,3 +108,32 @@ def test_bad_requests_get_one_sentence() -> None:
     pruner.observe()
     with pytest.raises(ValueError, match="pass labels to it, or loss_fn"):
         pruner.step()
+
+
+def test_saliency_must_have_been_seen() -> None:
+    """Neither a forgotten observe() nor one after zero_grad() may prune by index order."""
+    model = tiny_model("llama-gqa").train()
+    pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=1, **OPTIONS)
+    with pytest.raises(ValueError, match="after backward"):
+        pruner.observe()
+    with pytest.raises(ValueError, match="call observe"):
+        pruner.step()
+
+
+def test_saving_never_deletes_what_is_not_a_model(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa").train()
+    model.generation_config.eos_token_id = [3, 4]
+    pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=5, **OPTIONS)
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UsageError, match=r"holds checkpoint-5, which an export would delete"):
+        pruner.save_pretrained(tmp_path)
+    pruner.save_pretrained(tmp_path / "model")
+    pruner.save_pretrained(tmp_path / "model")  # its own folder may be replaced
+    assert model.generation_config.eos_token_id == [3, 4]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id == [3, 4]
+
+
+def test_half_precision_weights_are_refused() -> None:
+    model = tiny_model("llama-gqa").to(torch.bfloat16)
+    with pytest.raises(ValueError, match="needs fp32 weights"):
+        Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=5)

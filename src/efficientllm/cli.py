@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,26 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns what the user can mend, or has asked for, into a sentence and an exit code."""
+    from efficientllm.jobs.interruption import Interrupted
+
+    try:
+        yield
+    except UsageError as error:
+        say(f"error: {error}")
+        raise SystemExit(USAGE_ERROR) from None
+    except Interrupted as stop:
+        say(str(stop))
+        raise SystemExit(128 + stop.signum) from None
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
+
+
 @app.command()
+@one_sentence()
 def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
     from efficientllm.config import load_recipe
@@ -45,6 +65,7 @@ def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@one_sentence()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train without pruning: continued pretraining, or from scratch with `init: random`; `prune` must be absent."""
     from efficientllm.config import load_recipe
@@ -57,6 +78,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@one_sentence()
 def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Where the demo keeps its runs.")] = Path("runs/demo"),
 ) -> None:
@@ -73,20 +95,8 @@ def version() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: exit code 0 done, 2 something the user can mend, 130 or 143 stopped by a signal and saved."""
-    from efficientllm.jobs.interruption import Interrupted
-
-    try:
-        app(args=argv, standalone_mode=True)
-    except UsageError as error:
-        say(f"error: {error}")
-        raise SystemExit(USAGE_ERROR) from None
-    except Interrupted as stop:
-        say(str(stop))
-        raise SystemExit(128 + stop.signum) from None
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from the last checkpoint")
-        raise SystemExit(130) from None
+    """Entry point: exit code 0 done, 2 something the user can mend, 130 or 143 stopped by a signal."""
+    app(args=argv, standalone_mode=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ optimizer.step(); pruner.step()          # zero the next groups when the schedul
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ class Pruner:
         options = _options({"target": target, "types": list(types)} | prune)
         space = space_of(model.config)
         check_space(space, model)
+        if any(weight.dtype != torch.float32 for weight in model.parameters()):
+            raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         self.model, self.optimizer = model, optimizer
         self.calls = 0
         self._landing, self._schedule = _plan(space, options, start, steps)
@@ -144,7 +147,7 @@ class Pruner:
         """
         self.calls += 1
         report = self.engine.step(self.calls, self)
-        if report.refreshes:
+        if report.events:
             self.optimizer.zero_grad(set_to_none=True)
         return report
 
@@ -162,19 +165,25 @@ class Pruner:
         self.optimizer.zero_grad(set_to_none=True)
         self._current_loss().backward()
 
+    def _aligned_widths(self) -> Widths:
+        if self.finished:
+            return self.widths
+        return self._landing.align.round_up(self.widths, self.engine.space.widths)
+
     def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
 
         Live widths are rounded up to the alignment until pruning is finished. Learning-rate schedulers must be made
         anew for the new optimizer. Raises ValueError for an optimizer whose state cannot be cut.
         """
-        widths = self._landing.align.round_up(self.widths, self.engine.space.widths)
+        widths = self._aligned_widths()
         snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths)
         device = next(self.model.parameters()).device
         names = {weight: name for name, weight in self.model.named_parameters()}
         training = self.model.training
         model = model_of(snapshot, device)
         model.train(training)
+        model.generation_config = self.model.generation_config
         fresh = dict(model.named_parameters())
         groups = [
             {**group, "params": [fresh[names[weight]] for weight in group["params"]]}
@@ -193,13 +202,13 @@ class Pruner:
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Writes the model, cut to its live widths, as a folder that plain transformers loads."""
-        widths = self._landing.align.round_up(self.widths, self.engine.space.widths)
+        widths = self._aligned_widths()
         model = self.model
         if widths != self.engine.space.widths:
             snapshot = snapshot_of(self.model, self.optimizer, self.engine)
             snapshot.moments = {}
             model = model_of(cut(snapshot, widths), next(self.model.parameters()).device)
-        export_model(model, tokenizer, Path(folder))
+        export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
 
 
 def _options(values: dict[str, Any]) -> PruneConfig:

@@ -29,8 +29,12 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.world_size > 1:
-            raise ValueError("PruningCallback runs in one process; use `efficientllm prune` on several devices")
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                "PruningCallback runs in one process on one device; hide the others (CUDA_VISIBLE_DEVICES)"
+            )
+        if state.global_step > 0:
+            raise ValueError("PruningCallback cannot resume a Trainer checkpoint; use `efficientllm prune`, which can")
         steps = max(1, round(self._span * state.max_steps))
         self.pruner = Pruner(kwargs["model"], kwargs["optimizer"], target=self._target, steps=steps, **self._prune)
 

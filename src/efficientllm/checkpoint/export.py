@@ -6,10 +6,13 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
+
+OURS = frozenset({".json", ".safetensors", ".md", ".model", ".txt", ".jinja"})  # what a model folder is made of
 
 
 def export_model(
@@ -27,7 +30,9 @@ def export_model(
     the LM head is not written. `generation` defaults to what follows from the config. Raises UsageError when the
     disk refuses; what stood there before is then intact.
     """
-    config = model.config
+    config, generation_before = model.config, model.generation_config
+    folder = folder.resolve()
+    _refuse_foreign(folder)
     try:
         with appearing(folder) as partial:
             model.config = copy.deepcopy(config)
@@ -39,9 +44,18 @@ def export_model(
                 tokenizer.save_pretrained(partial)
             if extras is not None:
                 extras(partial)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the model to {folder} ({error.strerror or error}); free disk space or choose another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write the model to {folder} ({error}); free disk space or choose another") from error
     finally:
-        model.config = config
+        model.config, model.generation_config = config, generation_before
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UsageError where replacing the folder would delete what no export has written."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"cannot write the model to {folder}: it is a file; choose another folder")
+    foreign = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix not in OURS)
+    if foreign:
+        raise UsageError(f"{folder} holds {foreign[0]}, which an export would delete; choose a new or empty folder")

@@ -24,8 +24,8 @@ def flush(path: Path) -> None:
 def appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its name once the body has ended without an error.
 
-    What stood under the name is replaced. After an error, or a kill, the name is as it was before; the leftovers
-    of a kill are cleared by the next call for the same name.
+    What stood under the name is replaced whole. After an error it is as it was before; a kill leaves the old
+    folder, the new one or, between two renames, none; leftovers of a kill are cleared by the next call.
     """
     partial = folder.with_name(PARTIAL + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -46,6 +46,11 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

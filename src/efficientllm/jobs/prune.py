@@ -34,6 +34,14 @@ from efficientllm.training.sampling import BatchStream
 from efficientllm.training.state import PruningPlan, TrainState, capture, compact, restore, start
 
 
+@dataclass
+class Unlogged:
+    """Tokens and seconds since the last line of metrics."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that is fixed before the first step."""
@@ -49,7 +57,8 @@ class Job:
     batch_rows: int
     validation: Sequence[Corpus]
     steps: int
-    corpora: dict[str, str]  # name -> content key; a run goes on only with the text that it began with
+    corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
+    unlogged: Unlogged
 
 
 def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
@@ -69,7 +78,10 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
         state, source = begin(job, say)
         with stop_signals() as stop:
             train(job, state, source, stop)
-        return finish(job, state, source, say)
+            summary = finish(job, state, source, say)
+        if stop.signum is not None:
+            raise Interrupted(f"stopped after {folder.path} had finished", stop.signum)
+        return summary
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -112,8 +124,22 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
         if epochs > 1:
             say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
     precision = Precision.choose(recipe.train.precision, device)
-    corpora = {corpus.name: corpus.key for corpus in training}
-    return Job(recipe, folder, device, precision, config, tokenizer, plan, batches, rows, validation, steps, corpora)
+    corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
+    return Job(
+        recipe,
+        folder,
+        device,
+        precision,
+        config,
+        tokenizer,
+        plan,
+        batches,
+        rows,
+        validation,
+        steps,
+        corpora,
+        Unlogged(),
+    )
 
 
 def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
@@ -121,17 +147,23 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     saved = checkpoints(job.folder.checkpoints)
     source = job.folder.read_json(job.folder.source)
     if saved and source is not None:
-        changed = [name for name, key in source.get("corpora", {}).items() if job.corpora.get(name) != key]
+        changed = [each for each in source["corpora"] if each not in job.corpora]
         if changed:
+            name = changed[0].rsplit(maxsplit=1)[0]
             raise UsageError(
-                f"{changed[0]} is not the text that run folder {job.folder.path} began with; restore it, or choose "
-                "another run.dir"
+                f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
+                "run.dir"
             )
         snapshot = load(saved[-1])
         for journal in job.folder.journals:
             journal.rewind(snapshot.step)
         say(f"going on from {saved[-1]}, {format_count(snapshot.tokens)} tokens done")
         return restore(snapshot, job.recipe.train, job.plan, job.device), source
+    if saved:
+        raise UsageError(
+            f"{job.folder.source} is missing, though there are checkpoints beside it; restore it, or choose another "
+            "run.dir"
+        )
     for journal in job.folder.journals:
         journal.rewind(0)
     seed = job.recipe.train.seed if job.recipe.init == "random" else None
@@ -229,8 +261,12 @@ def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
 
 
 def write_records(job: Job, state: TrainState, record: StepRecord, before: int, loss: float | None) -> None:
-    if state.step % job.recipe.run.log_every == 0 or loss is not None or record.prune or record.compaction:
-        job.folder.metrics.append(metrics_record(state, record, state.tokens - before, loss))
+    job.unlogged.seconds += record.seconds
+    job.unlogged.tokens += state.tokens - before
+    pruned = record.prune is not None and record.prune.events
+    if state.step % job.recipe.run.log_every == 0 or loss is not None or pruned or record.compaction:
+        job.folder.metrics.append(metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss))
+        job.unlogged.tokens, job.unlogged.seconds = 0, 0.0
     for event in event_records(state, record):
         job.folder.events.append(event)
     if record.compaction:

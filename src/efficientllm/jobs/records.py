@@ -11,9 +11,9 @@ from efficientllm.training.state import TrainState
 
 
 def metrics_record(
-    state: TrainState, record: StepRecord, tokens_in_step: int, validation: float | None
+    state: TrainState, record: StepRecord, tokens: int, seconds: float, validation: float | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Losses in nats per token; seconds and tokens/s cover the whole step."""
+    """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before."""
     line: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
@@ -22,8 +22,8 @@ def metrics_record(
         "grad_norm": record.grad_norm,
         "live_parameters": state.live_parameters,
         "allocated_parameters": state.allocated_parameters,
-        "tokens_per_second": tokens_in_step / record.seconds,
-        "seconds": record.seconds,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
         "refresh_tokens": state.refresh_tokens,
         "widths": asdict(state.live_widths),
     }

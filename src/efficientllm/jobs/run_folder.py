@@ -66,7 +66,7 @@ class RunFolder:
         Raises UsageError naming the first key that differs.
         """
         text = dump_recipe(recipe)
-        if self.config.is_file():
+        if self.config.is_file() and (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
             try:
                 there = yaml.safe_load(self.config.read_text())
                 difference = first_difference(_essential(there), _essential(yaml.safe_load(text)))
@@ -87,7 +87,9 @@ class RunFolder:
         try:
             content: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is damaged; delete it and run the same command again") from error
+            raise UsageError(
+                f"{path} is damaged; restore it, or choose another run.dir (a summary.json may simply be deleted)"
+            ) from error
         return content
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:

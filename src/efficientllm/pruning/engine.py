@@ -124,11 +124,13 @@ class PruningEngine:
                 gradient.index_fill_(part.dim, part.indices, 0.0)
         if self.finished:
             return
-        weights = (
+        weights = [
             (spec, weight.detach(), weight.grad, self.moments(spec.name).get("exp_avg_sq"))
             for spec in self.space.params
             if (weight := self.params[spec.name]).grad is not None
-        )
+        ]
+        if not weights:
+            raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
         self.average.update(unit_scores(self.space, self.criterion, weights, self._device))
 
     @torch.no_grad()
@@ -139,6 +141,8 @@ class PruningEngine:
         for more, the probe takes the gradient anew, without a weight update, before the next bundle.
         """
         report = PruneReport()
+        if self._due(position) and not self.average.sums:
+            raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         while self._due(position):
             if report.events:
                 with torch.enable_grad():
@@ -146,7 +150,8 @@ class PruningEngine:
                 self.observe()
                 report.refreshes += 1
             ranking = Ranking(self.average.values(), self.live)
-            if self.options.calibrated and self._uncalibrated >= self.options.bound * self.parameters:
+            stale = self._uncalibrated >= self.options.bound * self.parameters or bool(report.events)
+            if self.options.calibrated and stale:
                 self._calibrate(ranking, probe)
                 report.calibrations += 1
             self._prune_bundle(ranking, position, report)

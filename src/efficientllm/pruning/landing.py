@@ -91,7 +91,7 @@ class Landing:
             self.target = int(space.num_params(target))
             pin = target
             floors = Floors(pin.hidden, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
-            self.align = align = Alignment()
+            align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
         else:
             self.target, pin = target, source
         grids = (

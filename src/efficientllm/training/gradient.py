@@ -34,8 +34,9 @@ def summed_loss(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
     """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length)."""
     with precision.context():
         logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
-    predictions = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return functional.cross_entropy(predictions, rows[:, 1:].reshape(-1), reduction="sum")
+    # Shifting the labels rather than the logits saves a copy of the largest tensor of the step.
+    labels = functional.pad(rows[:, 1:], (0, 1), value=-100)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 def predicted_tokens(rows: Tensor) -> int:

@@ -107,6 +107,8 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
     model.train()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.compile:
+        torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
     forward = torch.compile(model, dynamic=False) if train.compile else model
     return TrainState(model, optimizer, space, pruner, forward)
 
@@ -199,7 +201,7 @@ def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
     pruner = state.pruner
     if pruner is None or pruner.live.all_live():
         return None
-    widths = plan.landing.align.round_up(pruner.widths, state.space.widths)
+    widths = pruner.widths if pruner.finished else plan.landing.align.round_up(pruner.widths, state.space.widths)
     if widths == state.space.widths:
         return None
     freed = 1.0 - state.space.num_params(widths) / state.allocated_parameters
