@@ -22,12 +22,11 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
 from efficientllm.models.space import check_space, space_of
-from efficientllm.pruning.engine import PruneReport, PrunerOptions, PruningEngine
+from efficientllm.pruning.engine import PruneReport, PruningEngine
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.training.optim import shaped_moments
-from efficientllm.training.planning import alignment_of, floors_of, target_of
+from efficientllm.training.planning import options_and_landing
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
 LossFunction = Callable[[], Tensor]
@@ -101,10 +100,10 @@ class Pruner:
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         self.model, self.optimizer = model, optimizer
         self.calls = 0
-        self._landing, self._schedule = _plan(space, options, start, steps)
-        self._options = PrunerOptions(
-            tuple(options.types), options.saliency, options.ema, options.selection == "calibrated", options.bound
-        )
+        if steps < 1:
+            raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
+        self._options, self._landing = options_and_landing(options, space)
+        self._schedule = SpanSchedule(start, start + steps, space.num_params(), self._landing.target, options.curve)
         self._given_loss = loss_fn
         self._bind(space)
 
@@ -216,16 +215,3 @@ def _options(values: dict[str, Any]) -> PruneConfig:
         return PruneConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
-
-
-def _plan(space: Space, options: PruneConfig, start: int, steps: int) -> tuple[Landing, SpanSchedule]:
-    if steps < 1:
-        raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-    landing = Landing(
-        space,
-        target_of(options, space),
-        types=tuple(options.types),
-        align=alignment_of(options, space.widths),
-        floors=floors_of(options, space),
-    )
-    return landing, SpanSchedule(start, start + steps, space.num_params(), landing.target, options.curve)

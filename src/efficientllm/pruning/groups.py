@@ -142,9 +142,6 @@ class Space:
         """Parameters that `events` events of one type remove from a model of these widths."""
         return int(self.num_params(widths) - self.num_params(widths.after(pruning_type, events)))
 
-    def narrowed(self, widths: Widths) -> Space:
-        return replace(self, widths=widths)
-
 
 @dataclass(frozen=True)
 class Event:

@@ -20,6 +20,15 @@ def pruning_plan(recipe: Recipe, space: Space) -> PruningPlan | None:
     prune = recipe.prune
     if prune is None:
         return None
+    try:
+        options, landing = options_and_landing(prune, space)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return PruningPlan(landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
+
+
+def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions, Landing]:
+    """How the engine decides, and where it may end. Raises ValueError for what cannot be had."""
     options = PrunerOptions(
         types=tuple(prune.types),
         saliency=prune.saliency,
@@ -27,18 +36,15 @@ def pruning_plan(recipe: Recipe, space: Space) -> PruningPlan | None:
         calibrated=prune.selection == "calibrated",
         bound=prune.bound,
     )
-    try:
-        criterion(prune.saliency)
-        landing = Landing(
-            space,
-            target_of(prune, space),
-            types=options.types,
-            align=alignment_of(prune, space.widths),
-            floors=floors_of(prune, space),
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return PruningPlan(landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
+    criterion(prune.saliency)
+    landing = Landing(
+        space,
+        target_of(prune, space),
+        types=options.types,
+        align=alignment_of(prune, space.widths),
+        floors=floors_of(prune, space),
+    )
+    return options, landing
 
 
 def target_of(prune: PruneConfig, space: Space) -> int | Widths:
