@@ -1,6 +1,6 @@
 """What pruning costs: a pruned step, the whole pruning phase, and memory, each against plain training.
 
-    python benchmarks/overhead.py [--steps 60] [--json out.json]
+    python benchmarks/overhead.py [--steps 60] [--only step phase memory] [--json out.json]
 
 A 2.2 M parameter Llama, batches of 4,096 random tokens. Compared runs take their steps in turn within one process, so
 that a busy machine slows both; quoted are medians over blocks of 10 steps of the ratio of their times, because a
@@ -14,11 +14,10 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +25,14 @@ from transformers import LlamaConfig
 
 from efficientllm.config import Recipe
 from efficientllm.models.space import build, space_of
-from efficientllm.sizes import format_count
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import StepRecord, train_steps
-from efficientllm.training.planning import pruning_plan
+from efficientllm.training.planning import calibration_rows, pruning_plan
 from efficientllm.training.state import TrainState, start
 
 SEQUENCE, BATCH = 256, 4096
 BLOCK = 10
+PARTS = ["step", "phase", "memory"]
 
 
 class RandomBatches:
@@ -69,9 +68,9 @@ def run(steps: int, prune: dict[str, object] | None) -> tuple[TrainState, Iterat
     )
     torch.manual_seed(0)
     model = build(source())
-    plan = pruning_plan(recipe, space_of(model.config))
+    plan = pruning_plan(recipe, model.config)
     state = start(model, recipe.train, plan)
-    rows = max(1, BATCH // SEQUENCE // 8)
+    rows = calibration_rows(recipe, BATCH // SEQUENCE)
     precision = Precision.choose("fp32", torch.device("cpu"))
     records = train_steps(
         state, RandomBatches(), recipe.train, plan, steps=steps, calibration_rows=rows, precision=precision
@@ -131,13 +130,20 @@ def phase_cost(steps: int) -> dict[str, float]:
 
 
 def peak_memory(kind: str, steps: int = 12) -> float:
-    """MiB above the process's size before the model, in this process; see memory()."""
+    """MiB above the process's size before the model, in this process; see memory(). Linux."""
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, which a child takes from its parent
+    before = peak_resident()
     prune = None if kind == "plain" else {"target": "40%", "end": "100%", "curve": "linear"}
     for _ in run(steps, prune)[1]:
         pass
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (peak_resident() - before) / 1024
+
+
+def peak_resident() -> int:
+    """High-water mark of this process's resident memory, KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def memory(repeats: int = 3) -> dict[str, float]:
@@ -159,21 +165,26 @@ def memory(repeats: int = 3) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=["plain", "pruned"], help="measure one process (used by this script itself)")
     arguments = parser.parse_args()
     if arguments.peak:
         print(peak_memory(arguments.peak))
         return
-    results = {
+    parts: dict[str, Callable[[], object]] = {
+        "step": lambda: step_overhead(arguments.steps),
+        "phase": lambda: phase_cost(2 * arguments.steps),
+        "memory": memory,
+    }
+    results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "parameters": int(space_of(source()).num_params()),
-        "step": step_overhead(arguments.steps),
-        "phase": phase_cost(2 * arguments.steps),
-        "memory": memory(),
     }
+    for name in arguments.only:
+        results[name] = parts[name]()
+        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
-    print(f"source: {format_count(results['parameters'])} parameters", file=sys.stderr)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.config import Recipe
-from efficientllm.demo.story import DemoSize, prepare_corpus, write_architecture
+from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, write_architecture
 from efficientllm.jobs.prune import run
 from efficientllm.sizes import parse_count
 
-SIZE = DemoSize(hidden=192, heads=6, intermediate=512)
+SIZE = DemoSize(hidden=192, heads=6, intermediate=512, validation_tokens=None)
 
 
 def say(message: str) -> None:
@@ -30,27 +30,9 @@ def say(message: str) -> None:
 
 
 def stage(folder: Path, name: str, source: Path, tokens: int, lr: float, seed: int, **more: Any) -> dict[str, Any]:
-    corpus = folder / "corpus"
-    recipe: dict[str, Any] = {
-        "source": str(source),
-        "data": {
-            "train": str(corpus / "train.jsonl"),
-            "validation": str(corpus / "validation.jsonl"),
-            "sequence_length": SIZE.sequence_length,
-            "cache_dir": str(folder / "cache"),
-            "workers": 2,
-        },
-        "train": {
-            "tokens": tokens,
-            "batch_tokens": 2048,
-            "micro_batch": 8,
-            "lr": lr,
-            "warmup": "5%",
-            "decay": "30%",
-            "seed": seed,
-        },
-        "run": {"dir": str(folder / name), "validate_every": "25%", "checkpoint_every": "25%"},
-    }
+    recipe = stage_recipe(folder, name, source, tokens, SIZE)
+    recipe["train"] |= {"lr": lr, "seed": seed}
+    recipe["run"] |= {"validate_every": "25%", "checkpoint_every": "25%"}
     return run(Recipe.model_validate(recipe | more), say)
 
 

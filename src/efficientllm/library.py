@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.engine import PruneReport, PruningEngine
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
-from efficientllm.training.optim import shaped_moments
+from efficientllm.training.optim import second_moment, shaped_moments
 from efficientllm.training.planning import options_and_landing
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
@@ -35,12 +37,14 @@ LossFunction = Callable[[], Tensor]
 class Replay:
     """Runs the model's last forward call again: what the pruner measures and refreshes on.
 
-    Keeps references to that call's inputs until the next one. Used where the caller gives no loss function.
+    Keeps references to that call's inputs, and its autocast, until the next one. Used where the caller gives no loss
+    function.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._replaying = False
         self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
@@ -48,6 +52,10 @@ class Replay:
         if not self._replaying and module.training:
             # A count of labels in a larger batch would rescale the loss of this call alone.
             self._call = args, {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+            device = self._model.device.type
+            self._autocast = nullcontext
+            if torch.is_autocast_enabled(device):
+                self._autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
 
     def __call__(self) -> Tensor:
         if self._call is None:
@@ -55,7 +63,8 @@ class Replay:
         args, kwargs = self._call
         self._replaying = True
         try:
-            loss = getattr(self._model(*args, **kwargs), "loss", None)
+            with self._autocast():
+                loss = getattr(self._model(*args, **kwargs), "loss", None)
         finally:
             self._replaying = False
         if loss is None:
@@ -75,7 +84,8 @@ class Pruner:
     model: a supported decoder (Llama, Mistral, Qwen2, Qwen3). optimizer: built on its parameters (Adam, AdamW, SGD).
     target: parameters ("469M"), a share ("40%", 0.4) or widths ({"hidden": 512}). steps: calls of step() until the
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
-    default: the last forward call is run again. Further keywords are the recipe's prune keys: curve, saliency, ema,
+    default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
+    observe(). Further keywords are the recipe's prune keys: curve, saliency, ema,
     types, selection, bound, align, floors.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
@@ -99,6 +109,7 @@ class Pruner:
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         self.model, self.optimizer = model, optimizer
+        self._source = copy.deepcopy(model.config)
         self.calls = 0
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
@@ -115,6 +126,7 @@ class Pruner:
             space,
             params,
             lambda name: shaped_moments(self.optimizer, params[name]),
+            second_moment=lambda name: second_moment(self.optimizer, params[name]),
             landing=self._landing,
             schedule=self._schedule,
             options=self._options,
@@ -173,10 +185,16 @@ class Pruner:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
 
         Live widths are rounded up to the alignment until pruning is finished. Learning-rate schedulers must be made
-        anew for the new optimizer. Raises ValueError for an optimizer whose state cannot be cut.
+        anew for the new optimizer. Raises ValueError for an optimizer that is wrapped (by accelerate, say) or whose
+        state cannot be cut.
         """
+        if hasattr(self.optimizer, "optimizer"):
+            raise ValueError(
+                f"compact() cannot replace a wrapped optimizer ({type(self.optimizer).__name__}); give Pruner the "
+                "plain one, or leave the tensors at their size and call save_pretrained() at the end"
+            )
         widths = self._aligned_widths()
-        snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths)
+        snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths, self._source)
         device = next(self.model.parameters()).device
         names = {weight: name for name, weight in self.model.named_parameters()}
         training = self.model.training
@@ -206,7 +224,7 @@ class Pruner:
         if widths != self.engine.space.widths:
             snapshot = snapshot_of(self.model, self.optimizer, self.engine)
             snapshot.moments = {}
-            model = model_of(cut(snapshot, widths), next(self.model.parameters()).device)
+            model = model_of(cut(snapshot, widths, self._source), next(self.model.parameters()).device)
         export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
 
 

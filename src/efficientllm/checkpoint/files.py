@@ -25,9 +25,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its name once the body has ended without an error.
 
     What stood under the name is replaced whole. After an error it is as it was before; a kill leaves the old
-    folder, the new one or, between two renames, none; leftovers of a kill are cleared by the next call.
+    folder or the new one; between the two renames the old one waits beside under another name, from which the next
+    call takes it back. Leftovers of a kill are cleared by the next call.
     """
-    partial = folder.with_name(PARTIAL + folder.name)
+    partial, old = folder.with_name(PARTIAL + folder.name), _set_aside(folder)
+    if old.exists() and not folder.exists():  # killed between the two renames of _replace
+        old.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -41,8 +44,13 @@ def appearing(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _set_aside(folder: Path) -> Path:
+    """Where a folder waits while its successor takes its name."""
+    return folder.with_name(PARTIAL + "old-" + folder.name)
+
+
 def _replace(partial: Path, folder: Path) -> None:
-    old = folder.with_name(PARTIAL + "old-" + folder.name)
+    old = _set_aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -39,7 +39,7 @@ class DemoSize:
     prune_tokens: int = 400_000
     lr: float = 4e-3
     initializer_range: float = 0.06  # transformers' 0.02 suits wide models; one this narrow would sit on a plateau
-    validation_tokens: int = 65_536
+    validation_tokens: int | None = 65_536
 
 
 def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, dict[str, Any]]:
@@ -47,30 +47,9 @@ def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, 
     size = size or DemoSize()
     corpus = prepare_corpus(folder, size, say)
     start = write_architecture(folder, corpus, size)
-    common: dict[str, Any] = {
-        "data": {
-            "train": str(corpus / "train.jsonl"),
-            "validation": str(corpus / "validation.jsonl"),
-            "sequence_length": size.sequence_length,
-            "cache_dir": str(folder / "cache"),
-            "workers": 2,
-        },
-    }
-    train = {
-        "batch_tokens": size.batch_tokens,
-        "micro_batch": size.batch_tokens // size.sequence_length,
-        "lr": size.lr,
-        "warmup": "5%",
-        "decay": "30%",
-    }
 
     def stage(name: str, source: Path, tokens: int, **more: Any) -> dict[str, Any]:
-        recipe = common | {
-            "source": str(source),
-            "train": train | {"tokens": tokens},
-            "run": {"dir": str(folder / name), "validation_tokens": size.validation_tokens},
-        }
-        return run(Recipe.model_validate(recipe | more), say)
+        return run(Recipe.model_validate(stage_recipe(folder, name, source, tokens, size) | more), say)
 
     say("1 of 3: a source model, trained from nothing")
     source = stage("source", start, size.source_tokens, init="random")
@@ -84,6 +63,30 @@ def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, 
     print_table(summaries)
     say(f"pictures: {picture} (saliency and pruning ratio over tokens), {curves} (learning curves)")
     return summaries
+
+
+def stage_recipe(folder: Path, name: str, source: Path, tokens: int, size: DemoSize) -> dict[str, Any]:
+    """The recipe of one run under `folder`, on the corpus there, without its prune section."""
+    corpus = folder / "corpus"
+    return {
+        "source": str(source),
+        "data": {
+            "train": str(corpus / "train.jsonl"),
+            "validation": str(corpus / "validation.jsonl"),
+            "sequence_length": size.sequence_length,
+            "cache_dir": str(folder / "cache"),
+            "workers": 2,
+        },
+        "train": {
+            "tokens": tokens,
+            "batch_tokens": size.batch_tokens,
+            "micro_batch": size.batch_tokens // size.sequence_length,
+            "lr": size.lr,
+            "warmup": "5%",
+            "decay": "30%",
+        },
+        "run": {"dir": str(folder / name), "validation_tokens": size.validation_tokens},
+    }
 
 
 def prepare_corpus(folder: Path, size: DemoSize, say: Say) -> Path:

@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import transformers
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from efficientllm import __version__
-from efficientllm.checkpoint.export import export_model
 from efficientllm.checkpoint.store import checkpoints, load, retain, save
-from efficientllm.config import Recipe, dump_recipe
+from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
-from efficientllm.evaluation.validation import chosen_rows, validation_loss
+from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
+from efficientllm.jobs.job import Job, prepare
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.models.loading import load_config, load_generation_config, load_model, load_tokenizer
-from efficientllm.models.space import space_of, widths_of
-from efficientllm.reporting.journal import read_journal
-from efficientllm.reporting.model_card import write_model_card
-from efficientllm.reporting.plots import plot_run
+from efficientllm.jobs.validate import validate
+from efficientllm.models.loading import load_model
+from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
-from efficientllm.training.corpus import Corpus, load_corpora
-from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import StepRecord, train_steps
-from efficientllm.training.planning import pruning_plan
-from efficientllm.training.sampling import BatchStream
-from efficientllm.training.state import PruningPlan, TrainState, capture, compact, restore, start
-
-
-@dataclass
-class Unlogged:
-    """Tokens and seconds since the last line of metrics."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is fixed before the first step."""
-
-    recipe: Recipe
-    folder: RunFolder
-    device: torch.device
-    precision: Precision
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    plan: PruningPlan | None
-    batches: BatchStream
-    batch_rows: int
-    validation: Sequence[Corpus]
-    steps: int
-    corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
-    unlogged: Unlogged
+from efficientllm.training.planning import calibration_rows
+from efficientllm.training.state import TrainState, capture, restore, start
 
 
 def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
@@ -75,71 +41,28 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{folder.path} is finished: {result_line(done)}")
             return done
         job = prepare(recipe, folder, say)
-        state, source = begin(job, say)
-        with stop_signals() as stop:
-            train(job, state, source, stop)
-            summary = finish(job, state, source, say)
+        with memory_in_a_sentence():
+            state, source = begin(job, say)
+            with stop_signals() as stop:
+                train(job, state, stop)
+                summary = finish(job, state, source, say)
         if stop.signum is not None:
             raise Interrupted(f"stopped after {folder.path} had finished", stop.signum)
         return summary
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes the GPU where there is one. Raises UsageError for a device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextmanager
+def memory_in_a_sentence() -> Iterator[None]:
+    """Turns running out of memory into a UsageError."""
     try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"train.device '{wanted}' is not available here; set it to auto or cpu") from error
-    return device
-
-
-def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Job:
-    """Checks everything that can be checked, tokenises, and lays out the batches."""
-    device = choose_device(recipe.train.device)
-    config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
-    plan = pruning_plan(recipe, space_of(config))
-    if plan is not None and plan.landing.gap > 0.01:
-        say(
-            f"alignment leaves no shape within 1 % of the target; the run will end {plan.landing.gap:.1%} under it "
-            "(a smaller prune.align comes closer)"
-        )
-    tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
-    length = recipe.data.sequence_length
-    if length > config.max_position_embeddings:
+        yield
+    except RuntimeError as error:  # torch's CPU allocator raises no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise UsageError(
-            f"data.sequence_length {length} is more than the {config.max_position_embeddings} positions that the "
-            f"source was built for; set it to {config.max_position_embeddings} or less"
-        )
-    training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
-    rows = recipe.train.batch_rows(length)
-    try:
-        batches = BatchStream(training, [corpus.weight for corpus in training], rows, recipe.train.seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    steps = recipe.train.steps(length)
-    for corpus, epochs in zip(training, batches.epochs(steps), strict=True):
-        if epochs > 1:
-            say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
-    precision = Precision.choose(recipe.train.precision, device)
-    corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
-    return Job(
-        recipe,
-        folder,
-        device,
-        precision,
-        config,
-        tokenizer,
-        plan,
-        batches,
-        rows,
-        validation,
-        steps,
-        corpora,
-        Unlogged(),
-    )
+            "out of memory; lower train.micro_batch or set train.gradient_checkpointing=true, then run the same "
+            "command again: it goes on from the last checkpoint"
+        ) from error
 
 
 def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
@@ -189,30 +112,12 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     return state, facts
 
 
-def validate(job: Job, state: TrainState, progress: RunProgress) -> float:
-    """Validation loss in nats per token, with a bar."""
-    recipe = job.recipe
-    tokens = recipe.run.validation_tokens
-    limit = None if tokens is None else max(1, tokens // recipe.data.sequence_length)
-    rows = sum(len(indices) for indices in chosen_rows(job.validation, limit))
-    with progress.track("validation", rows) as tracker:
-        return validation_loss(
-            state.forward,
-            job.validation,
-            micro_batch=recipe.train.micro_batch,
-            limit=limit,
-            device=job.device,
-            precision=job.precision,
-            tick=tracker.advance,
-        )
-
-
 def crossed(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, after]."""
     return after // every > before // every
 
 
-def train(job: Job, state: TrainState, source: dict[str, Any], stop: StopRequest) -> None:
+def train(job: Job, state: TrainState, stop: StopRequest) -> None:
     """All steps that are left, each followed by its records, its validation and its checkpoint where due."""
     recipe = job.recipe
     total = job.steps * job.batch_rows * recipe.data.sequence_length
@@ -233,17 +138,17 @@ def train(job: Job, state: TrainState, source: dict[str, Any], stop: StopRequest
         for record in records:
             if record.compaction:
                 progress.note(compaction_line(record))
-            due = crossed(validate_every, before, state.tokens) or state.step == job.steps
-            loss = validate(job, state, progress) if due else None
+            last = state.step == job.steps
+            due = last or crossed(validate_every, before, state.tokens)
+            loss = validate_unless_stopped(job, state, progress, stop) if due else None
             write_records(job, state, record, before, loss)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(
                 state.tokens, loss=record.loss, live=state.live_parameters, tokens_per_second=tokens_per_second
             )
-            last = state.step == job.steps
             if last or stop.signum is not None or crossed(checkpoint_every, before, state.tokens):
                 checkpoint(job, state)
-            if stop.signum is not None and not last:
+            if stop.signum is not None:
                 raise Interrupted(
                     f"stopped and saved after {format_count(state.tokens)} of {format_count(total)} tokens; the same "
                     "command goes on from there",
@@ -252,12 +157,18 @@ def train(job: Job, state: TrainState, source: dict[str, Any], stop: StopRequest
             before = state.tokens
 
 
-def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
-    """Rows of the batch that measure a bundle's true cost: an eighth of it, at least 512 tokens, or as asked."""
-    length = recipe.data.sequence_length
-    tokens = recipe.prune.calibration_tokens if recipe.prune else None
-    rows = max(batch_rows // 8, -(-512 // length)) if tokens is None else tokens // length
-    return min(batch_rows, max(1, rows))
+def validate_unless_stopped(job: Job, state: TrainState, progress: RunProgress, stop: StopRequest) -> float | None:
+    """None where a signal came before it was done: saving comes first, since the time left may be short."""
+
+    def check() -> None:
+        if stop.signum is not None:
+            raise Interrupted("", stop.signum)
+
+    try:
+        check()
+        return validate(job, state, progress, check)
+    except Interrupted:
+        return None
 
 
 def write_records(job: Job, state: TrainState, record: StepRecord, before: int, loss: float | None) -> None:
@@ -285,59 +196,3 @@ def checkpoint(job: Job, state: TrainState) -> None:
         journal.sync()
     save(job.folder.checkpoints, capture(state))
     retain(job.folder.checkpoints, job.recipe.run.keep)
-
-
-def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Exports the model, draws the picture, writes the summary last: its presence means finished."""
-    if job.plan and state.pruner and not state.pruner.finished:
-        say(
-            f"the run ended at {format_count(state.live_parameters)} parameters, above the target of "
-            f"{format_count(job.plan.landing.target)}: events are left undone; train longer or lower prune.every"
-        )
-    if job.plan and state.live_widths != state.space.widths:
-        compact(
-            state, job.plan.landing.align.round_up(state.live_widths, state.space.widths), job.recipe.train, job.plan
-        )
-    summary = summarize(job, state, source)
-    export_model(
-        state.model,
-        job.tokenizer,
-        job.folder.model,
-        generation=load_generation_config(job.recipe.source),
-        extras=lambda path: write_model_card(path, summary),
-    )
-    plot_run(job.folder.path, job.folder.path / "run.png")
-    job.folder.write_json(job.folder.summary, summary)
-    say(f"{job.folder.model}: {result_line(summary)}")
-    return summary
-
-
-def summarize(job: Job, state: TrainState, source: dict[str, Any]) -> dict[str, Any]:
-    metrics = read_journal(job.folder.metrics.path)
-    losses = [record["validation_loss"] for record in metrics if "validation_loss" in record]
-    return {
-        "source": source,
-        "result": {
-            "path": str(job.folder.model),
-            "parameters": state.allocated_parameters,
-            "widths": asdict(state.space.widths),
-            "validation_loss": losses[-1],
-        },
-        "tokens": state.tokens,
-        "refresh_tokens": state.refresh_tokens,
-        "events": len(read_journal(job.folder.events.path)),
-        "compactions": len(read_journal(job.folder.compactions.path)),
-        "seconds": sum(record["seconds"] for record in metrics),
-        "efficientllm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "recipe": dump_recipe(job.recipe),
-    }
-
-
-def result_line(summary: dict[str, Any]) -> str:
-    source, result = summary["source"], summary["result"]
-    return (
-        f"{format_count(result['parameters'])} parameters, validation loss {result['validation_loss']:.4f} "
-        f"(source: {format_count(source['parameters'])}, {source['validation_loss']:.4f})"
-    )

@@ -21,8 +21,13 @@ from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.reporting.journal import Journal, write_atomically
 
-# Keys that say how a run is kept and shown, not what it computes; they may change when it is resumed.
-FREE_KEYS = (("run",), ("data", "cache_dir"), ("data", "workers"))
+# Keys that say how a run is kept, shown or fitted into memory, not what it computes; they may change when it is
+# resumed. Of the run section only validation_tokens is bound: the source was measured on those rows.
+FREE_KEYS = {
+    "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every"},
+    "data": {"cache_dir", "workers"},
+    "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
+}
 
 
 class RunFolder:
@@ -70,7 +75,7 @@ class RunFolder:
             try:
                 there = yaml.safe_load(self.config.read_text())
                 difference = first_difference(_essential(there), _essential(yaml.safe_load(text)))
-            except (yaml.YAMLError, AttributeError, TypeError) as error:
+            except (OSError, yaml.YAMLError, UsageError, AttributeError, TypeError, KeyError) as error:
                 raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
             if difference:
                 key, old, new = difference
@@ -97,13 +102,15 @@ class RunFolder:
 
 
 def _essential(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the keys that may change between resumes."""
-    kept = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
-    for path in FREE_KEYS:
-        if len(path) == 1:
-            kept.pop(path[0], None)
-        elif isinstance(kept.get(path[0]), dict):
-            kept[path[0]].pop(path[1], None)
+    """The recipe without the keys that may change between resumes; batch_tokens as micro_batch rounds it."""
+    kept = {
+        section: {key: value for key, value in values.items() if key not in FREE_KEYS.get(section, ())}
+        if isinstance(values, dict)
+        else values
+        for section, values in recipe.items()
+    }
+    train, data = Recipe.model_validate(recipe).train, recipe["data"]
+    kept["train"]["batch_tokens"] = train.batch_rows(data["sequence_length"]) * data["sequence_length"]
     return kept
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from efficientllm.errors import UsageError
@@ -66,6 +69,22 @@ def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfi
 def build(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A model with fresh fp32 weights, SDPA attention, no key-value cache."""
     with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model
+
+
+class _Unallocated(TorchFunctionMode):
+    """Sends torch.empty, which the weights of nn.Linear and nn.Embedding come from, to the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+
+
+def empty_model(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """As `build`, but its matrices have no memory yet (meta tensors); buffers are real."""
+    with torch.device(device), _Unallocated():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
     return model

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import ATTENTION_QUERY, Event, Live, Slice, Space, Widths, group_slices
+from efficientllm.pruning.groups import ATTENTION_QUERY, Event, Live, ParamSpec, Slice, Space, Widths, group_slices
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.saliency import MovingAverage, criterion, unit_scores
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Calibration, Ranking, candidates, least_damage
 
 Moments = Callable[[str], Mapping[str, Tensor]]
+SecondMoment = Callable[[str], Tensor | None]
 
 
 class Probe(Protocol):
@@ -70,7 +71,8 @@ class PruningEngine:
     """Decides and carries out pruning events on a fixed set of tensors.
 
     params: the model's weights by name, updated in place. moments: optimizer state tensors of a weight by key,
-    each with the weight's shape (empty before the first update). `space.widths` are the allocated widths, in
+    each with the weight's shape (empty before the first update). second_moment: its running mean of g^2, free of
+    bias, or None. `space.widths` are the allocated widths, in
     which units are counted; `live` says which of them are left. After a compaction a new PruningEngine is made for the
     new tensors and given the old one's state, sliced.
     """
@@ -81,12 +83,14 @@ class PruningEngine:
         params: Mapping[str, Tensor],
         moments: Moments,
         *,
+        second_moment: SecondMoment = lambda name: None,
         landing: Landing,
         schedule: Schedule,
         options: PrunerOptions,
         live: Live | None = None,
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
+        self._second_moment = second_moment
         self.landing, self.schedule, self.options = landing, schedule, options
         self.live = live or Live.full(space.widths)
         self.criterion = criterion(options.saliency)
@@ -124,14 +128,17 @@ class PruningEngine:
                 gradient.index_fill_(part.dim, part.indices, 0.0)
         if self.finished:
             return
-        weights = [
-            (spec, weight.detach(), weight.grad, self.moments(spec.name).get("exp_avg_sq"))
-            for spec in self.space.params
-            if (weight := self.params[spec.name]).grad is not None
-        ]
-        if not weights:
+        if all(weight.grad is None for weight in self.params.values()):
             raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
-        self.average.update(unit_scores(self.space, self.criterion, weights, self._device))
+        self.average.update(unit_scores(self.space, self.criterion, self._weights(), self._device))
+
+    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor, Tensor | None]]:
+        """(spec, w, g, F) of every weight that has a gradient; F only where the criterion looks at it."""
+        for spec in self.space.params:
+            weight = self.params[spec.name]
+            if weight.grad is not None:
+                fisher = self._second_moment(spec.name) if self.criterion.second_moment else None
+                yield spec, weight.detach(), weight.grad, fisher
 
     @torch.no_grad()
     def step(self, position: float, probe: Probe) -> PruneReport:

@@ -33,12 +33,14 @@ ElementScore = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named score. `element(w, g, F)` has w's shape; with `signed` the sum over the group is taken before |.|."""
+    """A named score. `element(w, g, F)` has w's shape; with `signed` the sum over the group is taken before |.|;
+    `second_moment` says that it looks at F."""
 
     name: str
     source: str
     element: ElementScore
     signed: bool = False
+    second_moment: bool = False
 
 
 def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
@@ -54,8 +56,8 @@ def taylor_element(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tens
 def taylor_element2(weight: Tensor, grad: Tensor, fisher: Tensor | None) -> Tensor:
     """|g w - F w^2 / 2| (arXiv 2305.11627, eq. 5).
 
-    Deviation: F is Adam's running second moment where there is one, not a mean over single samples;
-    on the very first step, before the optimizer has one, g^2 stands in.
+    Deviation: F is Adam's running second moment (bias-corrected, of clipped batch gradients) where there is one, not
+    a mean over single samples; on the very first step, before the optimizer has one, g^2 stands in.
     """
     curvature = grad.square() if fisher is None else fisher
     return (grad - 0.5 * curvature * weight).mul_(weight).abs_()
@@ -75,7 +77,7 @@ CRITERIA = {
     criterion.name: criterion
     for criterion in (
         Criterion("taylor-element", "arXiv 2305.11627", taylor_element),
-        Criterion("taylor-element2", "arXiv 2305.11627", taylor_element2),
+        Criterion("taylor-element2", "arXiv 2305.11627", taylor_element2, second_moment=True),
         Criterion("taylor-vector", "arXiv 2305.11627", taylor, signed=True),
         Criterion("fisher", "arXiv 1906.10771", fisher),
         Criterion("magnitude", "arXiv 1608.08710", magnitude),

@@ -90,13 +90,18 @@ def cut_weight(tensor: Tensor, spec: ParamSpec, kept: Kept, space: Space) -> Ten
 def cut_state(
     space: Space,
     kept: Kept,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Mapping[str, Tensor]],
+    weights: dict[str, Tensor],
+    moments: dict[str, dict[str, Tensor]],
+    *,
+    consume: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """All weights {name: tensor} and optimizer moments {name: {key: tensor}} at the new widths.
+    """All weights {name: tensor} and optimizer moments {name: {key: tensor}} at the new widths, in new tensors.
 
+    With `consume` the given dictionaries are emptied on the way, a weight at a time.
     Raises ValueError for optimizer state other than that of Adam, AdamW and SGD.
     """
+    if not consume:
+        weights, moments = dict(weights), dict(moments)
     unknown = {key for each in moments.values() for key, value in each.items() if value.ndim} - MOMENT_POWER.keys()
     if unknown:
         raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
@@ -105,10 +110,10 @@ def cut_state(
     cut_moments: dict[str, dict[str, Tensor]] = {}
     for spec in space.params:
         scaled = factor != 1.0 and (spec.name in space.stem_gains or spec.name in space.norm_inputs)
-        weight = cut_weight(weights[spec.name], spec, kept, space)
+        weight = cut_weight(weights.pop(spec.name), spec, kept, space)
         cut_weights[spec.name] = weight.mul_(factor) if scaled else weight
         cut_moments[spec.name] = {}
-        for key, moment in moments.get(spec.name, {}).items():
+        for key, moment in moments.pop(spec.name, {}).items():
             if moment.ndim == 0:  # AdamW's step count
                 cut_moments[spec.name][key] = moment.clone()
                 continue

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,7 @@ class Journal:
             self._tail_is_whole = True
         except OSError as error:
             self._tail_is_whole = False
-            raise UsageError(
-                f"cannot write {self.path} ({error.strerror}): make room or mend its permissions, "
-                "then run the same command again"
-            ) from error
+            raise _refused(self.path, error) from error
 
     def rewind(self, step: int) -> None:
         """Drop every record whose "step" is greater than `step`, and a torn last line; keep the rest bit for bit.
@@ -56,9 +54,12 @@ class Journal:
 
     def sync(self) -> None:
         """Force what was appended to the disk; call it before a checkpoint that stands for these records."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+        try:
+            if self.path.exists():
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise _refused(self.path, error) from error
 
     def _rewrite(self, step: int | None) -> None:
         if not self.path.exists():
@@ -87,24 +88,39 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Make `path` hold `content`, whole or not at all: temporary file in the same folder, fsync, rename.
 
     One writer per path: the temporary name is fixed, so what a killed process left is overwritten by the next try.
+    Raises UsageError when the disk refuses; `path` is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _refused(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+
+
+def _refused(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot write {path} ({error.strerror or error}): make room or mend its permissions, then run the same "
+        "command again"
+    )
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return (line without its newline, record) of every whole line."""
-    raw = path.read_bytes().split(b"\n")
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): mend its permissions") from error
     if raw[-1] == b"":
         raw.pop()
     result = []

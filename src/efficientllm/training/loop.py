@@ -92,7 +92,7 @@ def train_steps(
         if not torch.isfinite(torch.tensor([float(loss), norm])).all():
             raise UsageError(
                 f"the loss is {float(loss):.4g} and its gradient norm {norm:.4g} at step {state.step}: training has "
-                "diverged; lower train.lr and start again, or resume from an earlier checkpoint"
+                "diverged; start again in another run.dir with a lower train.lr or a longer train.warmup"
             )
         state.step += 1
         state.tokens += batch.numel()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from transformers import PretrainedConfig
+
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
+from efficientllm.models.space import space_of
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
@@ -12,19 +15,20 @@ from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
 
 
-def pruning_plan(recipe: Recipe, space: Space) -> PruningPlan | None:
-    """The plan for a source with this space; None where the recipe prunes nothing.
+def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
+    """The plan for a source model with this config; None where the recipe prunes nothing.
 
     Raises UsageError for a target that cannot be reached or a criterion that does not exist.
     """
     prune = recipe.prune
     if prune is None:
         return None
+    space = space_of(source)
     try:
         options, landing = options_and_landing(prune, space)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return PruningPlan(landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
+    return PruningPlan(source, landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
 
 
 def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions, Landing]:
@@ -92,3 +96,11 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
         return EverySchedule(start, prune.every * batch)
     end = prune.end.tokens(train.tokens)
     return SpanSchedule(start, end, space.num_params(), landing.target, prune.curve)
+
+
+def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
+    """Rows of the batch that measure a bundle's true cost: an eighth of it, at least 512 tokens, or as asked."""
+    length = recipe.data.sequence_length
+    tokens = recipe.prune.calibration_tokens if recipe.prune else None
+    rows = max(batch_rows // 8, -(-512 // length)) if tokens is None else tokens // length
+    return min(batch_rows, max(1, rows))

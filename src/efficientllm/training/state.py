@@ -17,22 +17,24 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.config import TrainConfig
-from efficientllm.models.space import build, narrowed_config, space_of
+from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Live, Space, Widths
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
-from efficientllm.training.optim import build_optimizer, shaped_moments
+from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """What does not change over a run: where it may end, when it prunes, how it decides, when it compacts.
 
-    compact_at: share of the allocated parameters that a compaction must free to be worth it.
+    source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
+    parameters that a compaction must free to be worth it.
     """
 
+    source: PretrainedConfig
     landing: Landing
     schedule: Schedule
     options: PrunerOptions
@@ -100,6 +102,7 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
             space,
             params,
             lambda name: shaped_moments(optimizer, params[name]),
+            second_moment=lambda name: second_moment(optimizer, params[name]),
             landing=plan.landing,
             schedule=plan.schedule,
             options=plan.options,
@@ -138,47 +141,54 @@ def config_of(snapshot: Snapshot) -> PretrainedConfig:
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
-def cut(snapshot: Snapshot, widths: Widths) -> Snapshot:
-    """The snapshot at narrower widths, none below the live ones. Pure: the given one is left as it is."""
-    config = config_of(snapshot)
-    space = space_of(config)
+def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume: bool = False) -> Snapshot:
+    """The snapshot at narrower widths, none below the live ones; its tensors are new.
+
+    source: the config of the model that the run began with; a Llama that passes through a shape which only Mistral
+    takes becomes a Llama again where LlamaConfig allows. With `consume` each tensor is dropped from the given
+    snapshot once it is cut, so that old and new never stand in memory whole.
+    """
+    space = space_of(config_of(snapshot))
     assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
     live = Live(**{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "ffn", "kv", "query")})
     kept = choose_kept(live, widths)
-    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments)
+    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     prefix = "saliency."
     scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
     tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    narrow = narrowed_config(config, widths).to_dict()
+    narrow = narrowed_config(source, widths).to_dict()
     counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens)
     return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
 
 
 def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, device: torch.device | str) -> TrainState:
-    """A live run from a snapshot: the model built anew at its widths, weights and moments put in."""
+    """A live run from a snapshot: the model built anew at its widths, around the snapshot's own tensors."""
     model = model_of(snapshot, device)
     state = _assemble(model, train, plan)
     load_moments(state.optimizer, model, snapshot.moments)
+    snapshot.weights, snapshot.moments = {}, {}  # they belong to the run now
     if state.pruner and snapshot.pruner_facts is not None:
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
     state.step, state.tokens, state.refresh_tokens = snapshot.step, snapshot.tokens, snapshot.refresh_tokens
     return state
 
 
-@torch.no_grad()
 def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:
-    """A new model of the snapshot's widths with its weights, copied."""
-    model = build(config_of(snapshot), device)
-    for name, weight in model.named_parameters():
-        weight.copy_(snapshot.weights[name])
+    """A new model of the snapshot's widths around its weights, which are not copied unless the device differs."""
+    model = empty_model(config_of(snapshot), device)
+    weights = {name: weight.detach().to(device) for name, weight in snapshot.weights.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    holes = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert not holes, f"the snapshot lacks {holes[0]}"
     return model
 
 
 def load_moments(
     optimizer: torch.optim.Optimizer, model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Puts copies of optimizer state {name: {key: tensor}} in place."""
+    """Puts optimizer state {name: {key: tensor}} in place, uncopied where it lies on the right device already."""
     for name, weight in model.named_parameters():
         if moments.get(name):
             optimizer.state[weight] = {
@@ -188,12 +198,8 @@ def load_moments(
 
 
 def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
-    """A moment beside its weight, in memory of its own (the snapshot may be somebody else's).
-
-    AdamW's step count lives on the weight's device where the optimizer is fused, else where it was.
-    """
-    device = weight.device if value.ndim or fused else value.device
-    return value.detach().to(device, copy=True)
+    """A moment beside its weight; AdamW's step count only where the optimizer is fused, else where it was."""
+    return value.detach().to(weight.device if value.ndim or fused else value.device)
 
 
 def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
@@ -209,8 +215,11 @@ def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. The old tensors are released before the new model's gradients are allocated."""
+    """Narrows the run in place. Every old tensor is released as soon as it is cut."""
     device = next(state.model.parameters()).device
-    narrower = restore(cut(capture(state), widths), train, plan, device)
+    snapshot = capture(state)
+    for name in ("model", "optimizer", "pruner", "forward"):
+        setattr(state, name, None)
+    narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device)
     for name in ("model", "optimizer", "space", "pruner", "forward"):
         setattr(state, name, getattr(narrower, name))

@@ -1,0 +1,101 @@
+"""The end of a run: its model, its picture, its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from efficientllm import __version__
+from efficientllm.checkpoint.export import export_model
+from efficientllm.config import dump_recipe
+from efficientllm.jobs.job import Job
+from efficientllm.jobs.validate import validate
+from efficientllm.models.loading import load_generation_config
+from efficientllm.reporting.journal import read_journal
+from efficientllm.reporting.model_card import write_model_card
+from efficientllm.reporting.plots import plot_run
+from efficientllm.reporting.progress import RunProgress
+from efficientllm.sizes import format_count
+from efficientllm.training.state import TrainState, compact
+
+
+def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Exports the model, draws the picture, writes the summary last: its presence means finished."""
+    loss = final_loss(job, state)
+    if job.plan and state.pruner and not state.pruner.finished:
+        say(
+            f"the run ended at {format_count(state.live_parameters)} parameters, above the target of "
+            f"{format_count(job.plan.landing.target)}: events are left undone; train longer or lower prune.every"
+        )
+    if job.plan and state.live_widths != state.space.widths:
+        compact(
+            state, job.plan.landing.align.round_up(state.live_widths, state.space.widths), job.recipe.train, job.plan
+        )
+    summary = summarize(job, state, source, loss)
+    export_model(
+        state.model,
+        job.tokenizer,
+        job.folder.model,
+        generation=generation_settings(job),
+        extras=lambda path: write_model_card(path, summary),
+    )
+    plot_run(job.folder.path, job.folder.path / "run.png")
+    job.folder.write_json(job.folder.summary, summary)
+    say(f"{job.folder.model}: {result_line(summary)}")
+    return summary
+
+
+def final_loss(job: Job, state: TrainState) -> float:
+    """The validation loss after the last step; measured now where a stop came between the two."""
+    for record in read_journal(job.folder.metrics.path)[-1:]:
+        if record["step"] == state.step and "validation_loss" in record:
+            return float(record["validation_loss"])
+    with RunProgress(0, description="result") as progress:
+        return validate(job, state, progress)
+
+
+def generation_settings(job: Job) -> GenerationConfig | None:
+    """Those of the source's authors, stopping also at the end of text of a tokenizer that the recipe brings."""
+    settings = load_generation_config(job.recipe.source)
+    end = job.tokenizer.eos_token_id
+    if settings is None or job.recipe.tokenizer is None or end is None:
+        return settings
+    known = settings.eos_token_id
+    stops = list(known) if isinstance(known, list) else [] if known is None else [known]
+    settings.eos_token_id = stops if end in stops else [*stops, end]
+    return settings
+
+
+def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) -> dict[str, Any]:
+    metrics = read_journal(job.folder.metrics.path)
+    return {
+        "source": source,
+        "result": {
+            "path": str(job.folder.model),
+            "parameters": state.allocated_parameters,
+            "widths": asdict(state.space.widths),
+            "validation_loss": loss,
+        },
+        "tokens": state.tokens,
+        "refresh_tokens": state.refresh_tokens,
+        "events": len(read_journal(job.folder.events.path)),
+        "compactions": len(read_journal(job.folder.compactions.path)),
+        "seconds": sum(record["seconds"] for record in metrics),
+        "efficientllm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "recipe": dump_recipe(job.recipe),
+    }
+
+
+def result_line(summary: dict[str, Any]) -> str:
+    source, result = summary["source"], summary["result"]
+    return (
+        f"{format_count(result['parameters'])} parameters, validation loss {result['validation_loss']:.4f} "
+        f"(source: {format_count(source['parameters'])}, {source['validation_loss']:.4f})"
+    )

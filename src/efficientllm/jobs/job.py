@@ -1,0 +1,105 @@
+"""What a job is before its first step: everything that can be checked is checked here, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from efficientllm.config import Recipe
+from efficientllm.errors import UsageError
+from efficientllm.jobs.run_folder import RunFolder
+from efficientllm.models.loading import load_config, load_tokenizer
+from efficientllm.sizes import format_count
+from efficientllm.training.corpus import Corpus, load_corpora
+from efficientllm.training.gradient import Precision
+from efficientllm.training.planning import pruning_plan
+from efficientllm.training.sampling import BatchStream
+from efficientllm.training.state import PruningPlan
+
+
+@dataclass
+class Unlogged:
+    """Tokens and seconds since the last line of metrics."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is fixed before the first step."""
+
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
+    precision: Precision
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan | None
+    batches: BatchStream
+    batch_rows: int
+    validation: Sequence[Corpus]
+    steps: int
+    corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
+    unlogged: Unlogged
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes the GPU where there is one. Raises UsageError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"train.device '{wanted}' is not available here; set it to auto or cpu") from error
+    return device
+
+
+def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Job:
+    """Checks everything that can be checked, tokenises, and lays out the batches."""
+    device = choose_device(recipe.train.device)
+    config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
+    plan = pruning_plan(recipe, config)
+    if plan is not None and plan.landing.gap > 0.01:
+        say(
+            f"alignment leaves no shape within 1 % of the target; the run will end {plan.landing.gap:.1%} under it "
+            "(a smaller prune.align comes closer)"
+        )
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
+    length = recipe.data.sequence_length
+    if length > config.max_position_embeddings:
+        raise UsageError(
+            f"data.sequence_length {length} is more than the {config.max_position_embeddings} positions that the "
+            f"source was built for; set it to {config.max_position_embeddings} or less"
+        )
+    training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
+    rows = recipe.train.batch_rows(length)
+    try:
+        batches = BatchStream(training, [corpus.weight for corpus in training], rows, recipe.train.seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    steps = recipe.train.steps(length)
+    for corpus, epochs in zip(training, batches.epochs(steps), strict=True):
+        if epochs > 1:
+            say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
+    precision = Precision.choose(recipe.train.precision, device)
+    corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
+    return Job(
+        recipe,
+        folder,
+        device,
+        precision,
+        config,
+        tokenizer,
+        plan,
+        batches,
+        rows,
+        validation,
+        steps,
+        corpora,
+        Unlogged(),
+    )
