@@ -33,6 +33,7 @@ from efficientllm.training.state import TrainState, start
 SEQUENCE, BATCH = 256, 4096
 BLOCK = 10
 PARTS = ["step", "phase", "memory"]
+PHASE: dict[str, object] = {"target": "40%", "end": "100%", "curve": "linear", "correction": "none"}
 
 
 class RandomBatches:
@@ -93,10 +94,12 @@ def summary(ratios: list[float]) -> dict[str, float]:
 def step_overhead(steps: int) -> dict[str, object]:
     """Saliency every step and one event every step, shapes held fixed, against a plain step."""
     events = {"target": "30%", "every": 1, "compact_at": 1.0}
+    plain_events = events | {"correction": "none"}
     runs = {
         "plain": run(steps, None),
-        "raw": run(steps, events | {"selection": "raw"}),
-        "calibrated": run(steps, events),
+        "raw": run(steps, plain_events | {"selection": "raw"}),
+        "calibrated": run(steps, plain_events),
+        "corrected": run(steps, events | {"correction": "second-order"}),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     calibrations = 0
@@ -109,6 +112,7 @@ def step_overhead(steps: int) -> dict[str, object]:
     return {
         "raw": summary(block_ratios(seconds["raw"], seconds["plain"])),
         "calibrated": summary(block_ratios(seconds["calibrated"], seconds["plain"])),
+        "corrected": summary(block_ratios(seconds["corrected"], seconds["plain"])),
         "steps_per_calibration": steps / max(1, calibrations),
         "plain_step_seconds": statistics.median(seconds["plain"]),
     }
@@ -117,16 +121,29 @@ def step_overhead(steps: int) -> dict[str, object]:
 def phase_cost(steps: int) -> dict[str, float]:
     """The pruning phase to 40 %, compactions included, against as many tokens at the source's shape."""
     plain_state, plain = run(steps, None)
-    state, pruned = run(steps, {"target": "40%", "end": "100%", "curve": "linear"})
-    ours = theirs = live = 0.0
-    passes = 0
+    state, pruned = run(steps, PHASE)
+    ours = theirs = live = allocated = compacting = 0.0
+    passes = calibrations = compactions = 0
     for _ in range(steps):
         theirs += next(plain).seconds
         record = next(pruned)
         ours += record.seconds
         passes += record.prune.refreshes if record.prune else 0
+        calibrations += record.prune.calibrations if record.prune else 0
+        compactions += record.compaction is not None
+        compacting += record.compaction.seconds if record.compaction else 0.0
         live += state.live_parameters / plain_state.live_parameters / steps
-    return {"time_ratio": ours / theirs, "mean_live_share": live, "refresh_passes": passes}
+        allocated += state.allocated_parameters / plain_state.live_parameters / steps
+    return {
+        "steps": steps,
+        "time_ratio": ours / theirs,
+        "mean_live_share": live,
+        "mean_allocated_share": allocated,
+        "refresh_passes": passes,
+        "calibrations": calibrations,
+        "compactions": compactions,
+        "compacting_share": compacting / theirs,
+    }
 
 
 def peak_memory(kind: str, steps: int = 12) -> float:
@@ -134,7 +151,7 @@ def peak_memory(kind: str, steps: int = 12) -> float:
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, which a child takes from its parent
     before = peak_resident()
-    prune = None if kind == "plain" else {"target": "40%", "end": "100%", "curve": "linear"}
+    prune = None if kind == "plain" else PHASE | {"correction": "second-order"}
     for _ in run(steps, prune)[1]:
         pass
     return (peak_resident() - before) / 1024
@@ -174,7 +191,7 @@ def main() -> None:
         return
     parts: dict[str, Callable[[], object]] = {
         "step": lambda: step_overhead(arguments.steps),
-        "phase": lambda: phase_cost(2 * arguments.steps),
+        "phase": lambda: phase_cost(4 * arguments.steps),
         "memory": memory,
     }
     results: dict[str, object] = {

@@ -27,6 +27,7 @@ from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.engine import PruneReport, PruningEngine
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
 from efficientllm.training.planning import options_and_landing
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
@@ -86,7 +87,7 @@ class Pruner:
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
     default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
     observe(). Further keywords are the recipe's prune keys: curve, saliency, ema,
-    types, selection, bound, align, floors.
+    types, selection, bound, correction, align, floors.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -115,6 +116,7 @@ class Pruner:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
         self._options, self._landing = options_and_landing(options, space)
         self._schedule = SpanSchedule(start, start + steps, space.num_params(), self._landing.target, options.curve)
+        self._correction_tokens = options.correction_tokens
         self._given_loss = loss_fn
         self._bind(space)
 
@@ -175,6 +177,13 @@ class Pruner:
         """For the engine: the gradient of the current batch, at the current weights, in .grad."""
         self.optimizer.zero_grad(set_to_none=True)
         self._current_loss().backward()
+
+    @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """For the engine: inputs (tokens, inputs) of linear layers, on the current batch's first tokens."""
+        with captured_inputs(self.model, names, self._correction_tokens) as inputs:
+            self._current_loss()
+        return inputs
 
     def _aligned_widths(self) -> Widths:
         if self.finished:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import tiny_model
 from efficientllm.models.space import space_of
+from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import ATTENTION_QUERY, PRUNING_TYPES, group_slices
 from efficientllm.pruning.landing import Alignment, Floors, Landing
 from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.training.capture import Inputs, captured_inputs
 
 
 class Loop:
-    """A bare training loop around a tiny model; also the pruner's probe."""
+    """A bare training loop around a tiny model; also the pruner's probe. Corrected unless asked otherwise."""
 
     def __init__(self, family: str, *, share: float = 0.4, span: float = 10.0, **options: object) -> None:
         self.model = tiny_model(family)
@@ -24,6 +28,7 @@ class Loop:
         self.space = space_of(self.model.config)
         target = int(self.space.num_params() * share)
         types = tuple(options.pop("types", PRUNING_TYPES))
+        options.setdefault("correction", SolverOptions())
         landing = Landing(
             self.space, target, types=types, align=Alignment(4, 4), floors=Floors(hidden=8, intermediate=8)
         )
@@ -49,6 +54,12 @@ class Loop:
         self.optimizer.zero_grad()
         self.model(input_ids=self.ids, labels=self.ids).loss.backward()
         self.refreshes += 1
+
+    @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Inputs:
+        with captured_inputs(self.model, names) as inputs:
+            self.model(input_ids=self.ids)
+        return inputs
 
     def train_step(self, position: float, observe: bool = True) -> object:
         self.ids = torch.randint(0, 61, (4, 12), generator=self.generator)
@@ -118,7 +129,7 @@ def test_the_bound_asks_for_fresh_gradients() -> None:
 
 
 def test_calibration_puts_every_bit_back(family: str) -> None:
-    loop = Loop(family, share=0.9, span=1000.0)
+    loop = Loop(family, share=0.9, span=1000.0, correction=None)
     loop.ids = torch.arange(48).reshape(4, 12)
     loop.refresh()
     loop.pruner.observe()

@@ -7,7 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from efficientllm.config.fields import Count, Momentum, Place, Section, Share, Text, json_as, one_or_more, union_side
+from efficientllm.config.fields import (
+    Count,
+    Momentum,
+    Place,
+    Real,
+    Section,
+    Share,
+    Text,
+    json_as,
+    one_or_more,
+    union_side,
+)
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count, format_fraction, parse_count, parse_fraction
 
@@ -117,8 +128,15 @@ class PruneConfig(Section):
         default=0.01, gt=0, description="Most of the parameters that fall between two refreshes of the scores"
     )
     calibration_tokens: Count | None = Field(
-        default=None, description="Tokens to measure loss on; null: an eighth of the batch, at least 512"
+        default=None, description="Tokens to measure loss on; null: an eighth of the batch, between 512 and 8,192"
     )
+    correction: Literal["none", "second-order"] = Field(
+        default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
+    )
+    correction_tokens: Count = Field(default=4096, description="Tokens of the batch whose inputs the correction sees")
+    correction_damping: Real = Field(default=0.01, ge=0, description="Of its Hessian, as a share of the mean diagonal")
+    correction_tolerance: Real = Field(default=0.01, gt=0, description="Relative residual at which its solve is done")
+    correction_iterations: Count = Field(default=100, description="Most iterations of its solve")
     align: Align = Field(default="auto", description="auto, one multiple, or one for hidden and intermediate each")
     floors: FloorsConfig = Field(default=FloorsConfig(), description="The least that is kept of each width")
     compact_at: Share = Field(
@@ -127,6 +145,9 @@ class PruneConfig(Section):
 
     def _idle(self) -> dict[str, str]:
         idle = {} if self.selection == "calibrated" else {"calibration_tokens": "with prune.selection raw"}
+        if self.correction == "none":
+            names = ("tokens", "damping", "tolerance", "iterations")
+            idle |= dict.fromkeys([f"correction_{name}" for name in names], "with prune.correction none")
         if self.every is not None:
             idle |= dict.fromkeys(["end", "curve"], "beside prune.every, which sets the pace by itself")
         return idle

@@ -134,10 +134,13 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
         precision=job.precision,
     )
     with RunProgress(total, start=state.tokens, description=job.folder.path.name) as progress:
-        before = state.tokens
+        before, warned = state.tokens, False
         for record in records:
             if record.compaction:
                 progress.note(compaction_line(record))
+            if record.prune and record.prune.corrections.skipped and not warned:
+                warned = True
+                progress.note(SKIPPED)
             last = state.step == job.steps
             due = last or crossed(validate_every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
@@ -155,6 +158,12 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
                     stop.signum,
                 )
             before = state.tokens
+
+
+SKIPPED = (
+    "a correction did not converge and was left out; metrics.jsonl counts them under corrections.skipped (raise "
+    "prune.correction_damping or prune.correction_iterations if they are many)"
+)
 
 
 def validate_unless_stopped(job: Job, state: TrainState, progress: RunProgress, stop: StopRequest) -> float | None:

@@ -31,6 +31,8 @@ def metrics_record(
         line["saliency"] = record.prune.damages
     if record.prune and record.prune.ratios:
         line["calibration"] = record.prune.ratios
+    if record.prune and (record.prune.corrections.done or record.prune.corrections.skipped):
+        line["corrections"] = asdict(record.prune.corrections)
     if validation is not None:
         line["validation_loss"] = validation
     return line

@@ -44,7 +44,14 @@ def space_of(config: PretrainedConfig) -> Space:
     feeding = {
         spec.name for spec in params if spec.layer is not None and spec.name.endswith(adapter.norm_inputs() or ("\0",))
     }
-    return Space(tuple(params), widths, head_dim_of(config), frozenset(gains), frozenset(feeding))
+    return Space(
+        tuple(params),
+        widths,
+        head_dim_of(config),
+        embeddings=frozenset({"model.embed_tokens.weight"}),
+        stem_gains=frozenset(gains),
+        norm_inputs=frozenset(feeding),
+    )
 
 
 def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfig:

@@ -12,10 +12,16 @@ Hessian is formed, let alone inverted. Deviation: SparseGPT goes column by colum
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from efficientllm.pruning.groups import Event, Live, Space, group_slices
+
+CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,81 @@ def corrected(weight: Tensor, removed: Tensor, coefficients: Tensor) -> Tensor:
     lost = weight.index_select(1, removed)
     update = lost.to(coefficients.dtype) @ coefficients.T
     return (weight + update.to(weight.dtype)).index_fill(1, removed, 0.0)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear layer that loses inputs: its weight's name; removed, int64 (|P|,), and kept, bool (inputs,):
+    what lives on."""
+
+    name: str
+    removed: Tensor
+    kept: Tensor
+
+
+def losing_readers(space: Space, events: Sequence[Event], live: Live) -> Iterator[Reader]:
+    """Every linear layer that loses inputs to the events. `live` is the mask without them.
+
+    FFN channels: down_proj. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every layer and the LM head.
+    A tied LM head is left out: its matrix is the embedding too, and correcting it as a reader would change what every
+    token writes into the stem.
+    """
+    specs = {spec.name: spec for spec in space.params}
+    for part in group_slices(space, events):
+        spec = specs[part.name]
+        if part.dim == 1 and part.name not in space.embeddings:
+            kept = live.entries(str(spec.axes[1]), spec.layer or 0, space.head_dim)
+            yield Reader(part.name, part.indices, kept)
+
+
+@dataclass
+class Corrections:
+    """How many linear layers were corrected, and how many were left as they were for want of convergence."""
+
+    done: int = 0
+    skipped: int = 0
+
+
+@torch.no_grad()
+def correct(
+    params: Mapping[str, Tensor], readers: Sequence[Reader], inputs: Mapping[str, Tensor], options: SolverOptions
+) -> Corrections:
+    """Corrects the readers' weights in place; one whose solve fails is left untouched, and counted.
+
+    inputs: X of each reader by name, (tokens, inputs); readers that share one tensor (q, k, v) share its solve.
+    """
+    sites: dict[tuple[int, tuple[int, ...]], list[Reader]] = defaultdict(list)
+    for reader in readers:
+        sites[id(inputs[reader.name]), tuple(reader.removed.tolist())].append(reader)
+    shapes: dict[tuple[int, int, int], list[list[Reader]]] = defaultdict(list)
+    for site in sites.values():
+        tokens, width = inputs[site[0].name].shape
+        shapes[tokens, width, len(site[0].removed)].append(site)
+    report = Corrections()
+    for (tokens, width, _), same in shapes.items():
+        at_once = max(1, CHUNK // (tokens * width))
+        for first in range(0, len(same), at_once):
+            _correct_sites(params, same[first : first + at_once], inputs, options, report)
+    return report
+
+
+def _correct_sites(
+    params: Mapping[str, Tensor],
+    sites: Sequence[Sequence[Reader]],
+    inputs: Mapping[str, Tensor],
+    options: SolverOptions,
+    report: Corrections,
+) -> None:
+    """Sites of equal shape, solved as one batch."""
+    stacked = torch.stack([inputs[site[0].name].float() for site in sites])
+    removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
+    kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
+    solution = solve_coefficients(stacked, removed, kept, options)
+    converged = solution.converged.tolist()
+    for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
+        for reader in site:
+            weight = params[reader.name].detach()
+            if good:
+                weight.copy_(corrected(weight, indices, coefficients))
+        report.done += len(site) * good
+        report.skipped += len(site) * (not good)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.correction import Corrections, SolverOptions, correct, losing_readers
 from efficientllm.pruning.groups import ATTENTION_QUERY, Event, Live, ParamSpec, Slice, Space, Widths, group_slices
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.saliency import MovingAverage, criterion, unit_scores
@@ -20,7 +21,7 @@ SecondMoment = Callable[[str], Tensor | None]
 
 
 class Probe(Protocol):
-    """What pruning may ask of the loop it lives in. Both work on the current batch."""
+    """What pruning may ask of the loop it lives in, about the current batch."""
 
     def loss(self) -> float:
         """Mean loss in nats on one fixed micro-batch of the current batch; no gradient."""
@@ -30,6 +31,13 @@ class Probe(Protocol):
         """Puts the gradient of the current batch at the current weights into .grad; no weight update."""
         ...
 
+    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Inputs (tokens, inputs) of the linear layers with these weights, on tokens of the current batch.
+
+        Layers that read one tensor share it here too.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class PrunerOptions:
@@ -37,7 +45,8 @@ class PrunerOptions:
 
     types: pruning types that may be chosen. saliency: name of the criterion. decay: of its moving average.
     calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters
-    removed between two refreshes of saliency and calibration (one event is always allowed).
+    removed between two refreshes of saliency and calibration (one event is always allowed). correction: the
+    second-order update of what is left; None leaves it out.
     """
 
     types: tuple[str, ...]
@@ -45,6 +54,7 @@ class PrunerOptions:
     decay: float = 0.9
     calibrated: bool = True
     bound: float = 0.01
+    correction: SolverOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class PruneReport:
     ratios: dict[str, float] = field(default_factory=dict)
     refreshes: int = 0
     calibrations: int = 0
+    corrections: Corrections = field(default_factory=Corrections)
 
 
 class PruningEngine:
@@ -161,15 +172,18 @@ class PruningEngine:
             if self.options.calibrated and stale:
                 self._calibrate(ranking, probe)
                 report.calibrations += 1
-            self._prune_bundle(ranking, position, report)
+            bundle = self._choose_bundle(ranking, position, report)
+            if self.options.correction:
+                self._correct(bundle, probe, report.corrections)
+            self.zero(bundle)
         report.ratios = {name: self.calibration.ratio(name) for name in self.calibration.predicted}
         return report
 
     def _due(self, position: float) -> bool:
         return not self.finished and self.schedule.wants(position, self.parameters, self.events)
 
-    def _prune_bundle(self, ranking: Ranking, position: float, report: PruneReport) -> None:
-        """Events one by one from one ranking until the schedule is content or the bound is met, then zeroes."""
+    def _choose_bundle(self, ranking: Ranking, position: float, report: PruneReport) -> list[Event]:
+        """Events one by one from one ranking until the schedule is content or the bound is met; no longer live."""
         bundle: list[Event] = []
         removed, limit = 0.0, self.options.bound * self.parameters
         while self._due(position):
@@ -193,7 +207,15 @@ class PruningEngine:
             bundle.append(event)
             report.events.append(AppliedEvent(event, self.parameters, self.widths))
         self._uncalibrated += removed
-        self.zero(bundle)
+        return bundle
+
+    def _correct(self, bundle: Sequence[Event], probe: Probe, report: Corrections) -> None:
+        """Lets what is left of every layer make up for the inputs that the bundle takes from it."""
+        assert self.options.correction is not None
+        readers = list(losing_readers(self.space, bundle, self.live))
+        done = correct(self.params, readers, probe.inputs([reader.name for reader in readers]), self.options.correction)
+        report.done += done.done
+        report.skipped += done.skipped
 
     def zero(self, events: Sequence[Event]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""

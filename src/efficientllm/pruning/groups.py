@@ -104,6 +104,7 @@ class Slice:
 class Space:
     """A model as pruning sees it.
 
+    embeddings: weights that are looked up by token rather than multiplied with an input.
     stem_gains: norm gains over the hidden axis. Compaction from D to d hidden channels multiplies them by sqrt(D/d).
     norm_inputs: weights whose output is normalised by a norm that shares the stem's epsilon without lying on the
         hidden axis (Qwen3's q and k); they are multiplied alike, so that a changed epsilon changes nothing.
@@ -112,6 +113,7 @@ class Space:
     params: tuple[ParamSpec, ...]
     widths: Widths
     head_dim: int
+    embeddings: frozenset[str] = frozenset()
     stem_gains: frozenset[str] = frozenset()
     norm_inputs: frozenset[str] = frozenset()
 
@@ -197,6 +199,15 @@ class Live:
         if pruning_type == ATTENTION_QUERY:
             return self.query.flatten(0, 1)
         return self.ffn if pruning_type == FFN_TYPE else self.hidden[None]
+
+    def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
+        """Live entries along one axis of one layer, bool (length,)."""
+        if axis == HIDDEN:
+            return self.hidden
+        if axis == FFN:
+            return self.ffn[layer]
+        heads = self.kv[layer] if axis == KV else self.query[layer].flatten()
+        return heads.repeat_interleave(head_dim)
 
     def remove(self, event: Event) -> None:
         """Marks an event's units as dead. Raises AssertionError if one of them was dead before."""

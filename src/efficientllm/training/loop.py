@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from efficientllm.config import TrainConfig
 from efficientllm.errors import UsageError
 from efficientllm.pruning.engine import PruneReport
 from efficientllm.pruning.groups import Widths
+from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, update
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
@@ -51,19 +52,39 @@ class StepRecord:
 class BatchProbe:
     """Answers the pruner's questions about the current batch (pruning.engine.Probe)."""
 
-    def __init__(self, state: TrainState, batch: Tensor, train: TrainConfig, rows: int, precision: Precision) -> None:
-        self._state, self._batch, self._train = state, batch, train
-        self._rows, self._precision = rows, precision
+    def __init__(
+        self,
+        state: TrainState,
+        batch: Tensor,
+        train: TrainConfig,
+        precision: Precision,
+        *,
+        calibration_rows: int,
+        correction_tokens: int,
+    ) -> None:
+        self._state, self._batch, self._train, self._precision = state, batch, train, precision
+        self._calibration_rows, self._correction_tokens = calibration_rows, correction_tokens
 
     def loss(self) -> float:
-        """On the batch's first `rows` rows."""
-        rows = self._batch[: self._rows]
+        """On the batch's first rows."""
+        rows = self._batch[: self._calibration_rows]
         return mean_loss(self._state.forward, rows.split(self._train.micro_batch), self._precision)
 
     def refresh(self) -> None:
         self._state.optimizer.zero_grad(set_to_none=True)
         accumulate_gradient(self._state.forward, self._batch, self._train.micro_batch, self._precision)
         self._state.refresh_tokens += self._batch.numel()
+
+    @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """On the batch's first tokens, a micro-batch at a time; the vocabulary's logits only where they are needed."""
+        model: Any = self._state.model
+        forward = model if "lm_head.weight" in names else model.model
+        rows = self._batch[: max(1, self._correction_tokens // self._batch.shape[1])]
+        with captured_inputs(model, names) as inputs, self._precision.context():
+            for part in rows.split(self._train.micro_batch):
+                forward(input_ids=part, use_cache=False)
+        return inputs
 
 
 def train_steps(
@@ -98,7 +119,16 @@ def train_steps(
         state.tokens += batch.numel()
         report = None
         if state.pruner and not state.pruner.finished:
-            report = state.pruner.step(state.tokens, BatchProbe(state, batch, train, calibration_rows, precision))
+            assert plan is not None
+            probe = BatchProbe(
+                state,
+                batch,
+                train,
+                precision,
+                calibration_rows=calibration_rows,
+                correction_tokens=plan.correction_tokens,
+            )
+            report = state.pruner.step(state.tokens, probe)
             state.optimizer.zero_grad(set_to_none=True)
         compaction = _compact_if_due(state, train, plan)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)

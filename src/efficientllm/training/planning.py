@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.space import space_of
+from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
@@ -28,7 +29,8 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         options, landing = options_and_landing(prune, space)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return PruningPlan(source, landing, schedule_of(recipe, prune, space, landing), options, prune.compact_at)
+    schedule = schedule_of(recipe, prune, space, landing)
+    return PruningPlan(source, landing, schedule, options, prune.compact_at, prune.correction_tokens)
 
 
 def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions, Landing]:
@@ -39,6 +41,7 @@ def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions
         decay=prune.ema,
         calibrated=prune.selection == "calibrated",
         bound=prune.bound,
+        correction=correction_of(prune),
     )
     criterion(prune.saliency)
     landing = Landing(
@@ -49,6 +52,12 @@ def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions
         floors=floors_of(prune, space),
     )
     return options, landing
+
+
+def correction_of(prune: PruneConfig) -> SolverOptions | None:
+    if prune.correction == "none":
+        return None
+    return SolverOptions(prune.correction_damping, prune.correction_tolerance, prune.correction_iterations)
 
 
 def target_of(prune: PruneConfig, space: Space) -> int | Widths:
@@ -99,8 +108,10 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
 
 
 def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
-    """Rows of the batch that measure a bundle's true cost: an eighth of it, at least 512 tokens, or as asked."""
+    """Rows of the batch that measure a bundle's true cost: an eighth of it, 512 to 8,192 tokens, or as asked."""
     length = recipe.data.sequence_length
     tokens = recipe.prune.calibration_tokens if recipe.prune else None
-    rows = max(batch_rows // 8, -(-512 // length)) if tokens is None else tokens // length
-    return min(batch_rows, max(1, rows))
+    if tokens is None:
+        tokens = min(max(batch_rows * length // 8, 512), 8192)
+        return min(batch_rows, -(-tokens // length))
+    return min(batch_rows, max(1, tokens // length))

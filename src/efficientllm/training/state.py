@@ -31,7 +31,8 @@ class PruningPlan:
     """What does not change over a run: where it may end, when it prunes, how it decides, when it compacts.
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
-    parameters that a compaction must free to be worth it.
+    parameters that a compaction must free to be worth it. correction_tokens: tokens of the batch whose inputs the
+    correction sees.
     """
 
     source: PretrainedConfig
@@ -39,6 +40,7 @@ class PruningPlan:
     schedule: Schedule
     options: PrunerOptions
     compact_at: float
+    correction_tokens: int = 4096
 
 
 @dataclass

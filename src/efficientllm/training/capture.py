@@ -1,0 +1,69 @@
+"""The inputs of linear layers during a forward pass, for as long as the pass lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Inputs(Mapping[str, Tensor]):
+    """Captured inputs by weight name, each (tokens, inputs), detached, in the dtype of the forward pass.
+
+    Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._calls: dict[str, list[Tensor]] = {}
+        self._flat: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._joined: dict[tuple[int, ...], Tensor] = {}
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        calls = self._calls.setdefault(name, [])
+        left = None if self._limit is None else self._limit - sum(len(each) for each in calls)
+        if left is not None and left <= 0:
+            return
+        key = id(tensor), left or 0
+        if key not in self._flat:  # the tensor is kept beside, so that its id stays its own
+            self._flat[key] = tensor, tensor.detach().flatten(0, -2)[:left]
+        calls.append(self._flat[key][1])
+
+    def __getitem__(self, name: str) -> Tensor:
+        calls = self._calls[name]
+        if len(calls) == 1:
+            return calls[0]
+        key = tuple(id(each) for each in calls)
+        if key not in self._joined:
+            self._joined[key] = torch.cat(calls)
+        return self._joined[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+
+@contextmanager
+def captured_inputs(model: nn.Module, weights: Iterable[str], limit: int | None = None) -> Iterator[Inputs]:
+    """Captures what the linear layers with these weight names are given while the body runs, at most `limit` tokens.
+
+    Hooks are gone afterwards, also after an error.
+    """
+    inputs, handles = Inputs(limit), []
+
+    def hook_of(name: str) -> Any:
+        return lambda module, args: inputs.take(name, args[0])
+
+    try:
+        for name in weights:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            handles.append(module.register_forward_pre_hook(hook_of(name)))
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

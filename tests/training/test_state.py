@@ -1,0 +1,103 @@
+"""Compaction: the same function, moments in the new scale, the family it came from, nothing held twice."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import torch
+from transformers import PreTrainedModel
+
+from conftest import tiny_config, tiny_model
+from efficientllm.config import PruneConfig, TrainConfig
+from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import PRUNING_TYPES, Event
+from efficientllm.pruning.schedule import EverySchedule
+from efficientllm.training.planning import options_and_landing
+from efficientllm.training.state import PruningPlan, TrainState, capture, compact, cut, start
+
+TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
+IDS = torch.arange(48).reshape(3, 16)
+
+
+def run_of(model: PreTrainedModel) -> tuple[TrainState, PruningPlan]:
+    prune = PruneConfig.model_validate({"target": "20%", "floors": {"intermediate": 4}, "align": 1})
+    options, landing = options_and_landing(prune, space_of(model.config))
+    plan = PruningPlan(model.config, landing, EverySchedule(0, 1), options, 0.01)
+    return start(model, TRAIN, plan), plan
+
+
+def prune(state: TrainState, **events: int) -> None:
+    """The first live unit of every row, so many times for each type."""
+    assert state.pruner is not None
+    live = state.pruner.live
+    for pruning_type, number in events.items():
+        for _ in range(number):
+            units = live.units(pruning_type)
+            event = Event(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1), 0.0, 1.0)
+            live.remove(event)
+            state.pruner.zero([event])
+
+
+def backward(state: TrainState) -> torch.Tensor:
+    state.optimizer.zero_grad()
+    logits: torch.Tensor = state.model(input_ids=IDS).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    if state.pruner:
+        state.pruner.observe()
+    return logits.detach()
+
+
+def test_moments_are_those_of_a_run_that_was_always_narrow(family: str) -> None:
+    """After one step (at rate 0) from empty moments they are (1 - b1) g and (1 - b2) g^2 of the narrow model's g."""
+    state, plan = run_of(tiny_model(family))
+    types = {name: 1 for name in PRUNING_TYPES if state.space.widths.count(name) > 1}
+    prune(state, **types | {"stem": 3})
+    before = backward(state)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
+    state.optimizer.step()
+    compact(state, state.live_widths, TRAIN, plan)
+    torch.testing.assert_close(backward(state), before, rtol=1e-4, atol=1e-4)
+    first, second = TRAIN.betas
+    for name, weight in state.model.named_parameters():
+        moments = state.optimizer.state[weight]
+        assert weight.grad is not None
+        torch.testing.assert_close(moments["exp_avg"], (1 - first) * weight.grad, rtol=1e-3, atol=1e-6, msg=name)
+        squares = weight.grad.square()
+        torch.testing.assert_close(moments["exp_avg_sq"], (1 - second) * squares, rtol=1e-3, atol=1e-8, msg=name)
+
+
+def test_a_llama_is_a_llama_again_where_its_config_allows() -> None:
+    state, plan = run_of(tiny_model("llama-gqa"))
+    for channels, family in ((1, "mistral"), (3, "llama")):  # hidden 39, then 36, over 4 heads
+        prune(state, stem=channels)
+        before = state.model(input_ids=IDS).logits
+        compact(state, state.live_widths, TRAIN, plan)
+        assert state.model.config.model_type == family
+        torch.testing.assert_close(state.model(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-4)
+    assert state.model.config.rms_norm_eps == tiny_config("llama-gqa").rms_norm_eps * 40 / 36
+
+
+def test_compaction_holds_no_old_tensor() -> None:
+    state, plan = run_of(tiny_model("qwen3-gqa"))
+    backward(state)
+    state.optimizer.step()
+    prune(state, ffn=5)
+    old = [weakref.ref(weight) for weight in state.model.parameters()]
+    old += [weakref.ref(value) for each in state.optimizer.state.values() for value in each.values()]
+    compact(state, state.live_widths, TRAIN, plan)
+    gc.collect()
+    assert not [each for each in old if each() is not None]
+
+
+def test_cutting_a_snapshot_leaves_it_alone_unless_consumed() -> None:
+    state, plan = run_of(tiny_model("llama-mha-tied"))
+    prune(state, ffn=5)
+    snapshot = capture(state)
+    names = set(snapshot.weights)
+    narrow = cut(snapshot, state.live_widths, plan.source)
+    assert set(snapshot.weights) == names == set(narrow.weights)
+    cut(snapshot, state.live_widths, plan.source, consume=True)
+    assert not snapshot.weights
+    assert not snapshot.moments
