@@ -19,14 +19,14 @@ ALLOWED = {
     "training": {"errors", "config", "models", "pruning"},
     "checkpoint": {"errors", "models", "training", ""},
     "evaluation": {"training"},
-    "reporting": {"errors", "sizes"},
+    "reporting": {"errors", "sizes", "pruning"},
     "jobs": {
         "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
     },
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
-    "cli": {"errors", "config", "jobs", "demo", ""},
+    "cli": {"errors", "config", "jobs", "demo", "reporting", ""},
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},
 }  # fmt: skip

@@ -77,6 +77,27 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     print(run(loaded, say)["result"]["path"])
 
 
+@app.command(name="continue")
+@one_sentence()
+def go_on(
+    snapshot: Annotated[Path, typer.Argument(metavar="SNAPSHOT", help="A folder that a ladder left: RUN/ladder/469M.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train on at the size of a ladder's snapshot, from its weights and moments, to the end of the original run."""
+    from efficientllm.jobs.ladder import recipe_of
+    from efficientllm.jobs.prune import run
+
+    print(run(recipe_of(snapshot, overrides or []), say)["result"]["path"])
+
+
+@app.command()
+def criteria() -> None:
+    """List the saliency criteria: what each looks at, what it costs, and the paper it is from."""
+    from efficientllm.reporting.tables import print_criteria
+
+    print_criteria()
+
+
 @app.command()
 @one_sentence()
 def demo(

@@ -24,14 +24,17 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
 from efficientllm.models.space import check_space, space_of
-from efficientllm.pruning.engine import PruneReport, PruningEngine
+from efficientllm.pruning.contract import PruneReport
+from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
-from efficientllm.training.planning import options_and_landing
+from efficientllm.training.planning import options_and_landings
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
+# Keys of the prune section that say how our own loop is run.
+RECIPE_ONLY = frozenset({"ladder", "mode", "calibration_batches", "calibration_tokens", "end", "every", "compact_at"})
 LossFunction = Callable[[], Tensor]
 
 
@@ -105,6 +108,11 @@ class Pruner:
         **prune: Any,
     ) -> None:
         options = _options({"target": target, "types": list(types)} | prune)
+        foreign = sorted(RECIPE_ONLY & prune.keys())
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"
+            )
         space = space_of(model.config)
         check_space(space, model)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
@@ -114,7 +122,8 @@ class Pruner:
         self.calls = 0
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-        self._options, self._landing = options_and_landing(options, space)
+        self._options, landings = options_and_landings(options, space)
+        self._landing = landings[-1]
         self._schedule = SpanSchedule(start, start + steps, space.num_params(), self._landing.target, options.curve)
         self._correction_tokens = options.correction_tokens
         self._given_loss = loss_fn
@@ -129,7 +138,7 @@ class Pruner:
             params,
             lambda name: shaped_moments(self.optimizer, params[name]),
             second_moment=lambda name: second_moment(self.optimizer, params[name]),
-            landing=self._landing,
+            landings=[self._landing],
             schedule=self._schedule,
             options=self._options,
         )

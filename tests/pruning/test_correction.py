@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efficientllm.pruning import correction
 from efficientllm.pruning.correction import SolverOptions, corrected, solve_coefficients
 from reference.correction_fp64 import dense_coefficients
 
@@ -85,3 +86,11 @@ def test_the_weight_keeps_its_type_and_loses_its_columns(dtype: torch.dtype) -> 
     untouched = ~kept[0]
     untouched[removed[0]] = False
     assert torch.equal(after[:, untouched], weight[:, untouched])
+
+
+def test_with_and_without_a_formed_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, removed, kept = problem(4, 2, 150, 33, 2)
+    formed = solve_coefficients(x, removed, kept, PRECISE)
+    monkeypatch.setattr(correction, "GRAM", 0)
+    free = solve_coefficients(x, removed, kept, PRECISE)
+    torch.testing.assert_close(free.coefficients, formed.coefficients, rtol=1e-3, atol=1e-4)

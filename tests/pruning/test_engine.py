@@ -36,7 +36,7 @@ class Loop:
             self.space,
             self.params,
             self.moments,
-            landing=landing,
+            landings=[landing],
             schedule=SpanSchedule(0.0, span, self.space.num_params(), target, "linear"),
             options=PrunerOptions(types, **options),  # type: ignore[arg-type]
         )
@@ -175,7 +175,7 @@ def test_state_resumes_bit_for_bit() -> None:
     tensors, facts = one.pruner.state()
     old = two.pruner
     two.pruner = PruningEngine(
-        two.space, two.params, two.moments, landing=old.landing, schedule=old.schedule, options=old.options
+        two.space, two.params, two.moments, landings=old.landings, schedule=old.schedule, options=old.options
     )
     two.pruner.load_state(tensors, facts)
     for step in range(5, 11):

@@ -13,7 +13,7 @@ from efficientllm.config import PruneConfig, TrainConfig
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, Event
 from efficientllm.pruning.schedule import EverySchedule
-from efficientllm.training.planning import options_and_landing
+from efficientllm.training.planning import options_and_landings
 from efficientllm.training.state import PruningPlan, TrainState, capture, compact, cut, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
@@ -22,8 +22,8 @@ IDS = torch.arange(48).reshape(3, 16)
 
 def run_of(model: PreTrainedModel) -> tuple[TrainState, PruningPlan]:
     prune = PruneConfig.model_validate({"target": "20%", "floors": {"intermediate": 4}, "align": 1})
-    options, landing = options_and_landing(prune, space_of(model.config))
-    plan = PruningPlan(model.config, landing, EverySchedule(0, 1), options, 0.01)
+    options, landings = options_and_landings(prune, space_of(model.config))
+    plan = PruningPlan(model.config, landings, EverySchedule(0, 1), options, 0.01)
     return start(model, TRAIN, plan), plan
 
 

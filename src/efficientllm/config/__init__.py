@@ -2,12 +2,13 @@
 
 from efficientllm.config.prune import AlignConfig, FloorsConfig, PruneConfig, WidthTarget
 from efficientllm.config.reading import dump_recipe, load_recipe
-from efficientllm.config.sections import DataConfig, DataSource, Recipe, RunConfig, TrainConfig
+from efficientllm.config.sections import DataConfig, DataSource, DistillConfig, Recipe, RunConfig, TrainConfig
 
 __all__ = [
     "AlignConfig",
     "DataConfig",
     "DataSource",
+    "DistillConfig",
     "FloorsConfig",
     "PruneConfig",
     "Recipe",

@@ -77,6 +77,10 @@ def _dump_target(value: Any) -> Any:
     return format_fraction(value) if isinstance(value, float) else exact_count(value)
 
 
+def _several(value: object) -> object:
+    return value if value is None else one_or_more(value)
+
+
 def _align(value: object) -> object:
     """One multiple stands for both widths; auto and a mapping pass."""
     if value == "auto" or isinstance(value, Mapping | BaseModel):
@@ -94,6 +98,7 @@ Target = Annotated[
     BeforeValidator(_target),
     json_as(_dump_target),
 ]
+Rung = Annotated[int | float, BeforeValidator(_target), json_as(_dump_target)]
 Align = Annotated[
     Annotated[Literal["auto"], Tag("<plain>")] | Annotated[AlignConfig, Tag("<widths>")],
     Discriminator(union_side),
@@ -108,6 +113,17 @@ class PruneConfig(Section):
 
     section: ClassVar[str] = "prune"
     target: Target = Field(description="Size to reach: parameters (469M), a ratio (40%), or widths (a mapping)")
+    ladder: Annotated[tuple[Rung, ...] | None, BeforeValidator(_several)] = Field(
+        default=None, description="Sizes on the way, largest first; each leaves a model to use and to train on"
+    )
+    mode: Literal["loop", "one-shot", "iterative"] = Field(
+        default="loop",
+        description="loop: while training; one-shot: at once; iterative: step by step with the weights at rest",
+    )
+    calibration_batches: Count = Field(default=8, description="Batches that one-shot takes its scores from")
+    order: Literal["saliency", "attention-first", "ffn-first", "stem-first", "interleaved"] = Field(
+        default="saliency", description="Which type falls next; the others are pruning paths to widths given as target"
+    )
     start: Place = Field(default=Position(0.0), description="Where pruning starts")
     end: Place = Field(default=Position(0.15), description="Where the target is reached")
     every: Count | None = Field(
@@ -145,12 +161,43 @@ class PruneConfig(Section):
 
     def _idle(self) -> dict[str, str]:
         idle = {} if self.selection == "calibrated" else {"calibration_tokens": "with prune.selection raw"}
+        if self.order != "saliency":
+            idle |= dict.fromkeys(["selection", "calibration_tokens"], f"with prune.order {self.order}")
+        if self.mode != "loop":
+            idle |= dict.fromkeys(["end", "curve", "every"], f"with prune.mode {self.mode}, which sets its own pace")
+        if self.mode == "one-shot":
+            idle["bound"] = "with prune.mode one-shot"
+        else:
+            idle["calibration_batches"] = f"with prune.mode {self.mode}"
         if self.correction == "none":
             names = ("tokens", "damping", "tolerance", "iterations")
             idle |= dict.fromkeys([f"correction_{name}" for name in names], "with prune.correction none")
-        if self.every is not None:
+        if self.every is not None and self.mode == "loop":
             idle |= dict.fromkeys(["end", "curve"], "beside prune.every, which sets the pace by itself")
         return idle
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_of_ladder(cls, data: Any) -> Any:
+        """A ladder without a target ends with its last size; a last rung that is the target is not left twice."""
+        if not isinstance(data, Mapping) or data.get("ladder") is None:
+            return data
+        ladder = data["ladder"]
+        ladder = list(ladder) if isinstance(ladder, list | tuple) else [ladder]
+        if ladder and data.get("target") in (None, ladder[-1]):
+            data = {**data, "target": ladder[-1], "ladder": ladder[:-1] or None}
+        return data
+
+    @model_validator(mode="after")
+    def _path_has_an_end(self) -> Self:
+        if self.order != "saliency" and not isinstance(self.target, WidthTarget):
+            raise UsageError(
+                f"prune.order {self.order} needs a shape to go to: give prune.target as widths, such as "
+                "{hidden: 512, heads: 8, intermediate: 1408}"
+            )
+        if self.ladder and isinstance(self.target, WidthTarget):
+            raise UsageError("prune.ladder needs a size as prune.target, not widths")
+        return self
 
     @model_validator(mode="after")
     def _distinct_types(self) -> Self:

@@ -137,6 +137,16 @@ class TrainConfig(Section):
         return self
 
 
+class DistillConfig(Section):
+    """What a teacher adds to the loss."""
+
+    section: ClassVar[str] = "distill"
+    teacher: Text | None = Field(default=None, description="Folder or hub id; null: the source, as it was")
+    weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
+    temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
+    chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
+
+
 class RunConfig(Section):
     """The run folder and how often something is written to it."""
 
@@ -161,10 +171,14 @@ class Recipe(Section):
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="random: the source's architecture with fresh weights, the control"
     )
+    resume: Text | None = Field(
+        default=None, description="Snapshot of a ladder to go on from: its weights, moments and place in the run"
+    )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model or data set")
     data: DataConfig = Field(description="The corpus")
     train: TrainConfig = Field(description="The training loop")
     prune: PruneConfig | None = Field(default=None, description="Pruning; null: plain continued pretraining")
+    distill: DistillConfig | None = Field(default=None, description="Learn from a teacher too; null: from text alone")
     run: RunConfig = Field(description="The run folder")
 
     @model_validator(mode="wrap")
@@ -174,6 +188,12 @@ class Recipe(Section):
             return handler(data)
         except ValidationError as error:
             raise UsageError(explain(error)) from None
+
+    @model_validator(mode="after")
+    def _teacher_knows_something(self) -> Self:
+        if self.distill and self.distill.teacher is None and self.init == "random":
+            raise UsageError("distill.teacher is missing: with init random the source has no weights to teach with")
+        return self
 
     @model_validator(mode="after")
     def _pruning_fits(self) -> Self:

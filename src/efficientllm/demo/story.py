@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
@@ -19,6 +18,7 @@ from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.jobs.prune import run
 from efficientllm.reporting.plots import plot_demo, plot_run
+from efficientllm.reporting.tables import console
 from efficientllm.sizes import format_count
 
 Say = Callable[[str], None]
@@ -143,4 +143,4 @@ def print_table(summaries: dict[str, dict[str, Any]]) -> None:
             f"{summary['tokens'] / summary['seconds']:,.0f}",
             result["path"],
         )
-    Console().print(table)
+    console().print(table)

@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.models.loading import load_config, load_tokenizer
+from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.sizes import format_count
 from efficientllm.training.corpus import Corpus, load_corpora
+from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import Precision
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.sampling import BatchStream
@@ -45,6 +46,29 @@ class Job:
     steps: int
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
+
+
+def teacher_of(job: Job) -> Distillation | None:
+    """The frozen teacher that the recipe asks for: bf16 where training is, else fp32.
+
+    Raises UsageError for one that speaks another vocabulary.
+    """
+    distill = job.recipe.distill
+    if distill is None:
+        return None
+    path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
+    theirs = load_config(path, trust_remote_code=trust).vocab_size
+    if theirs != job.config.vocab_size or (
+        distill.teacher and load_tokenizer(path, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
+    ):
+        raise UsageError(
+            f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
+            f"({job.config.vocab_size:,}); choose a teacher with the source's tokenizer"
+        )
+    teacher = load_model(path, device=job.device, trust_remote_code=trust).eval().requires_grad_(False)
+    if job.precision.bf16:
+        teacher = teacher.to(torch.bfloat16)
+    return Distillation(teacher, distill.weight, distill.temperature, distill.chunk_tokens)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
-from efficientllm.jobs.job import Job, prepare
+from efficientllm.jobs.job import Job, prepare, teacher_of
+from efficientllm.jobs.ladder import leave_rung
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
@@ -97,6 +99,8 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         trust_remote_code=job.recipe.trust_remote_code,
     )
     state = start(model, job.recipe.train, job.plan)
+    if job.recipe.resume:
+        state = restore(load(Path(job.recipe.resume)), job.recipe.train, job.plan, job.device)
     with RunProgress(0, description="source") as progress:
         loss = validate(job, state, progress)
     facts: dict[str, Any] = {
@@ -132,12 +136,15 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
         steps=job.steps,
         calibration_rows=rows,
         precision=job.precision,
+        distillation=teacher_of(job),
     )
     with RunProgress(total, start=state.tokens, description=job.folder.path.name) as progress:
         before, warned = state.tokens, False
         for record in records:
             if record.compaction:
                 progress.note(compaction_line(record))
+            if record.prune and record.prune.rung is not None:
+                leave_rung(job, state, record.prune.rung, progress)
             if record.prune and record.prune.corrections.skipped and not warned:
                 warned = True
                 progress.note(SKIPPED)

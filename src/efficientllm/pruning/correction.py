@@ -6,8 +6,8 @@ Removing the inputs P of a linear layer W (outputs x inputs) and keeping K, the 
     W'_K = W_K + W_P B^T,    B = (X_K^T X_K + lambda I)^-1 X_K^T X_P
 
 the OBS column update (SparseGPT, arXiv 2301.00774, eq. 3), exact for the whole set P at once. Only |P| right-hand
-sides are needed, so B is found by conjugate gradients on the inputs themselves, v -> X_K^T (X_K v) + lambda v: no
-Hessian is formed, let alone inverted. Deviation: SparseGPT goes column by column with an inverse Hessian.
+sides are needed, so B is found by conjugate gradients on the inputs themselves, v -> X_K^T (X_K v) + lambda v: no wide
+Hessian is formed, and none is inverted. Deviation: SparseGPT goes column by column with an inverse Hessian.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.groups import Event, Live, Space, group_slices
+from efficientllm.pruning.saliency import reader_specs
 
+GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
@@ -56,8 +58,11 @@ def solve_coefficients(inputs: Tensor, removed: Tensor, kept: Tensor, options: S
     damping = options.damping * diagonal.sum(1) / kept.sum(1).clamp(min=1)
     preconditioner = 1.0 / (diagonal + damping[:, None]).clamp(min=torch.finfo(inputs.dtype).tiny)
 
+    gram = kept_inputs.transpose(1, 2) @ kept_inputs if inputs.shape[2] <= GRAM else None
+
     def normal(vectors: Tensor) -> Tensor:
-        return kept_inputs.transpose(1, 2) @ (kept_inputs @ vectors) + damping[:, None, None] * vectors
+        image = kept_inputs.transpose(1, 2) @ (kept_inputs @ vectors) if gram is None else gram @ vectors
+        return image + damping[:, None, None] * vectors
 
     solution = torch.zeros_like(target)
     residual = target
@@ -106,10 +111,10 @@ def losing_readers(space: Space, events: Sequence[Event], live: Live) -> Iterato
     A tied LM head is left out: its matrix is the embedding too, and correcting it as a reader would change what every
     token writes into the stem.
     """
-    specs = {spec.name: spec for spec in space.params}
+    specs = {spec.name: spec for spec in reader_specs(space)}
     for part in group_slices(space, events):
-        spec = specs[part.name]
-        if part.dim == 1 and part.name not in space.embeddings:
+        if part.dim == 1 and part.name in specs:
+            spec = specs[part.name]
             kept = live.entries(str(spec.axes[1]), spec.layer or 0, space.head_dim)
             yield Reader(part.name, part.indices, kept)
 

@@ -2,80 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.correction import Corrections, SolverOptions, correct, losing_readers
+from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, SecondMoment
+from efficientllm.pruning.correction import Corrections, correct, losing_readers
+from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION_QUERY, Event, Live, ParamSpec, Slice, Space, Widths, group_slices
 from efficientllm.pruning.landing import Landing
-from efficientllm.pruning.saliency import MovingAverage, criterion, unit_scores
+from efficientllm.pruning.saliency import MovingAverage, drawn_scores, input_scores, reader_specs, unit_scores
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.selection import Calibration, Ranking, candidates, least_damage
+from efficientllm.pruning.selection import Calibration, Candidate, Ranking, candidates, least_damage, next_on_path
 
-Moments = Callable[[str], Mapping[str, Tensor]]
-SecondMoment = Callable[[str], Tensor | None]
-
-
-class Probe(Protocol):
-    """What pruning may ask of the loop it lives in, about the current batch."""
-
-    def loss(self) -> float:
-        """Mean loss in nats on one fixed micro-batch of the current batch; no gradient."""
-        ...
-
-    def refresh(self) -> None:
-        """Puts the gradient of the current batch at the current weights into .grad; no weight update."""
-        ...
-
-    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Inputs (tokens, inputs) of the linear layers with these weights, on tokens of the current batch.
-
-        Layers that read one tensor share it here too.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class PrunerOptions:
-    """The method's dials; METHOD section 5 for the defaults.
-
-    types: pruning types that may be chosen. saliency: name of the criterion. decay: of its moving average.
-    calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters
-    removed between two refreshes of saliency and calibration (one event is always allowed). correction: the
-    second-order update of what is left; None leaves it out.
-    """
-
-    types: tuple[str, ...]
-    saliency: str = "taylor-element"
-    decay: float = 0.9
-    calibrated: bool = True
-    bound: float = 0.01
-    correction: SolverOptions | None = None
-
-
-@dataclass(frozen=True)
-class AppliedEvent:
-    """An event that has happened, and the model it left behind."""
-
-    event: Event
-    parameters: int
-    widths: Widths
-
-
-@dataclass
-class PruneReport:
-    """What one step() did. damages: calibrated damage per parameter of each type's next event, as last seen."""
-
-    events: list[AppliedEvent] = field(default_factory=list)
-    damages: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, float] = field(default_factory=dict)
-    refreshes: int = 0
-    calibrations: int = 0
-    corrections: Corrections = field(default_factory=Corrections)
+CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true cost is measured
 
 
 class PruningEngine:
@@ -85,7 +28,7 @@ class PruningEngine:
     each with the weight's shape (empty before the first update). second_moment: its running mean of g^2, free of
     bias, or None. `space.widths` are the allocated widths, in
     which units are counted; `live` says which of them are left. After a compaction a new PruningEngine is made for the
-    new tensors and given the old one's state, sliced.
+    new tensors and given the old one's state, sliced. landings: the ladder's shapes, largest first, the target's last.
     """
 
     def __init__(
@@ -95,19 +38,19 @@ class PruningEngine:
         moments: Moments,
         *,
         second_moment: SecondMoment = lambda name: None,
-        landing: Landing,
+        landings: Sequence[Landing],
         schedule: Schedule,
         options: PrunerOptions,
         live: Live | None = None,
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
         self._second_moment = second_moment
-        self.landing, self.schedule, self.options = landing, schedule, options
+        self.landings, self.schedule, self.options = tuple(landings), schedule, options
         self.live = live or Live.full(space.widths)
         self.criterion = criterion(options.saliency)
         self.average = MovingAverage(options.decay)
         self.calibration = Calibration()
-        self.events = 0
+        self.events = self.rung = 0
         self._uncalibrated = float("inf")  # parameters removed since the last calibration
         self._device = next(iter(params.values())).device
         self._frozen = self._dead_query_slices()
@@ -123,8 +66,13 @@ class PruningEngine:
         return int(self.space.num_params(self.widths))
 
     @property
+    def landing(self) -> Landing:
+        """Where the model lands next: a rung of the ladder, or at last the target."""
+        return self.landings[self.rung]
+
+    @property
     def finished(self) -> bool:
-        return self.landing.reached(self.widths)
+        return self.rung == len(self.landings) - 1 and self.landing.reached(self.widths)
 
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping.
@@ -137,39 +85,55 @@ class PruningEngine:
             gradient = self.params[part.name].grad
             if gradient is not None:
                 gradient.index_fill_(part.dim, part.indices, 0.0)
-        if self.finished:
+        if self.finished or self.criterion.needs != "gradient":
             return
         if all(weight.grad is None for weight in self.params.values()):
             raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
         self.average.update(unit_scores(self.space, self.criterion, self._weights(), self._device))
 
-    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor, Tensor | None]]:
-        """(spec, w, g, F) of every weight that has a gradient; F only where the criterion looks at it."""
-        for spec in self.space.params:
-            weight = self.params[spec.name]
-            if weight.grad is not None:
-                fisher = self._second_moment(spec.name) if self.criterion.second_moment else None
-                yield spec, weight.detach(), weight.grad, fisher
-
-    @torch.no_grad()
-    def step(self, position: float, probe: Probe) -> PruneReport:
-        """Carries out every event that is due at `position` (the schedule's unit).
-
-        Removes at most `bound` of the live parameters between two looks at the gradient; where the schedule asks
-        for more, the probe takes the gradient anew, without a weight update, before the next bundle.
-        """
-        report = PruneReport()
-        if self._due(position) and not self.average.sums:
-            raise ValueError("step() has no saliency to go by; call observe() after every backward()")
-        while self._due(position):
+    def _look(self, probe: Probe, report: PruneReport) -> None:
+        """Brings the scores up to date before a bundle. The gradient of the step itself has been observed already."""
+        needs = self.criterion.needs
+        if needs == "gradient":
             if report.events:
                 with torch.enable_grad():
                     probe.refresh()
                 self.observe()
                 report.refreshes += 1
+            if not self.average.sums:
+                raise ValueError("step() has no saliency to go by; call observe() after every backward()")
+        elif needs == "weights":
+            self.average.update(unit_scores(self.space, self.criterion, self._weights(), self._device))
+        elif needs == "inputs":
+            readers = reader_specs(self.space)
+            inputs = probe.inputs([spec.name for spec in readers])
+            self.average.update(input_scores(self.space, self.criterion, readers, self.params, inputs, self._device))
+        elif not self.average.sums:
+            scores = drawn_scores(self.space, self.options.seed)
+            self.average.update({name: score.to(self._device) for name, score in scores.items()})
+
+    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor, Tensor | None]]:
+        """(spec, w, g, F) of every weight, without those that want a gradient; F where the criterion looks at it."""
+        for spec in self.space.params:
+            weight = self.params[spec.name]
+            gradient = weight.grad if self.criterion.needs == "gradient" else weight
+            if gradient is not None:
+                fisher = self._second_moment(spec.name) if self.criterion.second_moment else None
+                yield spec, weight.detach(), gradient, fisher
+
+    @torch.no_grad()
+    def step(self, position: float, probe: Probe) -> PruneReport:
+        """Carries out every event that is due at `position` (the schedule's unit).
+
+        Removes at most `bound` of the live parameters between two looks at the model; where the schedule asks for
+        more, the probe takes the gradient (or the inputs) anew, without a weight update, before the next bundle.
+        """
+        report = PruneReport()
+        while self._due(position) and report.rung is None:
+            self._look(probe, report)
             ranking = Ranking(self.average.values(), self.live)
             stale = self._uncalibrated >= self.options.bound * self.parameters or bool(report.events)
-            if self.options.calibrated and stale:
+            if self._compares_types and stale:
                 self._calibrate(ranking, probe)
                 report.calibrations += 1
             bundle = self._choose_bundle(ranking, position, report)
@@ -192,11 +156,11 @@ class PruningEngine:
                 self.widths,
                 space=self.space,
                 landing=self.landing,
-                calibration=self.calibration if self.options.calibrated else None,
+                calibration=self.calibration if self._compares_types else None,
                 types=self.options.types,
             )
             report.damages = {each.event.type: each.event.damage for each in weighed}
-            event = least_damage(weighed)
+            event = self._choose(weighed)
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
             if bundle and removed + event.cost > limit:
                 break
@@ -206,8 +170,23 @@ class PruningEngine:
             removed += event.cost
             bundle.append(event)
             report.events.append(AppliedEvent(event, self.parameters, self.widths))
+            if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
+                report.rung = self.rung
+                self.rung += 1
+                break
         self._uncalibrated += removed
         return bundle
+
+    @property
+    def _compares_types(self) -> bool:
+        """Whether measured losses decide between types; on a pruning path nothing is left to decide."""
+        return self.options.calibrated and self.options.order == "saliency"
+
+    def _choose(self, weighed: Sequence[Candidate]) -> Event | None:
+        if self.options.order == "saliency":
+            return least_damage(weighed)
+        final = self.landing.shape()
+        return next_on_path(weighed, self.options.order, self.widths, source=self.landing.space.widths, final=final)
 
     def _correct(self, bundle: Sequence[Event], probe: Probe, report: Corrections) -> None:
         """Lets what is left of every layer make up for the inputs that the bundle takes from it."""
@@ -240,7 +219,7 @@ class PruningEngine:
     def _calibrate(self, ranking: Ranking, probe: Probe) -> None:
         """Measures what zeroing each type's next bundle does to the loss, and puts every bit back.
 
-        A bundle is large enough to stand above numerical noise: about `bound` of the live parameters. All
+        A bundle is large enough to stand above numerical noise: about 1 % of the live parameters. All
         measurements share one micro-batch, so that their differences are paired.
         """
         widths = self.widths
@@ -250,7 +229,8 @@ class PruningEngine:
             if left < 1:
                 continue
             cost = self.space.event_cost(pruning_type, widths)
-            number = min(left, max(1, round(self.options.bound * self.parameters / cost)))
+            share = min(self.options.bound, CALIBRATION_SHARE)
+            number = min(left, max(1, round(share * self.parameters / cost)))
             units, predicted = ranking.upcoming(pruning_type, number)
             events = [Event(pruning_type, row, 0.0, 1.0) for row in units]
             saved = self._cut_out(events)
@@ -278,6 +258,7 @@ class PruningEngine:
         uncalibrated = None if self._uncalibrated == float("inf") else self._uncalibrated
         facts = {
             "events": self.events,
+            "rung": self.rung,
             "saliency_weight": self.average.weight,
             "uncalibrated": uncalibrated,
             "calibration": asdict(self.calibration),
@@ -295,7 +276,7 @@ class PruningEngine:
             for name, total in tensors.items()
             if name.startswith(prefix)
         }
-        self.events, self.average.weight = facts["events"], facts["saliency_weight"]
+        self.events, self.rung, self.average.weight = facts["events"], facts["rung"], facts["saliency_weight"]
         self._uncalibrated = float("inf") if facts["uncalibrated"] is None else facts["uncalibrated"]
         self.calibration = Calibration(**facts["calibration"])
         self._frozen = self._dead_query_slices()

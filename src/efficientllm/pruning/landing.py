@@ -104,6 +104,7 @@ class Landing:
             ),
         )
         self.hidden, self.kv, self.queries = (grid.flatten() for grid in torch.meshgrid(*grids, indexing="ij"))
+        self._axes = grids
         low = floors.intermediate if FFN_TYPE in types else source.intermediate
         self.ffn = _multiples(low, pin.intermediate, align.intermediate)
         self._band(tolerance)
@@ -158,6 +159,41 @@ class Landing:
         self.first = torch.searchsorted(self.ffn, -(-(lowest - base).clamp(min=0) // slope))
         self.gap = 1.0 - best / self.target
         self.lowest = lowest
+
+    def shape(self) -> Widths:
+        """The final shape, where there is only one (a target given as widths)."""
+        (at,) = (self.first <= self.last).nonzero().flatten().tolist()
+        kv_heads = int(self.kv[at])
+        return Widths(
+            self.space.widths.layers,
+            int(self.hidden[at]),
+            kv_heads * int(self.queries[at]),
+            kv_heads,
+            int(self.ffn[self.first[at]]),
+        )
+
+    def least_ffn(self, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
+        """Per shape, the least FFN width from which a final shape is within reach; a huge one where none is."""
+        none = torch.iinfo(torch.int64).max
+        least = torch.where(self.first <= self.last, self.ffn[self.first.clamp(max=len(self.ffn) - 1)], none)
+        table = least.view([len(axis) for axis in self._axes])
+        for dim in range(3):
+            table = table.cummin(dim).values
+        places = [
+            torch.searchsorted(axis, widths, right=True) - 1
+            for axis, widths in zip(self._axes, (hidden, kv, queries), strict=True)
+        ]
+        inside = torch.stack(places).min(0).values >= 0
+        return torch.where(inside, table[tuple(place.clamp(min=0) for place in places)], none)
+
+    def before(self, following: Landing) -> None:
+        """Keeps only shapes from which `following` is within reach. Raises ValueError where none is left."""
+        need = following.least_ffn(self.hidden, self.kv, self.queries)
+        self.first = torch.maximum(self.first, torch.searchsorted(self.ffn, need))
+        if not bool((self.first <= self.last).any()):
+            raise ValueError(
+                f"no shape of {self.target:,} parameters leads on to {following.target:,}; choose sizes further apart"
+            )
 
     def reachable(self, widths: Widths) -> bool:
         """Whether some final shape has no width above these."""

@@ -1,20 +1,16 @@
-"""Saliency: the estimated loss increase of removing a unit, from the gradient that training has just computed.
+"""Saliency: a criterion's scores, summed to one number a unit, and averaged over steps.
 
-A criterion scores every *element* of every weight; a unit's saliency is the sum over its group. Because each
-weight is reduced along its axes first, one pass over the weights serves all pruning types.
-
-Notation: L the loss, w a weight, g = dL/dw (of the mean loss over the batch), F = E[g^2] the diagonal Fisher.
+Each weight is reduced along its axes first, so that one pass over the weights serves all pruning types.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
@@ -27,70 +23,6 @@ from efficientllm.pruning.groups import (
     ParamSpec,
     Space,
 )
-
-ElementScore = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A named score. `element(w, g, F)` has w's shape; with `signed` the sum over the group is taken before |.|;
-    `second_moment` says that it looks at F."""
-
-    name: str
-    source: str
-    element: ElementScore
-    signed: bool = False
-    second_moment: bool = False
-
-
-def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """First-order change of the loss when w goes to 0, signed: g w (LLM-Pruner, arXiv 2305.11627, eq. 3)."""
-    return grad * weight
-
-
-def taylor_element(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """|g w| (arXiv 2305.11627, eq. 5 without the second-order term)."""
-    return (grad * weight).abs_()
-
-
-def taylor_element2(weight: Tensor, grad: Tensor, fisher: Tensor | None) -> Tensor:
-    """|g w - F w^2 / 2| (arXiv 2305.11627, eq. 5).
-
-    Deviation: F is Adam's running second moment (bias-corrected, of clipped batch gradients) where there is one, not
-    a mean over single samples; on the very first step, before the optimizer has one, g^2 stands in.
-    """
-    curvature = grad.square() if fisher is None else fisher
-    return (grad - 0.5 * curvature * weight).mul_(weight).abs_()
-
-
-def fisher(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """(g w)^2 (arXiv 1906.10771, eq. 8, summed over the group)."""
-    return (grad * weight).square_()
-
-
-def magnitude(weight: Tensor, _grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """w^2 (arXiv 1608.08710 uses |w|; the square is the usual choice for groups)."""
-    return weight.square()
-
-
-CRITERIA = {
-    criterion.name: criterion
-    for criterion in (
-        Criterion("taylor-element", "arXiv 2305.11627", taylor_element),
-        Criterion("taylor-element2", "arXiv 2305.11627", taylor_element2, second_moment=True),
-        Criterion("taylor-vector", "arXiv 2305.11627", taylor, signed=True),
-        Criterion("fisher", "arXiv 1906.10771", fisher),
-        Criterion("magnitude", "arXiv 1608.08710", magnitude),
-    )
-}
-
-
-def criterion(name: str) -> Criterion:
-    """The criterion of that name. Raises ValueError naming the nearest one."""
-    if name in CRITERIA:
-        return CRITERIA[name]
-    near = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no saliency criterion '{name}'; did you mean '{near}'? (known: {', '.join(CRITERIA)})")
 
 
 class AxisSums:
@@ -117,6 +49,12 @@ class AxisSums:
                 target = self.sums[axis]
                 (target if axis == HIDDEN else target[spec.layer or 0]).add_(vector)
 
+    def add_columns(self, spec: ParamSpec, scores: Tensor) -> None:
+        """Adds the scores of one linear layer's inputs, (inputs,)."""
+        axis = str(spec.axes[1])
+        target = self.sums[axis]
+        (target if axis == HIDDEN else target[spec.layer or 0]).add_(scores)
+
     def units(self) -> dict[str, Tensor]:
         """Scores per unit of every pruning type, fp32 (rows, units)."""
         widths, head_dim = self.space.widths, self.space.head_dim
@@ -137,12 +75,54 @@ def unit_scores(
     weights: Iterable[tuple[ParamSpec, Tensor, Tensor, Tensor | None]],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Saliency of every unit of every type, fp32 (rows, units), from (spec, w, g, F) of each weight."""
+    """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g, F)."""
+    assert chosen.element is not None
     sums = AxisSums(space, device)
     for spec, weight, grad, second_moment in weights:
         sums.add(spec, chosen.element(weight, grad, second_moment).float())
     scores = sums.units()
     return {name: score.abs() for name, score in scores.items()} if chosen.signed else scores
+
+
+def reader_specs(space: Space) -> list[ParamSpec]:
+    """Linear layers that read an axis: every matrix whose inputs have a label, but for the embedding."""
+    return [
+        spec
+        for spec in space.params
+        if len(spec.axes) == 2 and isinstance(spec.axes[1], str) and spec.name not in space.embeddings
+    ]
+
+
+def input_scores(
+    space: Space,
+    chosen: Criterion,
+    readers: Sequence[ParamSpec],
+    params: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Saliency by a criterion that needs inputs, as `unit_scores`. inputs: X of each reader, (tokens, inputs)."""
+    assert chosen.statistic is not None
+    sums = AxisSums(space, device)
+    statistics: dict[int, Tensor] = {}
+    for spec in readers:
+        shared = inputs[spec.name]
+        known = id(shared) in statistics
+        if not known:
+            statistics[id(shared)] = chosen.statistic(shared.float())
+        if chosen.column:
+            sums.add_columns(spec, chosen.column(params[spec.name].detach().float(), statistics[id(shared)]))
+        elif not known:
+            sums.add_columns(spec, statistics[id(shared)])
+    scores = sums.units()
+    return {name: score.sqrt() for name, score in scores.items()} if chosen.root else scores
+
+
+def drawn_scores(space: Space, seed: int) -> dict[str, Tensor]:
+    """A uniform draw for every unit, fp32 (rows, units) on the CPU; a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    units = AxisSums(space, torch.device("cpu")).units()
+    return {name: torch.rand(score.shape, generator=generator) for name, score in units.items()}
 
 
 class MovingAverage:

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, PRUNING_TYPES, Event, Live, Space, Widths
+from efficientllm.pruning.groups import (
+    ATTENTION,
+    ATTENTION_QUERY,
+    FFN_TYPE,
+    PRUNING_TYPES,
+    STEM,
+    Event,
+    Live,
+    Space,
+    Widths,
+)
 from efficientllm.pruning.landing import Landing
 
 # A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
@@ -108,6 +118,32 @@ def candidates(
         event = Event(pruning_type, units[0], saliency, space.event_cost(pruning_type, widths))
         weighed.append(Candidate(event, landing.reachable(widths.after(pruning_type))))
     return weighed
+
+
+# The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.
+ORDERS = {
+    "attention-first": (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM),
+    "ffn-first": (FFN_TYPE, ATTENTION, ATTENTION_QUERY, STEM),
+    "stem-first": (STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE),
+}
+
+
+def next_on_path(
+    weighed: Sequence[Candidate], order: str, widths: Widths, *, source: Widths, final: Widths
+) -> Event | None:
+    """The next event on a pruning path from `source` to `final` widths; saliency has chosen its units only.
+
+    order: one of ORDERS, or "interleaved": the type that has the largest share of its way left, ties to the first.
+    """
+    allowed = {candidate.event.type: candidate.event for candidate in weighed if candidate.allowed}
+    if order in ORDERS:
+        return next((allowed[name] for name in ORDERS[order] if name in allowed), None)
+
+    def left(pruning_type: str) -> float:
+        goal = final.count(pruning_type)
+        return (widths.count(pruning_type) - goal) / (source.count(pruning_type) - goal)
+
+    return allowed[max(allowed, key=left)] if allowed else None
 
 
 def least_damage(weighed: Sequence[Candidate]) -> Event | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Forward = Callable[..., object]
+SummedLoss = Callable[[Tensor], Tensor]  # of rows (rows, length), over every next token
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ class Precision:
         return cls(device.type, wanted == "bf16" or (wanted == "auto" and capable))
 
 
+def next_tokens(rows: Tensor) -> Tensor:
+    """The token to predict at every place of (rows, length); -100 at the last, which has none."""
+    return functional.pad(rows[:, 1:], (0, 1), value=-100)
+
+
 def summed_loss(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
     """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length)."""
     with precision.context():
         logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
     # Shifting the labels rather than the logits saves a copy of the largest tensor of the step.
-    labels = functional.pad(rows[:, 1:], (0, 1), value=-100)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return functional.cross_entropy(logits.flatten(0, 1).float(), next_tokens(rows).flatten(), reduction="sum")
 
 
 def predicted_tokens(rows: Tensor) -> int:
@@ -44,7 +49,7 @@ def predicted_tokens(rows: Tensor) -> int:
     return rows.shape[0] * (rows.shape[1] - 1)
 
 
-def accumulate_gradient(model: Forward, batch: Tensor, micro_batch: int, precision: Precision) -> Tensor:
+def accumulate_gradient(loss_of: SummedLoss, batch: Tensor, micro_batch: int) -> Tensor:
     """Adds the gradient of the batch's mean loss to .grad, a micro-batch at a time; returns that loss (detached).
 
     Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should.
@@ -52,7 +57,7 @@ def accumulate_gradient(model: Forward, batch: Tensor, micro_batch: int, precisi
     total = predicted_tokens(batch)
     loss = torch.zeros((), device=batch.device)
     for rows in batch.split(micro_batch):
-        part = summed_loss(model, rows, precision) / total
+        part = loss_of(rows) / total
         part.backward()
         loss += part.detach()
     return loss
@@ -66,6 +71,13 @@ def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -
         total += float(summed_loss(model, rows, precision))
         tokens += predicted_tokens(rows)
     return total / tokens
+
+
+def discard(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> float:
+    """Clears the gradient and leaves the weights as they are; returns its global L2 norm."""
+    norm = float(torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def update(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], *, lr: float, clip: float) -> float:

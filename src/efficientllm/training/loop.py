@@ -12,10 +12,19 @@ from torch import Tensor
 
 from efficientllm.config import TrainConfig
 from efficientllm.errors import UsageError
-from efficientllm.pruning.engine import PruneReport
+from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.groups import Widths
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, update
+from efficientllm.training.distillation import Distillation
+from efficientllm.training.gradient import (
+    Precision,
+    SummedLoss,
+    accumulate_gradient,
+    discard,
+    mean_loss,
+    summed_loss,
+    update,
+)
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
 
@@ -58,11 +67,13 @@ class BatchProbe:
         batch: Tensor,
         train: TrainConfig,
         precision: Precision,
+        loss_of: SummedLoss,
         *,
         calibration_rows: int,
         correction_tokens: int,
     ) -> None:
-        self._state, self._batch, self._train, self._precision = state, batch, train, precision
+        self._state, self._batch, self._train = state, batch, train
+        self._precision, self._loss_of = precision, loss_of
         self._calibration_rows, self._correction_tokens = calibration_rows, correction_tokens
 
     def loss(self) -> float:
@@ -72,7 +83,7 @@ class BatchProbe:
 
     def refresh(self) -> None:
         self._state.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self._state.forward, self._batch, self._train.micro_batch, self._precision)
+        accumulate_gradient(self._loss_of, self._batch, self._train.micro_batch)
         self._state.refresh_tokens += self._batch.numel()
 
     @torch.no_grad()
@@ -96,6 +107,7 @@ def train_steps(
     steps: int,
     calibration_rows: int,
     precision: Precision,
+    distillation: Distillation | None = None,
 ) -> Iterator[StepRecord]:
     """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
 
@@ -105,11 +117,16 @@ def train_steps(
     while state.step < steps:
         began = time.perf_counter()
         batch = batches.batch(state.step).to(device)
-        loss = accumulate_gradient(state.forward, batch, train.micro_batch, precision)
+        loss_of = training_loss(state, precision, distillation)
+        loss = accumulate_gradient(loss_of, batch, train.micro_batch)
         if state.pruner:
             state.pruner.observe()
-        lr = learning_rate(state.tokens, train)
-        norm = update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
+        if at_rest(state, plan):
+            lr, norm = 0.0, discard(state.optimizer, state.model.parameters())
+            state.frozen_tokens += batch.numel()
+        else:
+            lr = learning_rate(state.tokens, train, state.frozen_tokens)
+            norm = update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
         if not torch.isfinite(torch.tensor([float(loss), norm])).all():
             raise UsageError(
                 f"the loss is {float(loss):.4g} and its gradient norm {norm:.4g} at step {state.step}: training has "
@@ -125,17 +142,37 @@ def train_steps(
                 batch,
                 train,
                 precision,
+                loss_of,
                 calibration_rows=calibration_rows,
                 correction_tokens=plan.correction_tokens,
             )
             report = state.pruner.step(state.tokens, probe)
             state.optimizer.zero_grad(set_to_none=True)
-        compaction = _compact_if_due(state, train, plan)
+        landed = report is not None and report.rung is not None
+        compaction = _compact_if_due(state, train, plan, exactly=landed)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
 
 
-def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan | None) -> Compaction | None:
-    widths = compaction_widths(state, plan) if plan else None
+def training_loss(state: TrainState, precision: Precision, distillation: Distillation | None) -> SummedLoss:
+    """Next-token cross-entropy, or its mixture with what a teacher says."""
+    if distillation is None:
+        return lambda rows: summed_loss(state.forward, rows, precision)
+    head: Any = state.model.get_output_embeddings()
+    return lambda rows: distillation.summed_loss(state.base, head, rows, precision)
+
+
+def at_rest(state: TrainState, plan: PruningPlan | None) -> bool:
+    """Whether the step only prunes: post-training modes leave the weights to the correction until they are done."""
+    if plan is None or state.pruner is None or plan.frozen_from is None:
+        return False
+    return state.tokens >= plan.frozen_from and not state.pruner.finished
+
+
+def _compact_if_due(
+    state: TrainState, train: TrainConfig, plan: PruningPlan | None, *, exactly: bool
+) -> Compaction | None:
+    """exactly: to the live widths, which a rung of the ladder has just aligned."""
+    widths = compaction_widths(state, plan, exactly=exactly) if plan else None
     if plan is None or widths is None:
         return None
     began = time.perf_counter()

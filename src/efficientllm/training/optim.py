@@ -39,16 +39,16 @@ def second_moment(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | 
     return moment / (1.0 - group["betas"][1] ** float(state["step"]))
 
 
-def learning_rate(tokens: float, train: TrainConfig) -> float:
-    """Learning rate for the step that begins after `tokens` tokens.
+def learning_rate(tokens: float, train: TrainConfig, frozen: float = 0) -> float:
+    """Learning rate for the step that begins after `tokens` tokens, of which `frozen` left the weights at rest.
 
     Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
     min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
-    (arXiv 1608.03983); "constant".
+    (arXiv 1608.03983); "constant". Tokens without training are no warm-up.
     """
     warmup = train.warmup.tokens(train.tokens)
-    if tokens < warmup:
-        return train.lr * (tokens + 1) / (warmup + 1)
+    if tokens - frozen < warmup:
+        return train.lr * (tokens - frozen + 1) / (warmup + 1)
     if train.schedule == "cosine":
         x = min(1.0, (tokens - warmup) / max(1, train.tokens - warmup))
         share = 0.5 * (1.0 + math.cos(math.pi * x))

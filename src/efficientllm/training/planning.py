@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 from transformers import PretrainedConfig
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
+from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.saliency import criterion
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
 
@@ -26,32 +29,70 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         return None
     space = space_of(source)
     try:
-        options, landing = options_and_landing(prune, space)
+        options, landings = options_and_landings(prune, space, seed=recipe.train.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    schedule = schedule_of(recipe, prune, space, landing)
-    return PruningPlan(source, landing, schedule, options, prune.compact_at, prune.correction_tokens)
+    frozen_from = None if prune.mode == "loop" else prune.start.tokens(recipe.train.tokens)
+    return PruningPlan(
+        source,
+        landings,
+        schedule_of(recipe, prune, space, landings[-1]),
+        options,
+        compact_at=prune.compact_at,
+        correction_tokens=prune.correction_tokens,
+        frozen_from=frozen_from,
+    )
 
 
-def options_and_landing(prune: PruneConfig, space: Space) -> tuple[PrunerOptions, Landing]:
-    """How the engine decides, and where it may end. Raises ValueError for what cannot be had."""
+def options_and_landings(
+    prune: PruneConfig, space: Space, *, seed: int = 0
+) -> tuple[PrunerOptions, tuple[Landing, ...]]:
+    """How the engine decides, and where it lands: on the ladder's rungs, then on the target.
+
+    Raises ValueError for what cannot be had.
+    """
     options = PrunerOptions(
         types=tuple(prune.types),
         saliency=prune.saliency,
         decay=prune.ema,
         calibrated=prune.selection == "calibrated",
-        bound=prune.bound,
+        bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=correction_of(prune),
+        order=prune.order,
+        seed=seed,
     )
     criterion(prune.saliency)
-    landing = Landing(
-        space,
-        target_of(prune, space),
-        types=options.types,
-        align=alignment_of(prune, space.widths),
-        floors=floors_of(prune, space),
-    )
-    return options, landing
+    targets = [*rungs_of(prune, space), target_of(prune, space)]
+    landings = [
+        Landing(
+            space,
+            target,
+            types=options.types,
+            align=alignment_of(prune, space.widths),
+            floors=floors_of(prune, space),
+        )
+        for target in targets
+    ]
+    for landing, following in zip(landings[-2::-1], landings[:0:-1], strict=True):
+        landing.before(following)
+    return options, tuple(landings)
+
+
+def rungs_of(prune: PruneConfig, space: Space) -> list[int]:
+    """The ladder's sizes in parameters. Raises ValueError for one that is out of order."""
+    sizes = [_parameters(size, space) for size in prune.ladder or ()]
+    target = target_of(prune, space)
+    for larger, smaller in pairwise([*sizes, *([target] if sizes and isinstance(target, int) else [])]):
+        if smaller >= larger:
+            raise ValueError(
+                f"the ladder's sizes must fall towards the target, but {larger:,} comes before {smaller:,}; put the "
+                "largest first"
+            )
+    return sizes
+
+
+def _parameters(size: int | float, space: Space) -> int:
+    return round(size * space.num_params()) if isinstance(size, float) else size
 
 
 def correction_of(prune: PruneConfig) -> SolverOptions | None:
@@ -65,7 +106,7 @@ def target_of(prune: PruneConfig, space: Space) -> int | Widths:
     target = prune.target
     if isinstance(target, WidthTarget):
         return _widths(target, space.widths)
-    return round(target * space.num_params()) if isinstance(target, float) else target
+    return _parameters(target, space)
 
 
 def _widths(target: WidthTarget, source: Widths) -> Widths:
@@ -97,14 +138,25 @@ def floors_of(prune: PruneConfig, space: Space) -> Floors:
 
 
 def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:
-    """Positions in tokens."""
+    """When to prune, in tokens.
+
+    Iterative: every batch takes `bound` of what is left, as the loop with its weights at rest; one-shot: all at once
+    after the calibration batches.
+    """
     train = recipe.train
     start = prune.start.tokens(train.tokens)
+    batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
+    source, target = space.num_params(), landing.target
+    if prune.mode == "one-shot":
+        moment = start + prune.calibration_batches * batch
+        return SpanSchedule(moment, moment, source, target)
+    if prune.mode == "iterative":
+        batches = math.ceil(math.log(source / target) / -math.log1p(-prune.bound))
+        return SpanSchedule(start, start + batches * batch, source, target, "exponential")
     if prune.every is not None:
-        batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
         return EverySchedule(start, prune.every * batch)
     end = prune.end.tokens(train.tokens)
-    return SpanSchedule(start, end, space.num_params(), landing.target, prune.curve)
+    return SpanSchedule(start, end, source, target, prune.curve)
 
 
 def calibration_rows(recipe: Recipe, batch_rows: int) -> int:

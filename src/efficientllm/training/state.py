@@ -32,15 +32,22 @@ class PruningPlan:
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
     parameters that a compaction must free to be worth it. correction_tokens: tokens of the batch whose inputs the
-    correction sees.
+    correction sees. landings: the ladder's rungs, then the target. frozen_from: tokens from which the weights rest
+    until pruning is over (one-shot, iterative); None where they train on.
     """
 
     source: PretrainedConfig
-    landing: Landing
+    landings: tuple[Landing, ...]
     schedule: Schedule
     options: PrunerOptions
     compact_at: float
     correction_tokens: int = 4096
+    frozen_from: int | None = None
+
+    @property
+    def landing(self) -> Landing:
+        """The last one: the target's."""
+        return self.landings[-1]
 
 
 @dataclass
@@ -49,13 +56,14 @@ class Snapshot:
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
-    tokens trained on, tokens whose gradient was taken for saliency alone.
+    tokens read in steps, those of them that left the weights at rest, tokens whose gradient was taken anew.
     """
 
     config: dict[str, Any]
     step: int
     tokens: int
     refresh_tokens: int
+    frozen_tokens: int
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -64,16 +72,19 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """A live run: everything that changes while it trains."""
+    """A live run: everything that changes while it trains. forward: the model, compiled if asked; base: the same
+    without its LM head."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     space: Space
     pruner: PruningEngine | None
     forward: Any
+    base: Any
     step: int = 0
     tokens: int = 0
     refresh_tokens: int = 0
+    frozen_tokens: int = 0
 
     @property
     def live_parameters(self) -> int:
@@ -105,7 +116,7 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
             params,
             lambda name: shaped_moments(optimizer, params[name]),
             second_moment=lambda name: second_moment(optimizer, params[name]),
-            landing=plan.landing,
+            landings=plan.landings,
             schedule=plan.schedule,
             options=plan.options,
         )
@@ -114,13 +125,16 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train.compile:
         torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
-    forward = torch.compile(model, dynamic=False) if train.compile else model
-    return TrainState(model, optimizer, space, pruner, forward)
+    forward: Any = model
+    base: Any = model.model
+    if train.compile:  # lazily: what is never called is never compiled
+        forward, base = (torch.compile(each, dynamic=False) for each in (model, model.model))
+    return TrainState(model, optimizer, space, pruner, forward, base)
 
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = (state.step, state.tokens, state.refresh_tokens)
+    counts = (state.step, state.tokens, state.refresh_tokens, state.frozen_tokens)
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
@@ -128,9 +142,9 @@ def snapshot_of(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     pruner: PruningEngine | None,
-    counts: tuple[int, int, int] = (0, 0, 0),
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens."""
+    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens, frozen_tokens."""
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
@@ -160,7 +174,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
-    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens)
+    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.frozen_tokens)
     return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
 
 
@@ -172,7 +186,8 @@ def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, de
     snapshot.weights, snapshot.moments = {}, {}  # they belong to the run now
     if state.pruner and snapshot.pruner_facts is not None:
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
-    state.step, state.tokens, state.refresh_tokens = snapshot.step, snapshot.tokens, snapshot.refresh_tokens
+    state.step, state.tokens = snapshot.step, snapshot.tokens
+    state.refresh_tokens, state.frozen_tokens = snapshot.refresh_tokens, snapshot.frozen_tokens
     return state
 
 
@@ -204,24 +219,28 @@ def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
     return value.detach().to(weight.device if value.ndim or fused else value.device)
 
 
-def compaction_widths(state: TrainState, plan: PruningPlan) -> Widths | None:
-    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over."""
+def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:
+    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over.
+
+    exactly: to the live widths, whatever that frees.
+    """
     pruner = state.pruner
     if pruner is None or pruner.live.all_live():
         return None
-    widths = pruner.widths if pruner.finished else plan.landing.align.round_up(pruner.widths, state.space.widths)
+    exactly = exactly or pruner.finished
+    widths = pruner.widths if exactly else plan.landing.align.round_up(pruner.widths, state.space.widths)
     if widths == state.space.widths:
         return None
     freed = 1.0 - state.space.num_params(widths) / state.allocated_parameters
-    return widths if pruner.finished or freed >= plan.compact_at else None
+    return widths if exactly or freed >= plan.compact_at else None
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
     """Narrows the run in place. Every old tensor is released as soon as it is cut."""
     device = next(state.model.parameters()).device
     snapshot = capture(state)
-    for name in ("model", "optimizer", "pruner", "forward"):
+    for name in ("model", "optimizer", "pruner", "forward", "base"):
         setattr(state, name, None)
     narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device)
-    for name in ("model", "optimizer", "space", "pruner", "forward"):
+    for name in ("model", "optimizer", "space", "pruner", "forward", "base"):
         setattr(state, name, getattr(narrower, name))

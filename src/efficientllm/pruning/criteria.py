@@ -1,0 +1,176 @@
+"""The criteria: how much a unit seems to matter, each a pure function from its paper, chosen by name.
+
+Notation: L the loss, w a weight, g = dL/dw (of the mean loss over the batch), F = E[g^2] the diagonal Fisher; X the
+inputs (tokens x inputs) of a linear layer W (outputs x inputs).
+
+Two kinds. An *element* criterion scores every weight; a unit's saliency is the sum over its group. A *column* criterion
+scores every input of a linear layer that reads the unit (down_proj for FFN channels, o_proj for heads; q, k, v,
+gate, up and an untied LM head for the stem); a unit's saliency is the sum over the columns that it feeds. The papers
+of the latter score FFN channels and heads; the stem is our extension by the same rule.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ElementScore = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+InputStatistic = Callable[[Tensor], Tensor]
+ColumnScore = Callable[[Tensor, Tensor], Tensor]
+Needs = Literal["gradient", "weights", "inputs", "nothing"]
+
+DAMPING = 0.01  # of the OBS Hessian, as a share of its mean diagonal (SparseGPT's own value)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named score.
+
+    needs: what it looks at beside the weights. element(w, g, F) has w's shape; with `signed` the sum over the group is
+    taken before |.|; `second_moment` says that it looks at F. statistic(X) is one number an input, fp32 (inputs,),
+    taken once where layers share X; column(W, statistic) one number an input of W, and without it the statistic itself
+    is the score of each X. root: a unit's score is the square root of its sum.
+    """
+
+    name: str
+    needs: Needs
+    source: str
+    about: str
+    cost: str
+    element: ElementScore | None = None
+    signed: bool = False
+    second_moment: bool = False
+    statistic: InputStatistic | None = None
+    column: ColumnScore | None = None
+    root: bool = False
+
+
+def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+    """First-order change of the loss when w goes to 0, signed: g w (LLM-Pruner, arXiv 2305.11627, eq. 3)."""
+    return grad * weight
+
+
+def taylor_element(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+    """|g w| (arXiv 2305.11627, eq. 5 without the second-order term)."""
+    return (grad * weight).abs_()
+
+
+def taylor_element2(weight: Tensor, grad: Tensor, fisher: Tensor | None) -> Tensor:
+    """|g w - F w^2 / 2| (arXiv 2305.11627, eq. 5).
+
+    Deviation: F is Adam's running second moment (bias-corrected, of clipped batch gradients) where there is one, not
+    a mean over single samples; on the very first step, before the optimizer has one, g^2 stands in.
+    """
+    curvature = grad.square() if fisher is None else fisher
+    return (grad - 0.5 * curvature * weight).mul_(weight).abs_()
+
+
+def fisher(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+    """(g w)^2 (arXiv 1906.10771, eq. 8, summed over the group)."""
+    return (grad * weight).square_()
+
+
+def magnitude(weight: Tensor, _grad: Tensor, _fisher: Tensor | None) -> Tensor:
+    """w^2 (arXiv 1608.08710 uses |w|; the square is the usual choice for groups)."""
+    return weight.square()
+
+
+def input_norm(inputs: Tensor) -> Tensor:
+    """||X_j|| over the tokens (Wanda, arXiv 2306.11695, eq. 1)."""
+    return inputs.norm(dim=0)
+
+
+def wanda(weight: Tensor, norm: Tensor) -> Tensor:
+    """sum_i |W_ij| ||X_j|| (arXiv 2306.11695, eq. 1, summed over a column).
+
+    Deviation: Wanda compares single weights within an output row; whole columns are compared here.
+    """
+    return weight.abs().sum(0) * norm
+
+
+def fluctuation(inputs: Tensor) -> Tensor:
+    """Sample variance of X_j over the tokens (FLAP, arXiv 2312.11983, eq. 4)."""
+    return inputs.var(dim=0) if len(inputs) > 1 else torch.zeros_like(inputs[0])
+
+
+def flap(weight: Tensor, variance: Tensor) -> Tensor:
+    """Var(X_j) ||W_j||^2 (arXiv 2312.11983, eq. 5).
+
+    Deviation: no bias takes the mean's place (these families have none), so what it would save is lost; scores are
+    compared across types by measured loss, not standardised.
+    """
+    return weight.square().sum(0) * variance
+
+
+def mean_square(inputs: Tensor) -> Tensor:
+    """Mean of X_j^2 over the tokens; its root over a unit is the L2 aggregate of Minitron (arXiv 2407.14679, sec. 2.2).
+
+    Deviation: L2 over tokens for all types, where the paper tries several pairs of aggregates.
+    """
+    return inputs.square().mean(0)
+
+
+def inverse_hessian_diagonal(inputs: Tensor) -> Tensor:
+    """1 / [H^-1]_jj with H = X^T X + damping, by a Cholesky factor, in fp32."""
+    hessian = inputs.T @ inputs
+    mean = hessian.diagonal().mean().clamp(min=torch.finfo(inputs.dtype).tiny)
+    hessian.diagonal().add_(DAMPING * mean)
+    return 1.0 / torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal()
+
+
+def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
+    """||W_j||^2 / [H^-1]_jj: the output error of losing input j once the others have made up for it.
+
+    SparseGPT (arXiv 2301.00774, eq. 3), for a column. Deviation: the channels of a head are summed as if they fell one
+    at a time.
+    """
+    return weight.square().sum(0) * inverse
+
+
+LLM_PRUNER, PASS = "arXiv 2305.11627", "one forward pass over correction_tokens for each refresh"
+CRITERIA = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("taylor-element", "gradient", LLM_PRUNER, "sum |g w|", "free with training", element=taylor_element),
+        Criterion(
+            "taylor-element2",
+            "gradient",
+            LLM_PRUNER,
+            "sum |g w - F w^2 / 2|",
+            "free with training",
+            element=taylor_element2,
+            second_moment=True,
+        ),
+        Criterion(
+            "taylor-vector", "gradient", LLM_PRUNER, "|sum g w|", "free with training", element=taylor, signed=True
+        ),
+        Criterion("fisher", "gradient", "arXiv 1906.10771", "sum (g w)^2", "free with training", element=fisher),
+        Criterion("magnitude", "weights", "arXiv 1608.08710", "sum w^2", "free", element=magnitude),
+        Criterion("wanda", "inputs", "arXiv 2306.11695", "sum |W_j| ||X_j||", PASS, statistic=input_norm, column=wanda),
+        Criterion("flap", "inputs", "arXiv 2312.11983", "Var(X_j) ||W_j||^2", PASS, statistic=fluctuation, column=flap),
+        Criterion("activation", "inputs", "arXiv 2407.14679", "L2 of X_j", PASS, statistic=mean_square, root=True),
+        Criterion(
+            "sparsegpt",
+            "inputs",
+            "arXiv 2301.00774",
+            "||W_j||^2 / [H^-1]_jj",
+            PASS + ", and an inverse Hessian for each input",
+            statistic=inverse_hessian_diagonal,
+            column=optimal_brain_surgeon,
+        ),
+        Criterion("random", "nothing", "the control", "one draw a unit", "free"),
+    )
+}
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion of that name. Raises ValueError naming the nearest one."""
+    if name in CRITERIA:
+        return CRITERIA[name]
+    near = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.0)[0]
+    raise ValueError(f"there is no saliency criterion '{name}'; did you mean '{near}'? (known: {', '.join(CRITERIA)})")

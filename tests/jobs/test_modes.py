@@ -1,0 +1,189 @@
+"""What a recipe can switch on: criteria, post-training modes, pruning paths, the ladder and what goes on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import World
+from efficientllm.checkpoint.store import checkpoints
+from efficientllm.cli import main
+from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.reporting.journal import read_journal
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+def records(world: World, name: str, kind: str) -> list[dict[str, Any]]:
+    return read_journal(world.folder / "runs" / name / f"{kind}.jsonl")
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_every_criterion_prunes_all_types_in_the_loop(world: World, name: str) -> None:
+    assert call("prune", world.write(f"by-{name}", prune={"saliency": name}, train={"tokens": 12 * 256})) == 0
+    events = records(world, f"by-{name}", "events")
+    assert {event["type"] for event in events} >= {"ffn", "stem"}
+    assert all(event["saliency"] >= 0 for event in events)
+
+
+@pytest.mark.parametrize("correction", ["none", "second-order"])
+@pytest.mark.parametrize("mode", ["one-shot", "iterative"])
+def test_post_training_pruning_leaves_the_weights_at_rest(world: World, mode: str, correction: str) -> None:
+    name = f"{mode}-{correction}"
+    recipe = world.recipe(name, prune={"mode": mode, "correction": correction, "end": None})
+    if mode == "one-shot":
+        recipe["prune"] |= {"bound": None, "calibration_batches": 3}
+    path = world.folder / f"{name}.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call("prune", path) == 0
+    metrics, events = records(world, name, "metrics"), records(world, name, "events")
+    last = events[-1]["step"]
+    assert all(record["lr"] == 0.0 for record in metrics if record["step"] <= last)
+    assert all(record["lr"] > 0.0 for record in metrics if record["step"] > last)
+    assert {event["step"] for event in events} == ({3} if mode == "one-shot" else {event["step"] for event in events})
+    if mode == "iterative":
+        assert len({event["step"] for event in events}) > 8
+    summary = json.loads((world.folder / "runs" / name / "summary.json").read_text())
+    assert summary["result"]["parameters"] <= 0.5 * summary["source"]["parameters"]
+
+
+def test_one_shot_without_correction_only_zeroes(world: World, tmp_path: Path) -> None:
+    """Right after it every weight that is left equals the source's, but for the rescaled gains."""
+    recipe = world.recipe(
+        "cut", prune={"mode": "one-shot", "correction": "none", "end": None, "bound": None, "types": ["ffn"]}
+    )
+    recipe["prune"] |= {"calibration_batches": 2, "target": "80%"}
+    recipe["train"] |= {"tokens": 2 * 256}
+    path = tmp_path / "cut.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call("prune", path) == 0
+    before = load_file(world.folder / "source" / "model.safetensors")
+    after = load_file(world.folder / "runs" / "cut" / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before if "mlp" not in name)
+    down = "model.layers.0.mlp.down_proj.weight"
+    columns = {tuple(column.tolist()) for column in before[down].T}
+    assert all(tuple(column.tolist()) in columns for column in after[down].T)
+
+
+@pytest.mark.parametrize("order", ["attention-first", "ffn-first", "stem-first", "interleaved"])
+def test_pruning_paths_end_in_one_shape(world: World, order: str) -> None:
+    target = {"hidden": 32, "heads": 2, "kv_heads": 1, "intermediate": 32}
+    assert call("prune", world.write(order, prune={"target": target, "order": order, "floors": None})) == 0
+    events = records(world, order, "events")
+    assert {key: events[-1]["widths"][key] for key in target} == target
+    types = [event["type"] for event in events]
+    changes = sum(one != other for one, other in pairwise(types))
+    if order == "interleaved":
+        assert changes > 8
+    else:
+        assert types[0].startswith(order.split("-")[0])
+        assert changes == len(set(types)) - 1
+
+
+def test_a_ladder_leaves_models_that_train_on(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = world.write("ladder", prune={"ladder": ["80%", "65%", "50%"], "target": None})
+    assert call("prune", recipe) == 0
+    folder = world.folder / "runs" / "ladder"
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = {path: json.loads((path / "summary.json").read_text())["step"] for path in (folder / "ladder").iterdir()}
+    rungs = sorted(steps, key=lambda path: steps[path])
+    assert len(rungs) == 2
+    for rung, share in zip(rungs, (0.80, 0.65), strict=True):
+        facts = json.loads((rung / "summary.json").read_text())
+        assert 0.95 * share < facts["parameters"] / summary["source"]["parameters"] <= share
+        model = AutoModelForCausalLM.from_pretrained(rung / "model")
+        assert sum(weight.numel() for weight in model.parameters()) == facts["parameters"]
+        assert facts["widths"]["intermediate"] == model.config.intermediate_size
+    capsys.readouterr()
+    assert call("continue", rungs[1]) == 0
+    out = capsys.readouterr().out.strip()
+    assert out == str(rungs[1] / "run" / "model")
+    went_on = read_journal(rungs[1] / "run" / "metrics.jsonl")
+    reached = json.loads((rungs[1] / "summary.json").read_text())
+    assert went_on[0]["step"] == reached["step"] + 1
+    assert went_on[-1]["step"] == 24
+    whole = read_journal(folder / "metrics.jsonl")
+    here = next(record for record in whole if record["step"] == went_on[0]["step"])
+    assert went_on[0]["loss"] == here["loss"]  # the same weights on the same batch
+    assert went_on[-1]["live_parameters"] == reached["parameters"]
+
+
+def test_a_ladder_is_left_again_after_a_kill(world: World) -> None:
+    path = world.write("rungs", prune={"ladder": ["80%"]})
+    assert call("prune", path) == 0
+    folder = world.folder / "runs" / "rungs"
+    (rung,) = (folder / "ladder").iterdir()
+    before = load_file(rung / "model" / "model.safetensors")
+    for each in (rung, *checkpoints(folder / "checkpoints")):
+        shutil.rmtree(each)
+    (folder / "summary.json").unlink()
+    assert call("prune", path) == 0
+    after = load_file(rung / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"ladder": ["120%"]}, "120%"),
+        ({"ladder": [90_000_000]}, "is not below the source's"),
+        ({"ladder": ["60%", "80%"]}, "put the largest first"),
+        ({"ladder": ["40%"]}, "put the largest first"),
+        ({"order": "ffn-first"}, "give prune.target as widths"),
+        ({"mode": "one-shot"}, "prune.end has no effect with prune.mode one-shot"),
+        ({"saliency": "wandda"}, "did you mean 'wanda'"),
+    ],
+)
+def test_bad_requests_get_one_sentence(
+    world: World, prune: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert call("prune", world.write("unwise", prune=prune)) == 2
+    finally:
+        shutil.rmtree(world.folder / "runs" / "unwise", ignore_errors=True)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_continue_wants_a_snapshot(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("continue", world.folder) == 2
+    assert "is not a snapshot of a ladder" in capsys.readouterr().err
+
+
+def test_criteria_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("criteria") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in CRITERIA)
+
+
+def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("prune", world.write("taught", distill={"weight": 0.7, "temperature": 2.0})) == 0
+    losses = [record["loss"] for record in records(world, "taught", "metrics")]
+    assert losses[0] < 0.5 * 5.6  # at first the student is the teacher: no divergence, three tenths of the loss
+    assert losses[-1] < 5.0
+    capsys.readouterr()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import tiny_model
+
+    tiny_model("llama-gqa").save_pretrained(tmp_path)
+    assert call("prune", world.write("foreign", distill={"teacher": str(tmp_path)})) == 2
+    assert "has another vocabulary (61 entries)" in capsys.readouterr().err
+    assert call("prune", world.write("untaught", distill={"weight": 0.5}), "init=random") == 2
+    assert "distill.teacher is missing" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""Criteria that look at inputs against their fp64 reference; random; the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from efficientllm.models.space import space_of
+from efficientllm.pruning.criteria import CRITERIA, criterion
+from efficientllm.pruning.groups import PRUNING_TYPES
+from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs
+from efficientllm.training.capture import captured_inputs
+from reference.criteria_fp64 import unit_score
+
+IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [name for name, each in CRITERIA.items() if each.needs == "inputs"])
+def test_scores_equal_the_reference(family: str, name: str) -> None:
+    model = tiny_model(family)
+    space = space_of(model.config)
+    readers = reader_specs(space)
+    with torch.no_grad(), captured_inputs(model, [spec.name for spec in readers]) as inputs:
+        model(input_ids=IDS)
+    params = dict(model.named_parameters())
+    scores = input_scores(space, criterion(name), readers, params, inputs, torch.device("cpu"))
+    weights = {spec.name: params[spec.name].detach() for spec in readers}
+    for pruning_type in PRUNING_TYPES:
+        rows, units = scores[pruning_type].shape
+        for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
+            want = unit_score(name, weights, dict(inputs), space.widths, space.head_dim, pruning_type, row, unit)
+            assert float(scores[pruning_type][row, unit]) == pytest.approx(want, rel=1e-3)
+
+
+def test_random_is_a_function_of_the_seed() -> None:
+    space = space_of(tiny_model("llama-gqa").config)
+    one, same, other = (drawn_scores(space, seed) for seed in (1, 1, 2))
+    for name in PRUNING_TYPES:
+        assert torch.equal(one[name], same[name])
+        assert not torch.equal(one[name], other[name])
+
+
+def test_unknown_criterion_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'sparsegpt'"):
+        criterion("sparse-gpt")
