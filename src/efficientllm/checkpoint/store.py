@@ -63,7 +63,7 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
         "step": snapshot.step,
         "tokens": snapshot.tokens,
         "refresh_tokens": snapshot.refresh_tokens,
-        "frozen_tokens": snapshot.frozen_tokens,
+        "lowered_tokens": snapshot.lowered_tokens,
         "config": snapshot.config,
         "pruner": snapshot.pruner_facts,
     }
@@ -87,7 +87,7 @@ def load(path: Path) -> Snapshot:
         step=manifest["step"],
         tokens=manifest["tokens"],
         refresh_tokens=manifest["refresh_tokens"],
-        frozen_tokens=manifest["frozen_tokens"],
+        lowered_tokens=manifest["lowered_tokens"],
         weights=content["weights"],
         moments=_unflatten(content["optimizer"]),
         pruner_tensors=content["pruner"],

@@ -132,6 +132,11 @@ class PruneConfig(Section):
     curve: Literal["linear", "cubic", "cosine", "exponential"] = Field(
         default="cubic", description="Size over tokens between start and end; cubic cuts fast first"
     )
+    lr: Share = Field(
+        default=1.0,
+        gt=0,
+        description="Share of the learning rate while pruning; below 1, warm-up begins after it",
+    )
     saliency: Text = Field(default="taylor-element", description="Name of the score of a unit")
     ema: Momentum = Field(default=0.9, description="Share of the old in the scores' moving average over steps")
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
@@ -165,6 +170,7 @@ class PruneConfig(Section):
             idle |= dict.fromkeys(["selection", "calibration_tokens"], f"with prune.order {self.order}")
         if self.mode != "loop":
             idle |= dict.fromkeys(["end", "curve", "every"], f"with prune.mode {self.mode}, which sets its own pace")
+            idle["lr"] = f"with prune.mode {self.mode}, which leaves the weights at rest"
         if self.mode == "one-shot":
             idle["bound"] = "with prune.mode one-shot"
         else:

@@ -32,13 +32,14 @@ class SolverOptions:
     right-hand side at which a column has converged; iterations: most that are tried."""
 
     damping: float = 0.01
-    tolerance: float = 1e-3
-    iterations: int = 60
+    tolerance: float = 0.01
+    iterations: int = 100
 
 
 @dataclass(frozen=True)
 class Solution:
-    """B, fp32 (layers, inputs, removed), zero outside K; whether each layer's solve converged, bool (layers,)."""
+    """B, fp32 (layers, inputs, removed), zero outside K; whether each layer's solve converged, bool (layers,); the
+    iterations that the slowest took."""
 
     coefficients: Tensor
     converged: Tensor
@@ -133,20 +134,23 @@ def correct(
 ) -> Corrections:
     """Corrects the readers' weights in place; one whose solve fails is left untouched, and counted.
 
-    inputs: X of each reader by name, (tokens, inputs); readers that share one tensor (q, k, v) share its solve.
+    inputs: X of each reader by name, (tokens, inputs); readers that share one tensor (q, k, v) share its solve. A
+    reader without inputs (a fused kernel has bypassed its module) counts as skipped.
     """
+    held = {name: inputs[name] for name in dict.fromkeys(reader.name for reader in readers) if name in inputs}
+    report = Corrections(skipped=sum(reader.name not in held for reader in readers))
     sites: dict[tuple[int, tuple[int, ...]], list[Reader]] = defaultdict(list)
     for reader in readers:
-        sites[id(inputs[reader.name]), tuple(reader.removed.tolist())].append(reader)
+        if reader.name in held:
+            sites[id(held[reader.name]), tuple(reader.removed.tolist())].append(reader)
     shapes: dict[tuple[int, int, int], list[list[Reader]]] = defaultdict(list)
     for site in sites.values():
-        tokens, width = inputs[site[0].name].shape
+        tokens, width = held[site[0].name].shape
         shapes[tokens, width, len(site[0].removed)].append(site)
-    report = Corrections()
     for (tokens, width, _), same in shapes.items():
         at_once = max(1, CHUNK // (tokens * width))
         for first in range(0, len(same), at_once):
-            _correct_sites(params, same[first : first + at_once], inputs, options, report)
+            _correct_sites(params, same[first : first + at_once], held, options, report)
     return report
 
 

@@ -121,12 +121,13 @@ def train_steps(
         loss = accumulate_gradient(loss_of, batch, train.micro_batch)
         if state.pruner:
             state.pruner.observe()
-        if at_rest(state, plan):
-            lr, norm = 0.0, discard(state.optimizer, state.model.parameters())
-            state.frozen_tokens += batch.numel()
-        else:
-            lr = learning_rate(state.tokens, train, state.frozen_tokens)
+        share = lr_share(state, plan)
+        lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
+        state.lowered_tokens += batch.numel() if share < 1.0 else 0
+        if lr:
             norm = update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
+        else:
+            norm = discard(state.optimizer, state.model.parameters())
         if not torch.isfinite(torch.tensor([float(loss), norm])).all():
             raise UsageError(
                 f"the loss is {float(loss):.4g} and its gradient norm {norm:.4g} at step {state.step}: training has "
@@ -161,11 +162,11 @@ def training_loss(state: TrainState, precision: Precision, distillation: Distill
     return lambda rows: distillation.summed_loss(state.base, head, rows, precision)
 
 
-def at_rest(state: TrainState, plan: PruningPlan | None) -> bool:
-    """Whether the step only prunes: post-training modes leave the weights to the correction until they are done."""
-    if plan is None or state.pruner is None or plan.frozen_from is None:
-        return False
-    return state.tokens >= plan.frozen_from and not state.pruner.finished
+def lr_share(state: TrainState, plan: PruningPlan | None) -> float:
+    """Share of the learning rate in this step: post-training modes leave the weights at rest until pruning is over."""
+    if plan is None or state.pruner is None or state.pruner.finished or state.tokens < plan.begins:
+        return 1.0
+    return plan.lr_share
 
 
 def _compact_if_due(

@@ -39,16 +39,16 @@ def second_moment(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | 
     return moment / (1.0 - group["betas"][1] ** float(state["step"]))
 
 
-def learning_rate(tokens: float, train: TrainConfig, frozen: float = 0) -> float:
-    """Learning rate for the step that begins after `tokens` tokens, of which `frozen` left the weights at rest.
+def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> float:
+    """Learning rate for the step that begins after `tokens` tokens, `lowered` of them while the rate was held down.
 
     Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
     min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
-    (arXiv 1608.03983); "constant". Tokens without training are no warm-up.
+    (arXiv 1608.03983); "constant". Tokens at a lowered rate are no warm-up.
     """
     warmup = train.warmup.tokens(train.tokens)
-    if tokens - frozen < warmup:
-        return train.lr * (tokens - frozen + 1) / (warmup + 1)
+    if tokens - lowered < warmup:
+        return train.lr * (tokens - lowered + 1) / (warmup + 1)
     if train.schedule == "cosine":
         x = min(1.0, (tokens - warmup) / max(1, train.tokens - warmup))
         share = 0.5 * (1.0 + math.cos(math.pi * x))

@@ -32,7 +32,6 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         options, landings = options_and_landings(prune, space, seed=recipe.train.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    frozen_from = None if prune.mode == "loop" else prune.start.tokens(recipe.train.tokens)
     return PruningPlan(
         source,
         landings,
@@ -40,7 +39,8 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         options,
         compact_at=prune.compact_at,
         correction_tokens=prune.correction_tokens,
-        frozen_from=frozen_from,
+        lr_share=prune.lr if prune.mode == "loop" else 0.0,
+        begins=prune.start.tokens(recipe.train.tokens),
     )
 
 

@@ -32,8 +32,8 @@ class PruningPlan:
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
     parameters that a compaction must free to be worth it. correction_tokens: tokens of the batch whose inputs the
-    correction sees. landings: the ladder's rungs, then the target. frozen_from: tokens from which the weights rest
-    until pruning is over (one-shot, iterative); None where they train on.
+    correction sees. landings: the ladder's rungs, then the target. lr_share: of the learning rate from token
+    `begins` until pruning is over; 0 leaves the weights at rest (one-shot, iterative).
     """
 
     source: PretrainedConfig
@@ -42,7 +42,8 @@ class PruningPlan:
     options: PrunerOptions
     compact_at: float
     correction_tokens: int = 4096
-    frozen_from: int | None = None
+    lr_share: float = 1.0
+    begins: int = 0
 
     @property
     def landing(self) -> Landing:
@@ -56,14 +57,14 @@ class Snapshot:
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
-    tokens read in steps, those of them that left the weights at rest, tokens whose gradient was taken anew.
+    tokens read in steps, those of them at a lowered learning rate or none, tokens whose gradient was taken anew.
     """
 
     config: dict[str, Any]
     step: int
     tokens: int
     refresh_tokens: int
-    frozen_tokens: int
+    lowered_tokens: int
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     refresh_tokens: int = 0
-    frozen_tokens: int = 0
+    lowered_tokens: int = 0
 
     @property
     def live_parameters(self) -> int:
@@ -134,7 +135,7 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = (state.step, state.tokens, state.refresh_tokens, state.frozen_tokens)
+    counts = (state.step, state.tokens, state.refresh_tokens, state.lowered_tokens)
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
@@ -144,7 +145,7 @@ def snapshot_of(
     pruner: PruningEngine | None,
     counts: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens, frozen_tokens."""
+    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens, lowered_tokens."""
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
@@ -174,7 +175,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
-    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.frozen_tokens)
+    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.lowered_tokens)
     return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
 
 
@@ -187,7 +188,7 @@ def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, de
     if state.pruner and snapshot.pruner_facts is not None:
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
     state.step, state.tokens = snapshot.step, snapshot.tokens
-    state.refresh_tokens, state.frozen_tokens = snapshot.refresh_tokens, snapshot.frozen_tokens
+    state.refresh_tokens, state.lowered_tokens = snapshot.refresh_tokens, snapshot.lowered_tokens
     return state
 
 
