@@ -24,6 +24,8 @@ from efficientllm.sizes import parse_count
 
 SIZE = DemoSize(hidden=192, heads=6, intermediate=512, validation_tokens=None)
 
+PRUNE = {"target": "40%", "correction": "none"}  # benchmarks/ablations.py says what the correction adds
+
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
@@ -53,7 +55,7 @@ def main() -> None:
     model = folder / "source" / "model"
     rows: list[dict[str, Any]] = []
     for seed in range(1, arguments.seeds + 1):
-        loop = stage(folder, f"loop-{seed}", model, tokens, arguments.lr, seed, prune={"target": "40%"})
+        loop = stage(folder, f"loop-{seed}", model, tokens, arguments.lr, seed, prune=PRUNE)
         shape = folder / f"loop-{seed}" / "model"
         controls = [
             stage(folder, f"scratch-{seed}-{lr:g}", shape, tokens, lr, seed, init="random")

@@ -70,7 +70,7 @@ def prune(model: Path, folder: Path, tokens: str, target: str) -> dict[str, Any]
             "warmup": "5%",
             "decay": "30%",
         },
-        "prune": {"target": target},
+        "prune": {"target": target, "correction": "none"},
         "run": {"dir": str(folder / f"{model.name}-{target.rstrip('%')}")},
     }
     return run(Recipe.model_validate(recipe), say)

@@ -219,7 +219,13 @@ class Pruner:
         model = model_of(snapshot, device)
         model.train(training)
         model.generation_config = self.model.generation_config
+        model.config.use_cache = self.model.config.use_cache
+        model.set_attn_implementation(self.model.config._attn_implementation)
+        if self.model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         fresh = dict(model.named_parameters())
+        for weight, name in names.items():
+            fresh[name].requires_grad_(weight.requires_grad)
         groups = [
             {**group, "params": [fresh[names[weight]] for weight in group["params"]]}
             for group in self.optimizer.param_groups

@@ -33,7 +33,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     takes it back."""
     folder = tmp_path / "thing"
     write(folder, "old")
-    folder.rename(tmp_path / ".partial-old-thing")
+    folder.rename(tmp_path / ".replaced-thing")
     with pytest.raises(RuntimeError), appearing(folder):
         raise RuntimeError
     assert (folder / "content").read_text() == "old"

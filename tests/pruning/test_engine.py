@@ -185,3 +185,18 @@ def test_state_resumes_bit_for_bit() -> None:
         assert torch.equal(weight, two.params[name])
     assert one.pruner.finished
     assert one.pruner.widths == two.pruner.widths
+
+
+def test_both_attention_types_in_one_bundle_read_their_layer_once() -> None:
+    loop = Loop("llama-gqa", share=0.85, span=1.0, types=("attention", "attention_query"), bound=1.0)
+    asked: list[list[str]] = []
+    inputs = loop.inputs
+
+    def counted(names: Sequence[str]) -> Inputs:
+        asked.append(list(names))
+        return inputs(names)
+
+    loop.inputs = counted  # type: ignore[method-assign]
+    report = loop.train_step(1.0)
+    assert {applied.event.type for applied in report.events} == {"attention", "attention_query"}
+    assert all(len(names) == len(set(names)) for names in asked)

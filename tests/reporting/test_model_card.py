@@ -107,3 +107,16 @@ def test_the_loading_example_is_plain_transformers(tmp_path: Path) -> None:
     assert code is not None
     compile(code[1], "card", "exec")
     assert "trust_remote_code" not in body
+
+
+@pytest.mark.parametrize(("init", "said"), [("pretrained", "trained on"), ("random", "from scratch")])
+def test_what_was_not_pruned_is_not_called_pruned(tmp_path: Path, init: str, said: str) -> None:
+    given = facts()
+    given["source"] |= {"init": init}
+    given["result"] |= {"parameters": given["source"]["parameters"]}
+    front, body = parts(write_model_card(tmp_path, given))
+    assert said in body
+    assert "Nothing was pruned" in " ".join(body.split())
+    assert front["tags"] == ["efficientllm"]
+    assert "smaller than its source" not in body
+    assert ("inherits" in body) == (init == "pretrained")

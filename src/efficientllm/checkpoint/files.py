@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial-"
+REPLACED = ".replaced-"
 
 
 def flush(path: Path) -> None:
@@ -46,7 +47,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 def _set_aside(folder: Path) -> Path:
     """Where a folder waits while its successor takes its name."""
-    return folder.with_name(PARTIAL + "old-" + folder.name)
+    return folder.with_name(REPLACED + folder.name)
 
 
 def _replace(partial: Path, folder: Path) -> None:

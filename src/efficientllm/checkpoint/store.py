@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficientllm import __version__
-from efficientllm.checkpoint.files import appearing
+from efficientllm.checkpoint.files import PARTIAL, appearing
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
 from efficientllm.training.state import Snapshot, config_of
@@ -81,7 +81,8 @@ def load(path: Path) -> Snapshot:
                 f"checkpoint {path} is damaged ({file.name} is not as it was written); delete that folder, and the "
                 "run goes on from the one before"
             )
-        content[name] = load_file(file)
+        # Copied out of the file's memory map: the file may be deleted while the run goes on.
+        content[name] = {key: value.clone() for key, value in load_file(file).items()}
     return Snapshot(
         config=manifest["config"],
         step=manifest["step"],
@@ -121,9 +122,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def retain(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+    """Removes all but the newest `keep` checkpoints, and what a kill has left half-written."""
+    for path in [*checkpoints(folder)[:-keep], *folder.glob(f"{PARTIAL}*")]:
+        shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed now is old again next time
 
 
 def _flatten(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ def memory_in_a_sentence() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise UsageError(
-            "out of memory; lower train.micro_batch or set train.gradient_checkpointing=true, then run the same "
-            "command again: it goes on from the last checkpoint"
+            "out of memory; lower train.micro_batch, set train.gradient_checkpointing=true or lower "
+            "prune.correction_tokens, then run the same command again: what is saved is not lost"
         ) from error
 
 
@@ -78,6 +78,11 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
             raise UsageError(
                 f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
                 "run.dir"
+            )
+        if source.get("precision") != job.precision.name:
+            raise UsageError(
+                f"run folder {job.folder.path} was begun in {source.get('precision')}, and this machine would go on in "
+                f"{job.precision.name}; go on where it was begun, or choose another run.dir"
             )
         snapshot = load(saved[-1])
         for journal in job.folder.journals:
@@ -110,6 +115,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         "widths": asdict(widths_of(job.config)),
         "validation_loss": loss,
         "corpora": job.corpora,
+        "precision": job.precision.name,
     }
     job.folder.write_json(job.folder.source, facts)
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
@@ -151,12 +157,13 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             last = state.step == job.steps
             due = last or crossed(validate_every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
-            write_records(job, state, record, before, loss)
+            saving = last or stop.signum is not None or crossed(checkpoint_every, before, state.tokens)
+            write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(
                 state.tokens, loss=record.loss, live=state.live_parameters, tokens_per_second=tokens_per_second
             )
-            if last or stop.signum is not None or crossed(checkpoint_every, before, state.tokens):
+            if saving:
                 checkpoint(job, state)
             if stop.signum is not None:
                 raise Interrupted(
@@ -187,11 +194,15 @@ def validate_unless_stopped(job: Job, state: TrainState, progress: RunProgress, 
         return None
 
 
-def write_records(job: Job, state: TrainState, record: StepRecord, before: int, loss: float | None) -> None:
+def write_records(
+    job: Job, state: TrainState, record: StepRecord, before: int, loss: float | None, *, always: bool
+) -> None:
+    """A line of metrics where one is due, and always before a checkpoint: no token or second is lost on resume."""
     job.unlogged.seconds += record.seconds
     job.unlogged.tokens += state.tokens - before
     pruned = record.prune is not None and record.prune.events
-    if state.step % job.recipe.run.log_every == 0 or loss is not None or pruned or record.compaction:
+    due = state.step % job.recipe.run.log_every == 0 or loss is not None
+    if always or due or pruned or record.compaction:
         job.folder.metrics.append(metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss))
         job.unlogged.tokens, job.unlogged.seconds = 0, 0.0
     for event in event_records(state, record):

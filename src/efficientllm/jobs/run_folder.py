@@ -21,12 +21,14 @@ from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.reporting.journal import Journal, write_atomically
 
-# Keys that say how a run is kept, shown or fitted into memory, not what it computes; they may change when it is
-# resumed. Of the run section only validation_tokens is bound: the source was measured on those rows.
+# Keys that say how a run is kept, shown or fitted into memory, not what it is to learn; they may change when it is
+# resumed (with other bits, but the same run). Of the run section only validation_tokens is bound: the source was
+# measured on those rows.
 FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every"},
     "data": {"cache_dir", "workers"},
     "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
+    "prune": {"correction_tokens", "correction_damping", "correction_tolerance", "correction_iterations"},
 }
 
 
@@ -79,6 +81,12 @@ class RunFolder:
                 raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
             if difference:
                 key, old, new = difference
+                if key == "train.batch_tokens" and old != new:
+                    rows = old // recipe.data.sequence_length
+                    raise UsageError(
+                        f"run folder {self.path} was begun with {rows} rows in a step; choose a train.micro_batch that "
+                        f"divides {rows} and train.batch_tokens as it was, or another run.dir"
+                    )
                 raise UsageError(
                     f"run folder {self.path} belongs to a recipe with {key}={old}, not {new}; set it back, or choose "
                     "another run.dir"

@@ -90,9 +90,16 @@ class _Unallocated(TorchFunctionMode):
 
 
 def empty_model(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """As `build`, but its matrices have no memory yet (meta tensors); buffers are real."""
-    with torch.device(device), _Unallocated():
+    """As `build`, but its matrices have no memory yet (meta tensors); buffers are real.
+
+    Buffers (rotary frequencies) are computed on the CPU and then moved, as from_pretrained does: a GPU's power
+    function may differ in the last bit.
+    """
+    with _Unallocated():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     model.config.use_cache = False
     return model
 

@@ -192,7 +192,8 @@ class PruningEngine:
         """Lets what is left of every layer make up for the inputs that the bundle takes from it."""
         assert self.options.correction is not None
         readers = list(losing_readers(self.space, bundle, self.live))
-        done = correct(self.params, readers, probe.inputs([reader.name for reader in readers]), self.options.correction)
+        names = list(dict.fromkeys(reader.name for reader in readers))  # both attention types lose inputs of o_proj
+        done = correct(self.params, readers, probe.inputs(names), self.options.correction)
         report.done += done.done
         report.skipped += done.skipped
 

@@ -102,7 +102,9 @@ def cut_state(
     """
     if not consume:
         weights, moments = dict(weights), dict(moments)
-    unknown = {key for each in moments.values() for key, value in each.items() if value.ndim} - MOMENT_POWER.keys()
+    unknown = {
+        key for each in moments.values() for key, value in each.items() if not torch.is_tensor(value) or value.ndim
+    } - MOMENT_POWER.keys()
     if unknown:
         raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
     factor = math.sqrt(space.widths.hidden / len(kept.hidden))

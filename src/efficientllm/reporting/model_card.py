@@ -25,8 +25,7 @@ _TEMPLATE = """\
 
 # {title}
 
-{result_count} parameters, made from {source_name} ({source_count} parameters) by pruning-aware pretraining: the
-least salient structure was removed a little at a time while the model kept training.
+{origin}
 
 {table}
 
@@ -56,11 +55,34 @@ with efficientllm {efficientllm}, torch {torch} and transformers {transformers}.
 ## Limits
 
 - {comparison} Other text, tasks and languages were not measured.
+{limits}- The licence of the source and the terms of the training text apply to it; this card grants nothing.
+"""
+
+
+_ORIGINS = {
+    "pruned": "{result_count} parameters, made from {source_name} ({source_count} parameters) by pruning-aware "
+    "pretraining: the\nleast salient structure was removed a little at a time while the model kept training.",
+    "trained": "{result_count} parameters: {source_name}, trained on. Nothing was pruned.",
+    "random": "{result_count} parameters in the shape of {source_name}, trained from random weights. Nothing was "
+    "pruned.",
+}
+_TITLES = {
+    "pruned": "{name}, pruned to {count}",
+    "trained": "{name}, trained on",
+    "random": "{name}'s shape, from scratch",
+}
+_INHERITS = """\
 - It predicts text as its source does: it inherits what the source got wrong, its biases and its context length,
   and it is not tuned to follow instructions or to refuse unless the source was and the training text kept that up.
-- It is smaller than its source and knows less. Check what it says.
-- The licence of the source and the terms of the training text apply to it; this card grants nothing.
 """
+_SMALLER = "- It is smaller than its source and knows less. Check what it says.\n"
+
+
+def kind_of(facts: Mapping[str, Any]) -> str:
+    """What a run has made: "pruned", "trained" (from its source's weights) or "random" (from none)."""
+    if facts["result"]["parameters"] < facts["source"]["parameters"]:
+        return "pruned"
+    return "random" if facts["source"].get("init") == "random" else "trained"
 
 
 def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
@@ -73,14 +95,21 @@ def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
     source, result = facts["source"], facts["result"]
     base = _hub_id(str(source["path"]))
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"tags": ["efficientllm", "pruned"]} | ({"base_model": base} if base else {})
+    kind = kind_of(facts)
+    front |= {"tags": ["efficientllm", *(["pruned"] if kind == "pruned" else [])]} | (
+        {"base_model": base} if base else {}
+    )
+    names = {
+        "result_count": format_count(result["parameters"]),
+        "source_name": f"[{base}](https://huggingface.co/{base})" if base else f"`{_title(source)}`",
+        "source_count": format_count(source["parameters"]),
+    }
     recipe = _without_absolute_paths(str(facts["recipe"])).strip("\n")
     card = _TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
-        title=f"{_title(source)}, pruned to {format_count(result['parameters'])}",
-        result_count=format_count(result["parameters"]),
-        source_name=f"[{base}](https://huggingface.co/{base})" if base else f"`{_title(source)}`",
-        source_count=format_count(source["parameters"]),
+        title=_TITLES[kind].format(name=_title(source), count=names["result_count"]),
+        origin=_ORIGINS[kind].format(**names),
+        limits=(_INHERITS if kind != "random" else "") + (_SMALLER if kind == "pruned" else ""),
         table=_table(source, result),
         tokens=format_count(facts["tokens"]),
         events=facts["events"],

@@ -19,7 +19,7 @@ class Inputs(Mapping[str, Tensor]):
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
         self._calls: dict[str, list[Tensor]] = {}
-        self._flat: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, int | None, Tensor] | None = None
         self._joined: dict[tuple[int, ...], Tensor] = {}
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -27,10 +27,11 @@ class Inputs(Mapping[str, Tensor]):
         left = None if self._limit is None else self._limit - sum(len(each) for each in calls)
         if left is not None and left <= 0:
             return
-        key = id(tensor), left or 0
-        if key not in self._flat:  # the tensor is kept beside, so that its id stays its own
-            self._flat[key] = tensor, tensor.detach().flatten(0, -2)[:left]
-        calls.append(self._flat[key][1])
+        if self._last is None or self._last[0] is not tensor or self._last[1] != left:
+            flat = tensor.detach().flatten(0, -2)
+            # Only the last tensor is remembered: layers that share one are called one after the other.
+            self._last = tensor, left, flat if left is None or left >= len(flat) else flat[:left].clone()
+        calls.append(self._last[2])
 
     def __getitem__(self, name: str) -> Tensor:
         calls = self._calls[name]
@@ -39,6 +40,7 @@ class Inputs(Mapping[str, Tensor]):
         key = tuple(id(each) for each in calls)
         if key not in self._joined:
             self._joined[key] = torch.cat(calls)
+        self._calls[name] = [self._joined[key]]
         return self._joined[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -21,6 +21,10 @@ class Precision:
     device_type: str
     bf16: bool
 
+    @property
+    def name(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
+
     def context(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device_type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 

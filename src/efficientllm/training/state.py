@@ -180,7 +180,10 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
 
 
 def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, device: torch.device | str) -> TrainState:
-    """A live run from a snapshot: the model built anew at its widths, around the snapshot's own tensors."""
+    """A live run from a snapshot: the model built anew at its widths, around the snapshot's own tensors.
+
+    The snapshot is empty afterwards; a run that it was captured from must be dropped, since the tensors are the same.
+    """
     model = model_of(snapshot, device)
     state = _assemble(model, train, plan)
     load_moments(state.optimizer, model, snapshot.moments)
