@@ -78,6 +78,8 @@ def test_result_loads_with_transformers_alone(finished: Path) -> None:
         [sys.executable, "-c", RELOAD, str(finished / "model")], capture_output=True, text=True, check=True
     )
     answer = json.loads(out.stdout.strip().splitlines()[-1])
+    tokenizer = json.loads((finished / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 and 5 know
     summary = json.loads((finished / "summary.json").read_text())
     assert answer["parameters"] == summary["result"]["parameters"]
     assert answer["tied"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,13 +42,23 @@ def export_model(
             model.generation_config.use_cache = True
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
+                save_tokenizer(tokenizer, partial)
             if extras is not None:
                 extras(partial)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the model to {folder} ({error}); free disk space or choose another") from error
     finally:
         model.config, model.generation_config = config, generation_before
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a tokenizer so that transformers 4 loads it too: it knows version 5's generic class by its old name."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _refuse_foreign(folder: Path) -> None:
