@@ -36,6 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "loop": {},
     "no correction": {"correction": "none"},
     "raw selection": {"selection": "raw"},
+    "calibration on the next batch": {"calibration_batch": "next"},
+    "calibration on 2,048 tokens": {"calibration_tokens": 2048},
     "one-shot, loop's shape": {"mode": "one-shot"} | SHAPE,
     "one-shot, loop's shape, no correction": {"mode": "one-shot", "correction": "none"} | SHAPE,
     "one-shot, own shape": {"mode": "one-shot"},
@@ -124,6 +126,8 @@ def main() -> None:
                 say(f"{arm}, seed {seed}: {error}")
                 break
             results.setdefault(arm, []).append(summary)
+        if len(results.get("loop", ())) < arguments.seeds:
+            raise SystemExit("the default loop failed, and without it there is nothing to compare with")
         done = [summary["result"]["validation_loss"] for summary in results.get(arm, [])]
         print(json.dumps({"arm": arm, "losses": done}), flush=True)
     base = [summary["result"]["validation_loss"] for summary in results["loop"]]

@@ -34,7 +34,9 @@ from efficientllm.training.planning import options_and_landings
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
 # Keys of the prune section that say how our own loop is run.
-RECIPE_ONLY = frozenset({"ladder", "mode", "calibration_batches", "calibration_tokens", "end", "every", "compact_at"})
+RECIPE_ONLY = frozenset(
+    {"ladder", "mode", "calibration_batches", "calibration_tokens", "calibration_batch", "end", "every", "compact_at"}
+)
 LossFunction = Callable[[], Tensor]
 
 

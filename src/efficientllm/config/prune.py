@@ -151,6 +151,9 @@ class PruneConfig(Section):
     calibration_tokens: Count | None = Field(
         default=None, description="Tokens to measure loss on; null: an eighth of the batch, between 512 and 8,192"
     )
+    calibration_batch: Literal["current", "next"] = Field(
+        default="current", description="Measure on the batch whose gradient chose the units, or on one not seen yet"
+    )
     correction: Literal["none", "second-order"] = Field(
         default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
     )
@@ -165,9 +168,10 @@ class PruneConfig(Section):
     )
 
     def _idle(self) -> dict[str, str]:
-        idle = {} if self.selection == "calibrated" else {"calibration_tokens": "with prune.selection raw"}
+        calibration = ("calibration_tokens", "calibration_batch")
+        idle = {} if self.selection == "calibrated" else dict.fromkeys(calibration, "with prune.selection raw")
         if self.order != "saliency":
-            idle |= dict.fromkeys(["selection", "calibration_tokens"], f"with prune.order {self.order}")
+            idle |= dict.fromkeys(["selection", *calibration], f"with prune.order {self.order}")
         if self.mode != "loop":
             idle |= dict.fromkeys(["end", "curve", "every"], f"with prune.mode {self.mode}, which sets its own pace")
             idle["lr"] = f"with prune.mode {self.mode}, which leaves the weights at rest"

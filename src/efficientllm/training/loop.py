@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -69,17 +70,19 @@ class BatchProbe:
         precision: Precision,
         loss_of: SummedLoss,
         *,
-        calibration_rows: int,
+        calibration: Callable[[], Tensor],
         correction_tokens: int,
     ) -> None:
         self._state, self._batch, self._train = state, batch, train
         self._precision, self._loss_of = precision, loss_of
-        self._calibration_rows, self._correction_tokens = calibration_rows, correction_tokens
+        self._calibration, self._correction_tokens = calibration, correction_tokens
+        self._rows: Tensor | None = None
 
     def loss(self) -> float:
-        """On the batch's first rows."""
-        rows = self._batch[: self._calibration_rows]
-        return mean_loss(self._state.forward, rows.split(self._train.micro_batch), self._precision)
+        """On the calibration's rows, the same at every call."""
+        if self._rows is None:
+            self._rows = self._calibration().to(self._batch.device)
+        return mean_loss(self._state.forward, self._rows.split(self._train.micro_batch), self._precision)
 
     def refresh(self) -> None:
         self._state.optimizer.zero_grad(set_to_none=True)
@@ -144,7 +147,7 @@ def train_steps(
                 train,
                 precision,
                 loss_of,
-                calibration_rows=calibration_rows,
+                calibration=partial(_rows_to_calibrate_on, state.step, batch, batches, plan, calibration_rows),
                 correction_tokens=plan.correction_tokens,
             )
             report = state.pruner.step(state.tokens, probe)
@@ -152,6 +155,11 @@ def train_steps(
         landed = report is not None and report.rung is not None
         compaction = _compact_if_due(state, train, plan, exactly=landed)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _rows_to_calibrate_on(step: int, batch: Tensor, batches: Batches, plan: PruningPlan, rows: int) -> Tensor:
+    """The first rows of this batch, or of the one to come. `step` counts the steps done, so it is the next one's."""
+    return (batches.batch(step) if plan.calibrate_on_next else batch)[:rows]
 
 
 def training_loss(state: TrainState, precision: Precision, distillation: Distillation | None) -> SummedLoss:

@@ -39,6 +39,7 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         options,
         compact_at=prune.compact_at,
         correction_tokens=prune.correction_tokens,
+        calibrate_on_next=prune.calibration_batch == "next",
         lr_share=prune.lr if prune.mode == "loop" else 0.0,
         begins=prune.start.tokens(recipe.train.tokens),
     )

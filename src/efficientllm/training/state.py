@@ -32,7 +32,8 @@ class PruningPlan:
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
     parameters that a compaction must free to be worth it. correction_tokens: tokens of the batch whose inputs the
-    correction sees. landings: the ladder's rungs, then the target. lr_share: of the learning rate from token
+    correction sees. landings: the ladder's rungs, then the target. calibrate_on_next: measure bundles on the batch to
+    come. lr_share: of the learning rate from token
     `begins` until pruning is over; 0 leaves the weights at rest (one-shot, iterative).
     """
 
@@ -42,6 +43,7 @@ class PruningPlan:
     options: PrunerOptions
     compact_at: float
     correction_tokens: int = 4096
+    calibrate_on_next: bool = False
     lr_share: float = 1.0
     begins: int = 0
 
