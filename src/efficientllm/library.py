@@ -26,7 +26,7 @@ from efficientllm.config.fields import explain
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.engine import PruningEngine
-from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
+from efficientllm.pruning.groups import DEFAULT_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
@@ -106,7 +106,7 @@ class Pruner:
         steps: int,
         start: int = 0,
         loss_fn: LossFunction | None = None,
-        types: Sequence[str] = PRUNING_TYPES,
+        types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
     ) -> None:
         options = _options({"target": target, "types": list(types)} | prune)

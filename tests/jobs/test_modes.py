@@ -92,6 +92,24 @@ def test_pruning_paths_end_in_one_shape(world: World, order: str) -> None:
         assert changes == len(set(types)) - 1
 
 
+def test_whole_layers_fall_too(world: World) -> None:
+    types = ["attention", "attention_query", "ffn", "stem", "depth"]
+    target = {"layers": 1, "hidden": 36, "intermediate": 44}
+    assert call("prune", world.write("depth", prune={"types": types, "target": target, "floors": None})) == 0
+    events = records(world, "depth", "events")
+    assert "depth" in {event["type"] for event in events}
+    assert {key: events[-1]["widths"][key] for key in target} == target
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "runs" / "depth" / "model")
+    assert len(model.model.layers) == model.config.num_hidden_layers == 1
+    metrics = records(world, "depth", "metrics")
+    assert metrics[-1]["validation_loss"] < metrics[0]["loss"]
+
+
+def test_fewer_layers_need_the_type(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("prune", world.write("shallow", prune={"target": {"layers": 1}})) == 2
+    assert "needs pruning type 'depth'" in capsys.readouterr().err
+
+
 def test_a_ladder_leaves_models_that_train_on(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = world.write("ladder", prune={"ladder": ["80%", "65%", "50%"], "target": None})
     assert call("prune", recipe) == 0

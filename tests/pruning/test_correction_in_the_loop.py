@@ -20,6 +20,7 @@ READERS = {
     "attention": {"self_attn.o_proj"},
     "attention_query": {"self_attn.o_proj"},
     "ffn": {"mlp.down_proj"},
+    "depth": set(),
     "stem": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"},
 }
 

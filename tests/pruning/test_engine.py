@@ -12,7 +12,7 @@ from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
-from efficientllm.pruning.groups import ATTENTION_QUERY, PRUNING_TYPES, group_slices
+from efficientllm.pruning.groups import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, group_slices
 from efficientllm.pruning.landing import Alignment, Floors, Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.training.capture import Inputs, captured_inputs
@@ -22,12 +22,13 @@ class Loop:
     """A bare training loop around a tiny model; also the pruner's probe. Corrected unless asked otherwise."""
 
     def __init__(self, family: str, *, share: float = 0.4, span: float = 10.0, **options: object) -> None:
-        self.model = tiny_model(family)
+        shape = {"num_hidden_layers": options.pop("num_hidden_layers", 2)}
+        self.model = tiny_model(family, **shape)
         self.params = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
         self.space = space_of(self.model.config)
         target = int(self.space.num_params() * share)
-        types = tuple(options.pop("types", PRUNING_TYPES))
+        types = tuple(options.pop("types", DEFAULT_TYPES))
         options.setdefault("correction", SolverOptions())
         landing = Landing(
             self.space, target, types=types, align=Alignment(4, 4), floors=Floors(hidden=8, intermediate=8)
@@ -117,6 +118,25 @@ def test_lands_on_target_with_uniform_layers(family: str) -> None:
     assert len(set(queries.tolist())) == 1
     zeros = sum(int((weight == 0).sum()) for weight in loop.params.values())
     assert zeros == loop.space.num_params() - pruner.parameters
+
+
+def test_a_dead_layer_is_the_identity_and_stays_dead(family: str) -> None:
+    loop = Loop(family, share=0.6, span=3.0, types=("depth", "ffn", "stem"), num_hidden_layers=3)
+    for step in range(1, 7):
+        loop.train_step(float(step))
+    live = loop.pruner.live
+    assert loop.pruner.finished
+    assert 1 <= int(live.layers.sum()) < 3
+    dead = int((~live.layers).int().argmax())
+    assert not live.ffn[dead].any()
+    assert not live.kv[dead].any()
+    weights = [weight for name, weight in loop.params.items() if f"layers.{dead}." in name]
+    assert not any(bool(weight.any()) for weight in weights)
+    inputs, outputs = [], []
+    layer = loop.model.model.layers[dead]
+    layer.register_forward_hook(lambda _m, args, out: None)
+    loop.loss()
+    assert torch.equal(inputs[0], outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0])
 
 
 def test_the_bound_asks_for_fresh_gradients() -> None:

@@ -42,7 +42,7 @@ def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed:
         floors = Floors(hidden=8, intermediate=32)
         return Landing(space, goal, types=PRUNING_TYPES, align=Alignment(step, step), floors=floors)
 
-    if target < space.num_params(Widths(2, 8, 1, 1, 32)):
+    if target < space.num_params(Widths(1, 8, 1, 1, 32)):
         with pytest.raises(ValueError, match="aim higher"):
             landing_at(target)
         return

@@ -43,6 +43,13 @@ def unit_score(
 ) -> float:
     """A unit's score: the columns of every layer that reads it, summed."""
     queries = widths.heads // widths.kv_heads
+    if pruning_type == "depth" and name != "activation":  # its heads and its FFN channels
+        heads = [("attention", group) for group in range(widths.kv_heads)]
+        parts = heads + [("ffn", channel) for channel in range(widths.intermediate)]
+        return sum(unit_score(name, weights, inputs, widths, head_dim, kind, unit, each) for kind, each in parts)
+    if pruning_type == "depth":
+        sites = [inputs[f"model.layers.{unit}.{part}.weight"] for part in ("self_attn.o_proj", "mlp.down_proj")]
+        return sum(float(x.double().square().mean(0).sum()) for x in sites) ** 0.5
     if pruning_type == "stem":
         layers, columns, sites = range(widths.layers), [unit], SITES["stem"]
     elif pruning_type == "ffn":

@@ -11,8 +11,10 @@ from efficientllm.pruning.groups import Widths
 def group_masks(
     shapes: dict[str, tuple[int, ...]], widths: Widths, head_dim: int, pruning_type: str, row: int, unit: int
 ) -> dict[str, Tensor]:
-    """{weight name: bool mask of what falls with one unit}. Stem rows are 0; see groups.py for the others."""
+    """{weight name: bool mask of what falls with one unit}. Stem and depth rows are 0; see groups.py for the others."""
     masks = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    if pruning_type == "depth":
+        return {name: mask | (f"layers.{unit}." in name) for name, mask in masks.items()}
     if pruning_type == "stem":
         for name, mask in masks.items():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.endswith(

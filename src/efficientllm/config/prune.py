@@ -26,6 +26,7 @@ from efficientllm.sizes import Position, exact_count, format_fraction, parse_cou
 class WidthTarget(Section):
     """Widths to prune to, the same in every layer; null keeps the source's width."""
 
+    layers: Count | None = Field(default=None, description="Layers; fewer need depth in prune.types")
     hidden: Count | None = Field(default=None, description="Residual channels")
     heads: Count | None = Field(default=None, description="Query heads")
     kv_heads: Count | None = Field(default=None, description="Key-value heads")
@@ -34,7 +35,9 @@ class WidthTarget(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.model_fields_set:
-            raise UsageError("prune.target names no width: give one or more of hidden, heads, kv_heads, intermediate")
+            raise UsageError(
+                "prune.target names no width: give one or more of layers, hidden, heads, kv_heads, intermediate"
+            )
         return self
 
 
@@ -48,6 +51,7 @@ class AlignConfig(Section):
 class FloorsConfig(Section):
     """The least that is kept of each width."""
 
+    layers: Count = Field(default=1, description="Layers")
     hidden: Count | None = Field(default=None, description="Residual channels; null: the source's head_dim")
     kv_heads: Count = Field(default=1, description="Key-value heads")
     heads_per_kv: Count = Field(default=1, description="Query heads of a key-value head")
@@ -104,8 +108,8 @@ Align = Annotated[
     Discriminator(union_side),
     BeforeValidator(_align),
 ]
-PruningType = Literal["attention", "attention_query", "ffn", "stem"]
-ALL_TYPES: tuple[PruningType, ...] = ("attention", "attention_query", "ffn", "stem")
+PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth"]
+DEFAULT_TYPES: tuple[PruningType, ...] = ("attention", "attention_query", "ffn", "stem")
 
 
 class PruneConfig(Section):
@@ -140,7 +144,7 @@ class PruneConfig(Section):
     saliency: Text = Field(default="taylor-element", description="Name of the score of a unit")
     ema: Momentum = Field(default=0.9, description="Share of the old in the scores' moving average over steps")
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
-        default=ALL_TYPES, description="Pruning types that may fall; attention_query needs a GQA model"
+        default=DEFAULT_TYPES, description="What may fall; attention_query needs a GQA model, depth takes whole layers"
     )
     selection: Literal["calibrated", "raw"] = Field(
         default="calibrated", description="Compare types by measured loss, or by scores as they are"

@@ -75,8 +75,9 @@ class RunFolder:
         text = dump_recipe(recipe)
         if self.config.is_file() and (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
             try:
-                there = yaml.safe_load(self.config.read_text())
-                difference = first_difference(_essential(there), _essential(yaml.safe_load(text)))
+                # Through Recipe, so that a key which a newer version has added counts with its default.
+                there = Recipe.model_validate(yaml.safe_load(self.config.read_text()))
+                difference = first_difference(_essential(there), _essential(recipe))
             except (OSError, yaml.YAMLError, UsageError, AttributeError, TypeError, KeyError) as error:
                 raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
             if difference:
@@ -109,16 +110,17 @@ class RunFolder:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _essential(recipe: dict[str, Any]) -> dict[str, Any]:
+def _essential(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the keys that may change between resumes; batch_tokens as micro_batch rounds it."""
+    content: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
     kept = {
         section: {key: value for key, value in values.items() if key not in FREE_KEYS.get(section, ())}
         if isinstance(values, dict)
         else values
-        for section, values in recipe.items()
+        for section, values in content.items()
     }
-    train, data = Recipe.model_validate(recipe).train, recipe["data"]
-    kept["train"]["batch_tokens"] = train.batch_rows(data["sequence_length"]) * data["sequence_length"]
+    length = recipe.data.sequence_length
+    kept["train"]["batch_tokens"] = recipe.train.batch_rows(length) * length
     return kept
 
 

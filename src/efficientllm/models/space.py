@@ -63,6 +63,7 @@ def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfi
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype"):
         values.pop(key, None)
     values |= {
+        "num_hidden_layers": widths.layers,
         "hidden_size": widths.hidden,
         "num_attention_heads": widths.heads,
         "num_key_value_heads": widths.kv_heads,
@@ -70,7 +71,14 @@ def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfi
         "head_dim": head_dim_of(config),
         "rms_norm_eps": config.rms_norm_eps * config.hidden_size / widths.hidden,
     }
+    if values.get("layer_types"):  # all alike where layers may be dropped (see uneven_layers)
+        values["layer_types"] = values["layer_types"][: widths.layers]
     return adapter_for(config).narrow(values, widths)
+
+
+def uneven_layers(config: PretrainedConfig) -> bool:
+    """Whether some layers attend otherwise than others, so that a layer cannot take another one's place."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def build(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:

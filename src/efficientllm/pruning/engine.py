@@ -164,8 +164,8 @@ class PruningEngine:
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
             if bundle and removed + event.cost > limit:
                 break
-            ranking.take(event)
             self.live.remove(event)
+            ranking.take(event)
             self.events += 1
             removed += event.cost
             bundle.append(event)
@@ -208,7 +208,7 @@ class PruningEngine:
 
     def _dead_query_slices(self) -> list[Slice]:
         """Slices of dead query heads whose KV head is live."""
-        dead = (~self.live.query & self.live.kv[:, :, None]).flatten(0, 1)
+        dead = (~self.live.query & self.live.kv[:, :, None]).flatten(0, 1)  # none in a dead layer
         events = []
         for unit in range(dead.shape[1]):
             units = torch.where(dead[:, unit], unit, -1)

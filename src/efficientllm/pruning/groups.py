@@ -21,9 +21,12 @@ attention        layer                         KV head with its queries (MHA: he
 attention_query  layer and KV head             one query head of it                  query
 ffn              layer                         FFN channel                           ffn
 stem             the model (a single row)      residual channel                      hidden
+depth            the model (a single row)      layer                                 (all of its weights)
 ===============  ============================  ====================================  ================
 
-Source: EfficientLLM (ACL 2026), the pruning space; GQA units are ours.
+A layer whose weights are zero adds nothing to the stem: it is the identity until compaction drops it.
+
+Source: EfficientLLM (ACL 2026), the pruning space; GQA units and depth are ours.
 """
 
 from __future__ import annotations
@@ -38,8 +41,10 @@ import torch
 from torch import Tensor
 
 HIDDEN, QUERY, KV, FFN = "hidden", "query", "kv", "ffn"
-ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM = "attention", "attention_query", "ffn", "stem"
-PRUNING_TYPES = (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM)
+ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH = "attention", "attention_query", "ffn", "stem", "depth"
+PRUNING_TYPES = (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH)
+DEFAULT_TYPES = PRUNING_TYPES[:-1]
+ONE_ROW = (STEM, DEPTH)  # types whose units belong to the model, not to a layer
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Widths:
             return replace(self, heads=self.heads - events * self.kv_heads)
         if pruning_type == FFN_TYPE:
             return replace(self, intermediate=self.intermediate - events)
+        if pruning_type == DEPTH:
+            return replace(self, layers=self.layers - events)
         return replace(self, hidden=self.hidden - events)
 
     def count(self, pruning_type: str) -> int:
@@ -75,6 +82,7 @@ class Widths:
             ATTENTION_QUERY: self.queries_per_kv,
             FFN_TYPE: self.intermediate,
             STEM: self.hidden,
+            DEPTH: self.layers,
         }[pruning_type]
 
     def __str__(self) -> str:
@@ -89,6 +97,10 @@ class ParamSpec:
     name: str
     axes: tuple[str | int, ...]
     layer: int | None = None
+
+    def name_in(self, layer: int) -> str:
+        """The name of the same weight of another layer."""
+        return self.name.replace(f".{self.layer}.", f".{layer}.", 1)
 
 
 @dataclass(frozen=True)
@@ -167,27 +179,29 @@ class Event:
 class Live:
     """Which units of a model are still there: bool tensors on the CPU.
 
-    hidden (D,), ffn (L, F), kv (L, K), query (L, K, Q). A query head of a dead KV head is dead.
+    hidden (D,), layers (L,), ffn (L, F), kv (L, K), query (L, K, Q). A query head of a dead KV head is dead, and so
+    is everything in a dead layer.
     """
 
-    def __init__(self, hidden: Tensor, ffn: Tensor, kv: Tensor, query: Tensor) -> None:
-        self.hidden, self.ffn, self.kv, self.query = hidden, ffn, kv, query
+    def __init__(self, hidden: Tensor, layers: Tensor, ffn: Tensor, kv: Tensor, query: Tensor) -> None:
+        self.hidden, self.layers, self.ffn, self.kv, self.query = hidden, layers, ffn, kv, query
 
     @classmethod
     def full(cls, widths: Widths) -> Live:
         layers, kv, queries = widths.layers, widths.kv_heads, widths.queries_per_kv
-        shapes = ((widths.hidden,), (layers, widths.intermediate), (layers, kv), (layers, kv, queries))
+        shapes = ((widths.hidden,), (layers,), (layers, widths.intermediate), (layers, kv), (layers, kv, queries))
         return cls(*(torch.ones(shape, dtype=torch.bool) for shape in shapes))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"hidden": self.hidden, "ffn": self.ffn, "kv": self.kv, "query": self.query}
+        return {"hidden": self.hidden, "layers": self.layers, "ffn": self.ffn, "kv": self.kv, "query": self.query}
 
     def widths(self) -> Widths:
         """Widths of what is live; uniform over layers by construction."""
-        kv_heads = int(self.kv[0].sum())
-        heads = int(self.query[0].sum())
-        counts = int(self.hidden.sum()), heads, kv_heads, int(self.ffn[0].sum())
-        return Widths(self.kv.shape[0], *counts)
+        first = int(self.layers.int().argmax())
+        kv_heads = int(self.kv[first].sum())
+        heads = int(self.query[first].sum())
+        counts = int(self.hidden.sum()), heads, kv_heads, int(self.ffn[first].sum())
+        return Widths(int(self.layers.sum()), *counts)
 
     def all_live(self) -> bool:
         return all(bool(mask.all()) for mask in self.tensors().values())
@@ -198,6 +212,8 @@ class Live:
             return self.kv
         if pruning_type == ATTENTION_QUERY:
             return self.query.flatten(0, 1)
+        if pruning_type == DEPTH:
+            return self.layers[None]
         return self.ffn if pruning_type == FFN_TYPE else self.hidden[None]
 
     def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
@@ -218,6 +234,9 @@ class Live:
         units[rows, taken] = False
         if event.type == ATTENTION:
             self.query[rows, taken] = False
+        if event.type == DEPTH:
+            for mask in (self.ffn, self.kv, self.query):
+                mask[taken] = False
 
 
 def entries(axis: str, rows: Tensor, units: Tensor, pruning_type: str, shape: tuple[int, int, int]) -> Tensor:
@@ -238,6 +257,13 @@ def entries(axis: str, rows: Tensor, units: Tensor, pruning_type: str, shape: tu
     return (heads.sort().values[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
+def _layer_slices(space: Space, layers: set[int]) -> Iterator[Slice]:
+    """Every weight of the given layers, whole."""
+    for spec in space.params:
+        if spec.layer in layers:
+            yield Slice(spec.name, 0, torch.arange(space.shape(spec, space.widths)[0]))
+
+
 CUT_AXES = {ATTENTION: (QUERY, KV), ATTENTION_QUERY: (QUERY,), FFN_TYPE: (FFN,), STEM: (HIDDEN,)}
 
 
@@ -253,6 +279,9 @@ def group_slices(space: Space, events: Sequence[Event]) -> Iterator[Slice]:
         if not units:
             continue
         table = torch.stack(units)  # (events, rows)
+        if pruning_type == DEPTH:
+            yield from _layer_slices(space, set(table.flatten().tolist()))
+            continue
         rows_per_layer = table.shape[1] if pruning_type == STEM else table.shape[1] // widths.layers
         for spec in space.params:
             for dim, axis in enumerate(spec.axes):

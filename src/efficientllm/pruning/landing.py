@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
 
 TOLERANCE = 0.01
 
@@ -22,6 +22,7 @@ class Floors:
     """The least that is kept of each width."""
 
     hidden: int
+    layers: int = 1
     kv_heads: int = 1
     queries_per_kv: int = 1
     intermediate: int = 32
@@ -67,8 +68,8 @@ def _multiples(low: int, high: int, step: int) -> Tensor:
 class Landing:
     """All shapes in which a run to `target` parameters may end.
 
-    For every (hidden, KV heads, queries per KV head) on the grid, the range of aligned intermediate widths whose
-    parameters lie in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, the
+    For every (layers, hidden, KV heads, queries per KV head) on the grid, the range of aligned intermediate widths
+    whose parameters lie in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, the
     largest one under the target is the only one, and `gap` says by how much it misses.
 
     Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
@@ -90,11 +91,12 @@ class Landing:
             self._check_widths(target, types, floors)
             self.target = int(space.num_params(target))
             pin = target
-            floors = Floors(pin.hidden, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
+            floors = Floors(pin.hidden, pin.layers, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
             align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
         else:
             self.target, pin = target, source
         grids = (
+            _multiples(floors.layers if DEPTH in types else source.layers, pin.layers, 1),
             _multiples(floors.hidden if STEM in types else source.hidden, pin.hidden, align.hidden),
             _multiples(floors.kv_heads if ATTENTION in types else source.kv_heads, pin.kv_heads, 1),
             _multiples(
@@ -103,7 +105,9 @@ class Landing:
                 1,
             ),
         )
-        self.hidden, self.kv, self.queries = (grid.flatten() for grid in torch.meshgrid(*grids, indexing="ij"))
+        self.layers, self.hidden, self.kv, self.queries = (
+            grid.flatten() for grid in torch.meshgrid(*grids, indexing="ij")
+        )
         self._axes = grids
         low = floors.intermediate if FFN_TYPE in types else source.intermediate
         self.ffn = _multiples(low, pin.intermediate, align.intermediate)
@@ -112,6 +116,7 @@ class Landing:
     def _check_widths(self, target: Widths, types: tuple[str, ...], floors: Floors) -> None:
         source = self.space.widths
         least = {
+            DEPTH: ("layers", floors.layers),
             STEM: ("hidden", floors.hidden),
             ATTENTION: ("kv_heads", floors.kv_heads),
             ATTENTION_QUERY: ("queries per KV head", floors.queries_per_kv),
@@ -133,8 +138,7 @@ class Landing:
     def _params(self, intermediate: Tensor) -> Tensor:
         """Parameters of each grid point at the given intermediate widths, int64."""
         heads = self.kv * self.queries
-        layers = self.space.widths.layers
-        shape = Widths(layers, self.hidden, heads, self.kv, intermediate)  # type: ignore[arg-type]
+        shape = Widths(self.layers, self.hidden, heads, self.kv, intermediate)  # type: ignore[arg-type]
         return torch.as_tensor(self.space.num_params(shape))
 
     def _band(self, tolerance: float) -> None:
@@ -165,30 +169,30 @@ class Landing:
         (at,) = (self.first <= self.last).nonzero().flatten().tolist()
         kv_heads = int(self.kv[at])
         return Widths(
-            self.space.widths.layers,
+            int(self.layers[at]),
             int(self.hidden[at]),
             kv_heads * int(self.queries[at]),
             kv_heads,
             int(self.ffn[self.first[at]]),
         )
 
-    def least_ffn(self, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
+    def least_ffn(self, layers: Tensor, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
         """Per shape, the least FFN width from which a final shape is within reach; a huge one where none is."""
         none = torch.iinfo(torch.int64).max
         least = torch.where(self.first <= self.last, self.ffn[self.first.clamp(max=len(self.ffn) - 1)], none)
         table = least.view([len(axis) for axis in self._axes])
-        for dim in range(3):
+        for dim in range(len(self._axes)):
             table = table.cummin(dim).values
         places = [
             torch.searchsorted(axis, widths, right=True) - 1
-            for axis, widths in zip(self._axes, (hidden, kv, queries), strict=True)
+            for axis, widths in zip(self._axes, (layers, hidden, kv, queries), strict=True)
         ]
         inside = torch.stack(places).min(0).values >= 0
         return torch.where(inside, table[tuple(place.clamp(min=0) for place in places)], none)
 
     def before(self, following: Landing) -> None:
         """Keeps only shapes from which `following` is within reach. Raises ValueError where none is left."""
-        need = following.least_ffn(self.hidden, self.kv, self.queries)
+        need = following.least_ffn(self.layers, self.hidden, self.kv, self.queries)
         self.first = torch.maximum(self.first, torch.searchsorted(self.ffn, need))
         if not bool((self.first <= self.last).any()):
             raise ValueError(
@@ -197,13 +201,15 @@ class Landing:
 
     def reachable(self, widths: Widths) -> bool:
         """Whether some final shape has no width above these."""
-        fits = (self.hidden <= widths.hidden) & (self.kv <= widths.kv_heads) & (self.queries <= widths.queries_per_kv)
+        fits = (self.layers <= widths.layers) & (self.hidden <= widths.hidden)
+        fits &= (self.kv <= widths.kv_heads) & (self.queries <= widths.queries_per_kv)
         most = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
         return bool((fits & (self.first <= self.last.clamp(max=most))).any())
 
     def reached(self, widths: Widths) -> bool:
         """Whether these widths are a final shape."""
-        here = (self.hidden == widths.hidden) & (self.kv == widths.kv_heads) & (self.queries == widths.queries_per_kv)
+        here = (self.layers == widths.layers) & (self.hidden == widths.hidden)
+        here &= (self.kv == widths.kv_heads) & (self.queries == widths.queries_per_kv)
         at = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
         on_grid = at >= 0 and int(self.ffn[at]) == widths.intermediate
         return on_grid and bool((here & (self.first <= at) & (at <= self.last)).any())

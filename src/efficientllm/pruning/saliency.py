@@ -14,6 +14,7 @@ from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
+    DEPTH,
     FFN,
     FFN_TYPE,
     HIDDEN,
@@ -26,7 +27,7 @@ from efficientllm.pruning.groups import (
 
 
 class AxisSums:
-    """Element scores summed over everything but one axis: hidden (D,), ffn (L, F), kv (L, K*hd), query (L, H*hd).
+    """Element scores summed over all but one axis: hidden (D,), ffn (L, F), kv (L, K*hd), query (L, H*hd); depth (L,).
 
     fp32, on the weights' device. Sums over weights are linear, so that partial sums of shards add up.
     """
@@ -39,9 +40,12 @@ class AxisSums:
             for axis in (HIDDEN, FFN, KV, QUERY)
             if (length := space.axis_length(axis, space.widths))
         }
+        self.sums[DEPTH] = torch.zeros(layers, device=device)
 
     def add(self, spec: ParamSpec, scores: Tensor) -> None:
         """Adds one weight's element scores (its shape)."""
+        if spec.layer is not None:
+            self.sums[DEPTH][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
             if isinstance(axis, str):
                 others = [other for other in range(scores.ndim) if other != dim]
@@ -50,8 +54,10 @@ class AxisSums:
                 (target if axis == HIDDEN else target[spec.layer or 0]).add_(vector)
 
     def add_columns(self, spec: ParamSpec, scores: Tensor) -> None:
-        """Adds the scores of one linear layer's inputs, (inputs,)."""
+        """Adds the scores of one linear layer's inputs, (inputs,). A layer's own are those of its heads and FFN."""
         axis = str(spec.axes[1])
+        if spec.layer is not None and axis != HIDDEN:
+            self.sums[DEPTH][spec.layer] += scores.sum()
         target = self.sums[axis]
         (target if axis == HIDDEN else target[spec.layer or 0]).add_(scores)
 
@@ -66,6 +72,7 @@ class AxisSums:
             ATTENTION_QUERY: query.flatten(0, 1),
             FFN_TYPE: self.sums[FFN],
             STEM: self.sums[HIDDEN][None],
+            DEPTH: self.sums[DEPTH][None],
         }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
+    DEPTH,
     FFN_TYPE,
     PRUNING_TYPES,
     STEM,
@@ -56,10 +57,11 @@ class Ranking:
         return units[first : first + events], float(saliency[first : first + events].sum())
 
     def take(self, event: Event) -> None:
-        """Moves on after an event. The two attention types share heads, so one reorders the other."""
+        """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] += 1
-        other = {ATTENTION: ATTENTION_QUERY, ATTENTION_QUERY: ATTENTION}.get(event.type)
-        if other:
+        layered = (ATTENTION, ATTENTION_QUERY, FFN_TYPE)
+        others = {ATTENTION: (ATTENTION_QUERY,), ATTENTION_QUERY: (ATTENTION,), DEPTH: layered}.get(event.type, ())
+        for other in others:
             self._orders.pop(other, None)
 
 
@@ -122,9 +124,9 @@ def candidates(
 
 # The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.
 ORDERS = {
-    "attention-first": (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM),
-    "ffn-first": (FFN_TYPE, ATTENTION, ATTENTION_QUERY, STEM),
-    "stem-first": (STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE),
+    "attention-first": (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH),
+    "ffn-first": (FFN_TYPE, ATTENTION, ATTENTION_QUERY, STEM, DEPTH),
+    "stem-first": (STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE, DEPTH),
 }
 
 

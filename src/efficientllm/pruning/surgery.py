@@ -17,6 +17,7 @@ from torch import Tensor
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
+    DEPTH,
     FFN,
     FFN_TYPE,
     HIDDEN,
@@ -33,15 +34,17 @@ MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "mo
 
 @dataclass(frozen=True)
 class Kept:
-    """Units that stay, int64 and sorted: hidden (d,), ffn (L, f), kv (L, k), query (L, k, q) within the KV head."""
+    """Units that stay, int64 and sorted: hidden (d,), layers (l,), and of those layers ffn (l, f), kv (l, k) and
+    query (l, k, q) within the KV head."""
 
     hidden: Tensor
+    layers: Tensor
     ffn: Tensor
     kv: Tensor
     query: Tensor
 
     def entries(self, axis: str, layer: int, before: Widths, head_dim: int) -> Tensor:
-        """Entries along one axis of one layer that stay, int64."""
+        """Entries along one axis that stay, int64. layer: place among the layers that stay."""
         if axis == HIDDEN:
             return self.hidden
         if axis == FFN:
@@ -60,11 +63,13 @@ def _first(live: Tensor, count: int) -> Tensor:
 
 def choose_kept(live: Live, widths: Widths) -> Kept:
     """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
-    kv = _first(live.kv, widths.kv_heads)
-    query = torch.gather(live.query, 1, kv[..., None].expand(-1, -1, live.query.shape[2]))
+    layers = _first(live.layers, widths.layers)
+    kv = _first(live.kv[layers], widths.kv_heads)
+    query = torch.gather(live.query[layers], 1, kv[..., None].expand(-1, -1, live.query.shape[2]))
     return Kept(
         hidden=_first(live.hidden, widths.hidden),
-        ffn=_first(live.ffn, widths.intermediate),
+        layers=layers,
+        ffn=_first(live.ffn[layers], widths.intermediate),
         kv=kv,
         query=_first(query, widths.queries_per_kv),
     )
@@ -72,16 +77,25 @@ def choose_kept(live: Live, widths: Widths) -> Kept:
 
 def cut_live(live: Live, kept: Kept) -> Live:
     """The live mask in the new widths; padding stays dead."""
-    kv = torch.gather(live.kv, 1, kept.kv)
-    query = torch.gather(live.query, 1, kept.kv[..., None].expand(-1, -1, live.query.shape[2]))
-    return Live(live.hidden[kept.hidden], torch.gather(live.ffn, 1, kept.ffn), kv, torch.gather(query, 2, kept.query))
+    kv = torch.gather(live.kv[kept.layers], 1, kept.kv)
+    query = torch.gather(live.query[kept.layers], 1, kept.kv[..., None].expand(-1, -1, live.query.shape[2]))
+    return Live(
+        live.hidden[kept.hidden],
+        live.layers[kept.layers],
+        torch.gather(live.ffn[kept.layers], 1, kept.ffn),
+        kv,
+        torch.gather(query, 2, kept.query),
+    )
 
 
-def cut_weight(tensor: Tensor, spec: ParamSpec, kept: Kept, space: Space) -> Tensor:
-    """One weight, or one of its moments, at the new widths; a new contiguous tensor on the same device."""
+def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space) -> Tensor:
+    """One weight, or one of its moments, at the new widths; a new contiguous tensor on the same device.
+
+    layer: place of its layer among those that stay.
+    """
     for dim, axis in enumerate(spec.axes):
         if isinstance(axis, str):
-            entries = kept.entries(axis, spec.layer or 0, space.widths, space.head_dim)
+            entries = kept.entries(axis, layer, space.widths, space.head_dim)
             if len(entries) != tensor.shape[dim]:
                 tensor = tensor.index_select(dim, entries.to(tensor.device))
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -110,17 +124,24 @@ def cut_state(
     factor = math.sqrt(space.widths.hidden / len(kept.hidden))
     cut_weights: dict[str, Tensor] = {}
     cut_moments: dict[str, dict[str, Tensor]] = {}
+    places = {layer: place for place, layer in enumerate(kept.layers.tolist())}
     for spec in space.params:
+        if spec.layer is not None and spec.layer not in places:
+            weights.pop(spec.name)
+            moments.pop(spec.name, None)
+            continue
+        layer = 0 if spec.layer is None else places[spec.layer]
+        name = spec.name if spec.layer is None else spec.name_in(layer)
         scaled = factor != 1.0 and (spec.name in space.stem_gains or spec.name in space.norm_inputs)
-        weight = cut_weight(weights.pop(spec.name), spec, kept, space)
-        cut_weights[spec.name] = weight.mul_(factor) if scaled else weight
-        cut_moments[spec.name] = {}
+        weight = cut_weight(weights.pop(spec.name), spec, layer, kept, space)
+        cut_weights[name] = weight.mul_(factor) if scaled else weight
+        cut_moments[name] = {}
         for key, moment in moments.pop(spec.name, {}).items():
             if moment.ndim == 0:  # AdamW's step count
-                cut_moments[spec.name][key] = moment.clone()
+                cut_moments[name][key] = moment.clone()
                 continue
-            tensor = cut_weight(moment, spec, kept, space)
-            cut_moments[spec.name][key] = tensor.mul_(factor ** MOMENT_POWER[key]) if scaled else tensor
+            tensor = cut_weight(moment, spec, layer, kept, space)
+            cut_moments[name][key] = tensor.mul_(factor ** MOMENT_POWER[key]) if scaled else tensor
     return cut_weights, cut_moments
 
 
@@ -130,11 +151,13 @@ def cut_scores(scores: Mapping[str, Tensor], kept: Kept, before: Widths) -> dict
     for name, score in scores.items():
         if name == STEM:
             cut[name] = score[:, kept.hidden.to(score.device)]
+        elif name == DEPTH:
+            cut[name] = score[:, kept.layers.to(score.device)]
         elif name == ATTENTION_QUERY:
-            table = score.view(before.layers, before.kv_heads, before.queries_per_kv)
+            table = score.view(before.layers, before.kv_heads, before.queries_per_kv)[kept.layers.to(score.device)]
             rows = kept.kv.to(score.device)[..., None].expand(-1, -1, before.queries_per_kv)
             cut[name] = table.gather(1, rows).gather(2, kept.query.to(score.device)).flatten(0, 1)
         else:
             units = {ATTENTION: kept.kv, FFN_TYPE: kept.ffn}[name]
-            cut[name] = score.gather(1, units.to(score.device))
+            cut[name] = score[kept.layers.to(score.device)].gather(1, units.to(score.device))
     return cut

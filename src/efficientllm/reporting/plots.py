@@ -27,6 +27,7 @@ TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
     "attention_query": ("#CC79A7", (0, (5, 1)), "attention_query (heads per KV group)"),
     "ffn": ("#D55E00", "-", "ffn (channels)"),
     "stem": ("#009E73", "-", "stem (hidden channels)"),
+    "depth": ("#666666", (0, (1, 1)), "depth (layers)"),
 }
 LOSS_COLOUR = "#000000"
 VALIDATION_COLOUR = "#56B4E9"
@@ -119,6 +120,8 @@ def _draw_ratio(axes: Axes, metrics: Sequence[Record], source: Mapping[str, floa
     for name, (colour, line, _) in TYPE_STYLES.items():
         if name not in source or (name == "attention_query" and source[name] == 1.0):
             continue
+        if name == "depth" and all(widths[name] == source[name] for _, widths in rows):
+            continue  # layers fall only where the recipe asks for it
         tokens, ratio = _columns([(0.0, 0.0), *((at, 1.0 - widths[name] / source[name]) for at, widths in rows)])
         label = _type_label(name, source)
         axes.plot(tokens, ratio, color=colour, linestyle=line, linewidth=1.8, drawstyle="steps-post", label=label)
@@ -222,6 +225,7 @@ def _type_widths(widths: Mapping[str, int]) -> dict[str, float]:
         "attention_query": widths["heads"] / widths["kv_heads"],
         "ffn": widths["intermediate"],
         "stem": widths["hidden"],
+        "depth": widths["layers"],
     }
 
 

@@ -9,11 +9,11 @@ from transformers import PretrainedConfig
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
-from efficientllm.models.space import space_of
+from efficientllm.models.space import space_of, uneven_layers
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import DEPTH, Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
@@ -28,6 +28,11 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     if prune is None:
         return None
     space = space_of(source)
+    if DEPTH in prune.types and uneven_layers(source):
+        raise UsageError(
+            "prune.types has depth, but the source's layers attend differently (layer_types in its config.json); leave "
+            "depth out"
+        )
     try:
         options, landings = options_and_landings(prune, space, seed=recipe.train.seed)
     except ValueError as error:
@@ -118,7 +123,11 @@ def _widths(target: WidthTarget, source: Widths) -> Widths:
     if heads % kv_heads:
         raise ValueError(f"target heads {heads} is not a multiple of kv_heads {kv_heads}; choose a multiple")
     return Widths(
-        source.layers, target.hidden or source.hidden, heads, kv_heads, target.intermediate or source.intermediate
+        target.layers or source.layers,
+        target.hidden or source.hidden,
+        heads,
+        kv_heads,
+        target.intermediate or source.intermediate,
     )
 
 
@@ -131,6 +140,7 @@ def alignment_of(prune: PruneConfig, widths: Widths) -> Alignment:
 def floors_of(prune: PruneConfig, space: Space) -> Floors:
     floors = prune.floors
     return Floors(
+        layers=min(floors.layers, space.widths.layers),
         hidden=min(floors.hidden or space.head_dim, space.widths.hidden),
         kv_heads=floors.kv_heads,
         queries_per_kv=floors.heads_per_kv,

@@ -169,7 +169,9 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     """
     space = space_of(config_of(snapshot))
     assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
-    live = Live(**{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "ffn", "kv", "query")})
+    live = Live(
+        **{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "layers", "ffn", "kv", "query")}
+    )
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     prefix = "saliency."
