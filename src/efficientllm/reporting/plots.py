@@ -27,7 +27,7 @@ TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
     "attention_query": ("#CC79A7", (0, (5, 1)), "attention_query (heads per KV group)"),
     "ffn": ("#D55E00", "-", "ffn (channels)"),
     "stem": ("#009E73", "-", "stem (hidden channels)"),
-    "depth": ("#666666", (0, (1, 1)), "depth (layers)"),
+    "depth": ("#8C510A", (0, (1, 1)), "depth (layers)"),
 }
 LOSS_COLOUR = "#000000"
 VALIDATION_COLOUR = "#56B4E9"
