@@ -18,7 +18,7 @@ ALLOWED = {
     "config": {"errors", "sizes"},
     "training": {"errors", "config", "models", "pruning"},
     "checkpoint": {"errors", "models", "training", ""},
-    "evaluation": {"training"},
+    "evaluation": {"models", "pruning", "training"},
     "reporting": {"errors", "sizes", "pruning"},
     "jobs": {
         "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
@@ -26,7 +26,7 @@ ALLOWED = {
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
-    "cli": {"errors", "config", "jobs", "demo", "reporting", ""},
+    "cli": {"errors", "config", "jobs", "demo", "pruning", "reporting", ""},
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},
 }  # fmt: skip

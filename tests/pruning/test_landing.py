@@ -104,7 +104,7 @@ def test_a_type_left_out_stays_as_it_is() -> None:
 
 
 def test_automatic_alignment_keeps_enough_steps() -> None:
-    assert Alignment.automatic(Widths(24, 2048, 32, 32, 8192)) == Alignment(128, 128)
-    assert Alignment.automatic(Widths(32, 960, 15, 5, 2560)) == Alignment(32, 128)
-    assert Alignment.automatic(Widths(4, 192, 6, 6, 512)) == Alignment(8, 32)
+    assert Alignment.automatic(Widths(24, 2048, 32, 32, 8192)) == Alignment(64, 128)
+    assert Alignment.automatic(Widths(32, 960, 15, 5, 2560)) == Alignment(16, 64)
+    assert Alignment.automatic(Widths(4, 192, 6, 6, 512)) == Alignment(4, 16)
     assert Alignment.automatic(Widths(2, 40, 4, 2, 52)) == Alignment(1, 1)

@@ -61,7 +61,7 @@ def plot_run(run_dir: Path | str, out: Path | str, title: str | None = None) -> 
         _draw_saliency(upper[0], metrics, events, source)
         _draw_ratio(upper[1], metrics, source)
         _share_tokens(upper[0], upper[1], size, pruned_at=[event["tokens"] for event in events])
-    return _save(figure, Path(out))
+    return save_figure(figure, Path(out))
 
 
 def plot_demo(runs: Mapping[str, Path | str], out: Path | str) -> Path:
@@ -91,7 +91,7 @@ def plot_demo(runs: Mapping[str, Path | str], out: Path | str) -> Path:
     axes.set_xlim(left=0)
     axes.set_xlabel("training tokens", fontsize=FONT_SIZE)
     axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=FONT_SIZE)
-    return _save(figure, Path(out))
+    return save_figure(figure, Path(out))
 
 
 def _draw_saliency(
@@ -295,7 +295,7 @@ def _count_label(value: float, _position: int | None = None) -> str:
     return format_count(round(value))
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save_figure(figure: Figure, out: Path) -> Path:
     """Render to memory first: a picture is never half-written; the same records give the same bytes."""
     kind = "svg" if out.suffix.lower() == ".svg" else "png"
     content = io.BytesIO()

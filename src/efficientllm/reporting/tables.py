@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console
@@ -25,4 +26,17 @@ def print_criteria() -> None:
     for each in CRITERIA.values():
         looks = "nothing" if each.needs == "nothing" else " and ".join({"weights": None, each.needs: None})
         table.add_row(each.name, each.about, looks, each.cost, each.source)
+    console().print(table)
+
+
+def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Rank correlation with the true loss increase, and scale, of every criterion within each type and over all."""
+    groups = list(next(iter(criteria.values())))
+    table = Table(box=box.SIMPLE, title="rank correlation with the true loss increase, and (scale: score / truth)")
+    table.add_column("prune.saliency")
+    for group in groups:
+        table.add_column(group, justify="right")
+    for name, verdict in criteria.items():
+        cells = [f"{verdict[group]['rank_correlation']:.2f} ({verdict[group]['scale']:.3g})" for group in groups]
+        table.add_row(name, *cells)
     console().print(table)
