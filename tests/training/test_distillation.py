@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from conftest import tiny_model
-from efficientllm.training.distillation import Distillation
+from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
+from efficientllm.training.teacher_cache import CachedTeacher
 
 CPU = Precision("cpu", bf16=False)
 IDS = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(2))
@@ -18,7 +22,7 @@ IDS = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(2))
 @pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.3, 2.5)])
 def test_equals_the_formula(chunk: int, weight: float, temperature: float) -> None:
     student, teacher = tiny_model("llama-mha-tied"), tiny_model("qwen2-gqa-tied", seed=4).eval()
-    distillation = Distillation(teacher, weight, temperature, chunk)
+    distillation = Distillation(LiveTeacher(teacher), weight, temperature, chunk)
     loss = distillation.summed_loss(student.model, student.lm_head, IDS, CPU)
     loss.backward()
     got = {name: weight.grad.clone() for name, weight in student.named_parameters()}
@@ -38,7 +42,62 @@ def test_equals_the_formula(chunk: int, weight: float, temperature: float) -> No
 
 def test_a_model_cannot_learn_from_itself() -> None:
     model = tiny_model("llama-gqa")
-    loss = Distillation(model, 1.0, 1.0, 7).summed_loss(model.model, model.lm_head, IDS, CPU)
+    loss = Distillation(LiveTeacher(model), 1.0, 1.0, 7).summed_loss(model.model, model.lm_head, IDS, CPU)
     assert abs(float(loss)) < 1e-4
-    plain = Distillation(model, 1e-9, 1.0, 7).summed_loss(model.model, model.lm_head, IDS, CPU)
+    plain = Distillation(LiveTeacher(model), 1e-9, 1.0, 7).summed_loss(model.model, model.lm_head, IDS, CPU)
     torch.testing.assert_close(plain, summed_loss(model, IDS, CPU), rtol=1e-5, atol=1e-4)
+
+
+class Asked:
+    """Brings a teacher, and counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> PreTrainedModel:
+        self.times += 1
+        return tiny_model("qwen2-gqa-tied", seed=4).eval()
+
+
+def loss_of(teacher: CachedTeacher | LiveTeacher, rows: torch.Tensor) -> float:
+    student = tiny_model("llama-mha-tied")
+    return float(Distillation(teacher, 0.6, 1.5, 8).summed_loss(student.model, student.lm_head, rows, CPU).detach())
+
+
+def test_all_logits_from_disk_are_the_teacher(tmp_path: Path) -> None:
+    """With k the whole vocabulary nothing is cut off, and fp16 is all that is lost."""
+    cached = CachedTeacher(tmp_path, Asked(), length=11, k=61)
+    assert loss_of(cached, IDS) == pytest.approx(loss_of(LiveTeacher(Asked()()), IDS), rel=2e-3)
+
+
+def test_the_teacher_is_asked_once_and_not_again_by_another_run(tmp_path: Path) -> None:
+    asked = Asked()
+    cached = CachedTeacher(tmp_path, asked, length=11, k=5)
+    first = loss_of(cached, IDS)
+    assert loss_of(cached, IDS.flip(0)) == pytest.approx(first, rel=1e-5)
+    del cached
+    again = Asked()
+    cached = CachedTeacher(tmp_path, again, length=11, k=5)
+    assert loss_of(cached, IDS) == first
+    assert (asked.times, again.times) == (1, 0)
+
+
+def test_a_row_torn_by_a_kill_is_asked_again(tmp_path: Path) -> None:
+    cached = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    first = loss_of(cached, IDS)
+    del cached
+    with (tmp_path / "tokens.bin").open("ab") as file:
+        file.truncate((tmp_path / "tokens.bin").stat().st_size - 7)
+    asked = Asked()
+    cached = CachedTeacher(tmp_path, asked, length=11, k=5)
+    assert loss_of(cached, IDS) == first
+    assert asked.times == 1
+    assert (tmp_path / "keys.bin").stat().st_size == 3 * 16
+
+
+def test_a_second_process_reads_and_does_not_write(tmp_path: Path) -> None:
+    writer = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    loss_of(writer, IDS[:2])
+    reader = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    loss_of(reader, IDS)
+    assert (tmp_path / "keys.bin").stat().st_size == 2 * 16

@@ -144,6 +144,9 @@ class DistillConfig(Section):
     teacher: Text | None = Field(default=None, description="Folder or hub id; null: the source, as it was")
     weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
     temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
+    top_k: Count | None = Field(
+        default=None, description="Keep this many of the teacher's logits a token on disk; null: all, asked anew"
+    )
     chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.sizes import format_count
-from efficientllm.training.corpus import Corpus, load_corpora
-from efficientllm.training.distillation import Distillation
+from efficientllm.training.cache import file_digest
+from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
+from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.sampling import BatchStream
 from efficientllm.training.state import PruningPlan
+from efficientllm.training.teacher_cache import CachedTeacher
 
 
 @dataclass
@@ -65,10 +69,32 @@ def teacher_of(job: Job) -> Distillation | None:
             f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
             f"({job.config.vocab_size:,}); choose a teacher with the source's tokenizer"
         )
-    teacher = load_model(path, device=job.device, trust_remote_code=trust).eval().requires_grad_(False)
-    if job.precision.bf16:
-        teacher = teacher.to(torch.bfloat16)
+
+    def load() -> PreTrainedModel:
+        model = load_model(path, device=job.device, trust_remote_code=trust).eval().requires_grad_(False)
+        return model.to(torch.bfloat16) if job.precision.bf16 else model
+
+    teacher: Teacher
+    if distill.top_k is None:
+        teacher = LiveTeacher(load())
+    else:
+        if distill.top_k > theirs:
+            raise UsageError(f"distill.top_k {distill.top_k} is more than the vocabulary's {theirs:,}; lower it")
+        root, length = cache_folder(job.recipe.data), job.recipe.data.sequence_length
+        name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{length}-{distill.top_k}"
+        teacher = CachedTeacher(root / name, load, length=length, k=distill.top_k)
     return Distillation(teacher, distill.weight, distill.temperature, distill.chunk_tokens)
+
+
+def model_digest(path: str, memory: Path) -> str:
+    """Of a folder's config and weights, or of a hub model's id and commit."""
+    folder, digest = Path(path), hashlib.sha256()
+    if folder.is_dir():
+        for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            digest.update(file_digest(file, memory).encode())
+    else:
+        digest.update(f"{path} {load_config(path)._commit_hash}".encode())
+    return digest.hexdigest()[:16]
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -121,6 +121,11 @@ def _check_ids(largest_id: int, what: str, vocab_size: int | None) -> None:
         )
 
 
+def cache_folder(data: DataConfig) -> Path:
+    """Where what is computed once is kept: data.cache_dir, $EFFICIENTLLM_CACHE, or the user's cache."""
+    return Path(data.cache_dir or os.environ.get("EFFICIENTLLM_CACHE", "~/.cache/efficientllm")).expanduser()
+
+
 class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
@@ -128,8 +133,7 @@ class _Loader:
         self._data, self._tokenizer, self._say = data, tokenizer, say
         self._length = data.sequence_length
         self._workers = data.workers or _cores()
-        default = os.environ.get("EFFICIENTLLM_CACHE", "~/.cache/efficientllm")
-        self._cache = Path(data.cache_dir or default).expanduser() / "corpora"
+        self._cache = cache_folder(data) / "corpora"
         self._tokenizer_digest = tokenizer_digest(tokenizer)
 
     def load(self, source: DataSource, fraction: float | None) -> tuple[list[Corpus], int]:

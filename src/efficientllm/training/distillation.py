@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,50 @@ from efficientllm.training.gradient import Precision, next_tokens
 Base = Callable[..., object]
 
 
+class Teacher(Protocol):
+    def says(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What the divergence needs for every token of rows (rows, length): tensors (tokens, ...), no gradient."""
+        ...
+
+    def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
+        """KL(teacher || student) of each token (tokens,). own: the student's log-probabilities (tokens, vocabulary) at
+        that temperature; said: the same tokens' part of what `says` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher that is asked anew every time. It says its last hidden states; its logits are made chunk by chunk."""
+
+    model: PreTrainedModel
+
+    @torch.no_grad()
+    def says(self, rows: Tensor) -> tuple[Tensor, ...]:
+        base: Callable[..., object] = self.model.model
+        hidden: Tensor = base(input_ids=rows, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+        return (hidden.flatten(0, 1),)
+
+    def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = functional.log_softmax(self.model.lm_head(said[0]).float() / temperature, dim=-1)
+        return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def top_k_divergence(own: Tensor, temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:
+    """KL of a teacher known by its k largest logits (tokens, k), normalised over them, at vocabulary entries `tokens`.
+
+    Deviation: what lies outside the k is taken as zero.
+    """
+    wanted = functional.log_softmax(logits.float() / temperature, dim=-1)
+    return (wanted.exp() * (wanted - own.gather(-1, tokens.long()))).sum(-1)
+
+
 @dataclass(frozen=True)
 class Distillation:
     """A frozen teacher of the same vocabulary. weight of its term in [0, 1]; temperature; chunk: tokens whose logits
     stand in memory at once."""
 
-    teacher: PreTrainedModel
+    teacher: Teacher
     weight: float
     temperature: float
     chunk: int
@@ -37,25 +76,19 @@ class Distillation:
         base: the student without its LM head. rows: int64 (rows, length). Logits are computed chunk by chunk, and
         again in the backward pass.
         """
-        teacher: PreTrainedModel = self.teacher
         with precision.context():
-            with torch.no_grad():
-                taught = teacher.model(input_ids=rows, use_cache=False).last_hidden_state
+            said = self.teacher.says(rows)
             hidden = base(input_ids=rows, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
-            tokens = hidden.flatten(0, 1), taught.flatten(0, 1), next_tokens(rows).flatten()
+            tokens = hidden.flatten(0, 1), next_tokens(rows).flatten(), *said
             total = torch.zeros((), device=rows.device)
             for part in zip(*(each.split(self.chunk) for each in tokens), strict=True):
                 total = total + checkpoint(self._chunk_loss, head, *part, use_reentrant=False)
         return total
 
-    def _chunk_loss(self, head: nn.Module, hidden: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
-        """hidden, taught (tokens, hidden width of each); labels (tokens,), -100 where there is no next token."""
+    def _chunk_loss(self, head: nn.Module, hidden: Tensor, labels: Tensor, *said: Tensor) -> Tensor:
+        """hidden (tokens, hidden width); labels (tokens,), -100 where there is no next token."""
         logits = head(hidden).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum") * (1.0 - self.weight)
-        if not self.weight:
-            return loss
-        with torch.no_grad():
-            wanted = functional.log_softmax(self.teacher.lm_head(taught).float() / self.temperature, dim=-1)
         own = functional.log_softmax(logits / self.temperature, dim=-1)
-        divergence = functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+        divergence = self.teacher.divergence(own, self.temperature, *said)
         return loss + self.weight * self.temperature**2 * divergence[labels != -100].sum()

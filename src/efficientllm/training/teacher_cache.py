@@ -1,0 +1,122 @@
+"""A teacher's largest logits on disk: computed once for each row of text, read back by every run that meets it again.
+
+teacher-DIGEST/keys.bin     16 bytes a row: a digest of its tokens
+               logits.bin   fp16 (rows, length, k)
+               tokens.bin   int32 (rows, length, k), the vocabulary entries that the logits belong to
+
+Files only grow, keys last, so that a row torn by a kill has no key. One process writes; others read what there was when
+they began, and ask the teacher for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from efficientllm.errors import UsageError
+from efficientllm.training.distillation import top_k_divergence
+
+KEY_BYTES = 16
+
+
+class CachedTeacher:
+    """A Teacher (distillation.py) that keeps the k largest logits of every token on disk.
+
+    load: brings the model when a row is not there yet, and never before. length: tokens of a row. k: at most the
+    vocabulary. Raises UsageError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, load: Callable[[], PreTrainedModel], *, length: int, k: int) -> None:
+        self._load, self._length, self._k = load, length, k
+        self._model: PreTrainedModel | None = None
+        self._paths = [folder / name for name in ("logits.bin", "tokens.bin", "keys.bin")]
+        self._sizes = [length * k * 2, length * k * 4, KEY_BYTES]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+                self._writes = True
+            except Timeout:
+                self._writes = False
+            self._places = self._read_keys()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"cannot use the cache of the teacher's logits in {self._paths[0].parent} ({error.strerror}); make room, "
+            "set data.cache_dir to a larger disk, or leave out distill.top_k"
+        )
+
+    def _read_keys(self) -> dict[bytes, int]:
+        """Place of each whole row; the writer cuts off what a kill has left half-written."""
+        rows = 0
+        if all(path.exists() for path in self._paths):
+            rows = min(path.stat().st_size // size for path, size in zip(self._paths, self._sizes, strict=True))
+        if self._writes:
+            for path, size in zip(self._paths, self._sizes, strict=True):
+                with path.open("ab") as file:
+                    file.truncate(rows * size)
+        raw = self._paths[2].read_bytes() if rows else b""
+        return {raw[place * KEY_BYTES : (place + 1) * KEY_BYTES]: place for place in range(rows)}
+
+    @torch.no_grad()
+    def says(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The k largest logits, fp32 (tokens, k), and their vocabulary entries, int64 (tokens, k)."""
+        keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=KEY_BYTES).digest() for row in rows.cpu()]
+        missing = [place for place, key in enumerate(keys) if key not in self._places]
+        fresh: dict[bytes, tuple[Tensor, Tensor]] = {}
+        if missing:
+            logits, tokens = self._ask(rows[missing])
+            fresh = {keys[at]: (logits[place], tokens[place]) for place, at in enumerate(missing)}
+            if self._writes:
+                self._append(fresh)
+        parts = [fresh[key] if key in fresh else self._read(self._places[key]) for key in keys]
+        said = (torch.stack([part[which] for part in parts]).flatten(0, 1).to(rows.device) for which in (0, 1))
+        logits, tokens = said
+        return logits.float(), tokens.long()
+
+    def _ask(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A row at a time, so that no more than one row's logits stand in memory. fp16 and int32, on the CPU."""
+        if self._model is None:
+            self._model = self._load()
+        model: Any = self._model
+        answers = [model(input_ids=row[None], use_cache=False).logits[0].float().topk(self._k) for row in rows]
+        logits = torch.stack([answer.values.half() for answer in answers])
+        return logits.cpu(), torch.stack([answer.indices.int() for answer in answers]).cpu()
+
+    def _append(self, fresh: dict[bytes, tuple[Tensor, Tensor]]) -> None:
+        content = (
+            b"".join(logits.numpy().tobytes() for logits, _ in fresh.values()),
+            b"".join(tokens.numpy().tobytes() for _, tokens in fresh.values()),
+            b"".join(fresh),
+        )
+        try:
+            for path, part in zip(self._paths, content, strict=True):
+                with path.open("ab") as file:
+                    file.write(part)
+        except OSError as error:
+            raise self._refused(error) from error
+        for key in fresh:
+            self._places[key] = len(self._places)
+
+    def _read(self, place: int) -> tuple[Tensor, Tensor]:
+        shape = (self._length, self._k)
+        parts = []
+        for path, size, kind in zip(self._paths[:2], self._sizes, (np.float16, np.int32), strict=False):
+            with path.open("rb") as file:
+                file.seek(place * size)
+                parts.append(torch.from_numpy(np.frombuffer(file.read(size), dtype=kind).reshape(shape).copy()))
+        return parts[0], parts[1]
+
+    def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
+        return top_k_divergence(own, temperature, *said)
