@@ -5,7 +5,8 @@
 One linear layer loses one input. Both get the same inputs (low rank plus noise, as activations are) and fp32; the
 usual way forms X^T X + lambda I, inverts it through its Cholesky factor and takes the OBS column update
 (arXiv 2301.00774, eq. 3). The two take turns in one process; quoted are medians over repeats of the ratio of their
-times, the memory that each needs beside X and W, and the layer's output error after each over that without correction.
+times, the memory that each needs beside X and W, and the layer's output error after each over that without correction,
+on the tokens that the correction saw and on as many others from the same distribution.
 On a GPU where there is one, else on the CPU.
 """
 
@@ -26,13 +27,14 @@ DAMPING = 0.01
 
 
 def activations(tokens: int, width: int, device: str) -> Tensor:
-    """(tokens, width): an eighth of the width in directions of falling strength, and noise."""
+    """(2 * tokens, width), seen and unseen: an eighth of the width in directions of falling strength, and noise."""
+    tokens *= 2
     generator = torch.Generator(device).manual_seed(0)
     rank = max(8, width // 8)
     factors = torch.randn(tokens, rank, generator=generator, device=device)
     factors *= torch.arange(1, rank + 1, device=device) ** -0.5
     noise = torch.randn(tokens, width, generator=generator, device=device)
-    return factors @ torch.randn(rank, width, generator=generator, device=device) + 0.3 * noise
+    return factors @ torch.randn(rank, width, generator=generator, device=device) + noise
 
 
 def usual(inputs: Tensor, weight: Tensor, column: int) -> Tensor:
@@ -59,7 +61,7 @@ def seconds(start: float, device: str) -> float:
 
 
 def measure(width: int, tokens: int, repeats: int, device: str) -> dict[str, float]:
-    inputs = activations(tokens, width, device)
+    inputs, unseen = activations(tokens, width, device).split(tokens)
     weight = torch.randn(256, width, device=device)
     column, ratios, times = width // 3, [], []
     for _ in range(repeats):
@@ -70,15 +72,20 @@ def measure(width: int, tokens: int, repeats: int, device: str) -> dict[str, flo
         mine, iterations = ours(inputs, weight, column)
         times.append(seconds(start, device))
         ratios.append(usual_seconds / times[-1])
-    plain = torch.outer(inputs[:, column], weight[:, column]).norm()
-    output = inputs @ weight.T
+
+    def error(x: Tensor, after: Tensor) -> float:
+        lost = torch.outer(x[:, column], weight[:, column])
+        return round(float((x @ (weight - after).T).norm() / lost.norm()), 4)
+
     return {
         "width": width,
         "times_faster": round(statistics.median(ratios), 1),
         "seconds": round(statistics.median(times), 4),
         "iterations": iterations,
-        "error_ours": round(float((output - inputs @ mine.T).norm() / plain), 4),
-        "error_usual": round(float((output - inputs @ theirs.T).norm() / plain), 4),
+        "error_ours": error(inputs, mine),
+        "error_usual": error(inputs, theirs),
+        "unseen_error_ours": error(unseen, mine),
+        "unseen_error_usual": error(unseen, theirs),
         "mib_ours": round((tokens * width + (width * width if width <= GRAM else 0)) * 4 / 2**20, 1),
         "mib_usual": round(2 * width * width * 4 / 2**20, 1),
     }
