@@ -49,7 +49,7 @@ def ours(inputs: Tensor, weight: Tensor, column: int) -> tuple[Tensor, int]:
     removed = torch.tensor([[column]], device=inputs.device)
     kept = torch.ones(1, inputs.shape[1], dtype=torch.bool, device=inputs.device)
     kept[0, column] = False
-    solution = solve_coefficients(inputs[None], removed, kept, SolverOptions(DAMPING, tolerance=0.01, iterations=100))
+    solution = solve_coefficients(inputs[None], removed, kept, SolverOptions(DAMPING))
     assert bool(solution.converged.all())
     return corrected(weight, removed[0], solution.coefficients[0]), solution.iterations
 

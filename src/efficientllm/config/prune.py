@@ -163,7 +163,7 @@ class PruneConfig(Section):
     )
     correction_tokens: Count = Field(default=4096, description="Tokens of the batch whose inputs the correction sees")
     correction_damping: Real = Field(default=0.01, ge=0, description="Of its Hessian, as a share of the mean diagonal")
-    correction_tolerance: Real = Field(default=0.01, gt=0, description="Relative residual at which its solve is done")
+    correction_tolerance: Real = Field(default=0.03, gt=0, description="Relative residual at which its solve is done")
     correction_iterations: Count = Field(default=100, description="Most iterations of its solve")
     align: Align = Field(default="auto", description="auto, one multiple, or one for hidden and intermediate each")
     floors: FloorsConfig = Field(default=FloorsConfig(), description="The least that is kept of each width")
