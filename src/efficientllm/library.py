@@ -28,14 +28,16 @@ from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import DEFAULT_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
-from efficientllm.training.planning import options_and_landings
+from efficientllm.training.planning import options_and_landings, refuse_uneven_depth
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
 # Keys of the prune section that say how our own loop is run.
 RECIPE_ONLY = frozenset(
     {"ladder", "mode", "calibration_batches", "calibration_tokens", "calibration_batch", "end", "every", "compact_at"}
+    | {"lr"}
 )
 LossFunction = Callable[[], Tensor]
 
@@ -117,6 +119,7 @@ class Pruner:
             )
         space = space_of(model.config)
         check_space(space, model)
+        refuse_uneven_depth(options, model.config)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         self.model, self.optimizer = model, optimizer
@@ -216,7 +219,8 @@ class Pruner:
         widths = self._aligned_widths()
         snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths, self._source)
         device = next(self.model.parameters()).device
-        names = {weight: name for name, weight in self.model.named_parameters()}
+        after = names_after(self.engine.space, choose_kept(self.engine.live, widths))
+        names = {weight: after[name] for name, weight in self.model.named_parameters() if name in after}
         training = self.model.training
         model = model_of(snapshot, device)
         model.train(training)
@@ -229,7 +233,7 @@ class Pruner:
         for weight, name in names.items():
             fresh[name].requires_grad_(weight.requires_grad)
         groups = [
-            {**group, "params": [fresh[names[weight]] for weight in group["params"]]}
+            {**group, "params": [fresh[names[weight]] for weight in group["params"] if weight in names]}
             for group in self.optimizer.param_groups
         ]
         kind: Any = type(self.optimizer)  # its hyperparameters travel in the groups

@@ -52,8 +52,11 @@ def test_post_training_pruning_leaves_the_weights_at_rest(world: World, mode: st
     last = events[-1]["step"]
     assert all(record["lr"] == 0.0 for record in metrics if record["step"] <= last)
     assert all(record["lr"] > 0.0 for record in metrics if record["step"] > last)
-    assert {event["step"] for event in events} == ({3} if mode == "one-shot" else {event["step"] for event in events})
-    if mode == "iterative":
+    corrections = sum(record.get("corrections", {}).get("done", 0) for record in metrics)
+    assert bool(corrections) == (correction == "second-order")
+    if mode == "one-shot":
+        assert {event["step"] for event in events} == {3}
+    else:
         assert len({event["step"] for event in events}) > 8
     summary = json.loads((world.folder / "runs" / name / "summary.json").read_text())
     assert summary["result"]["parameters"] <= 0.5 * summary["source"]["parameters"]
@@ -127,8 +130,9 @@ def test_a_ladder_leaves_models_that_train_on(world: World, capsys: pytest.Captu
     capsys.readouterr()
     assert call("continue", rungs[1]) == 0
     out = capsys.readouterr().out.strip()
-    assert out == str(rungs[1] / "run" / "model")
-    went_on = read_journal(rungs[1] / "run" / "metrics.jsonl")
+    onward = folder / "continued" / rungs[1].name
+    assert out == str(onward / "model")
+    went_on = read_journal(onward / "metrics.jsonl")
     reached = json.loads((rungs[1] / "summary.json").read_text())
     assert went_on[0]["step"] == reached["step"] + 1
     assert went_on[-1]["step"] == 24
@@ -160,6 +164,8 @@ def test_a_ladder_is_left_again_after_a_kill(world: World) -> None:
         ({"ladder": ["60%", "80%"]}, "put the largest first"),
         ({"ladder": ["40%"]}, "put the largest first"),
         ({"order": "ffn-first"}, "give prune.target as widths"),
+        ({"ladder": ["50.2%"]}, "choose sizes further apart"),
+        ({"mode": "iterative", "end": None, "bound": "0.1%"}, "raise train.tokens"),
         ({"mode": "one-shot"}, "prune.end has no effect with prune.mode one-shot"),
         ({"saliency": "wandda"}, "did you mean 'wanda'"),
     ],
@@ -174,6 +180,24 @@ def test_bad_requests_get_one_sentence(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+def test_a_low_rate_while_pruning_and_warm_up_after_it(world: World) -> None:
+    prune = {"lr": 0.25, "end": "50%"}
+    assert call("prune", world.write("low", prune=prune, train={"warmup": 4 * 256, "decay": 0})) == 0
+    metrics = records(world, "low", "metrics")
+    last = records(world, "low", "events")[-1]["step"]
+    rates = [record["lr"] for record in metrics]
+    assert max(rates[:last]) == pytest.approx(0.25e-2)
+    after = rates[last:]
+    assert after[0] < after[1] < after[2] < after[3] < after[4] == pytest.approx(1e-2)
+
+
+def test_calibration_on_the_next_batch_measures_other_rows(world: World) -> None:
+    for name in ("current", "next"):
+        assert call("prune", world.write(f"calibrate-{name}", prune={"calibration_batch": name})) == 0
+    first = [records(world, f"calibrate-{name}", "metrics")[0]["calibration"] for name in ("current", "next")]
+    assert first[0] != first[1]
 
 
 def test_continue_wants_a_snapshot(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ class Loop:
     """A bare training loop around a tiny model; also the pruner's probe. Corrected unless asked otherwise."""
 
     def __init__(self, family: str, *, share: float = 0.4, span: float = 10.0, **options: object) -> None:
-        shape = {"num_hidden_layers": options.pop("num_hidden_layers", 2)}
+        shape = {"num_hidden_layers": options.pop("num_hidden_layers", 2)} | options.pop("config", {})
         self.model = tiny_model(family, **shape)
         self.params = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -122,7 +122,7 @@ def test_lands_on_target_with_uniform_layers(family: str) -> None:
 
 def test_a_dead_layer_is_the_identity_and_stays_dead(family: str) -> None:
     loop = Loop(family, share=0.6, span=3.0, types=("depth", "ffn", "stem"), num_hidden_layers=3)
-    for step in range(1, 7):
+    for step in range(1, 12):
         loop.train_step(float(step))
     live = loop.pruner.live
     assert loop.pruner.finished
@@ -132,11 +132,24 @@ def test_a_dead_layer_is_the_identity_and_stays_dead(family: str) -> None:
     assert not live.kv[dead].any()
     weights = [weight for name, weight in loop.params.items() if f"layers.{dead}." in name]
     assert not any(bool(weight.any()) for weight in weights)
-    inputs, outputs = [], []
-    layer = loop.model.model.layers[dead]
-    layer.register_forward_hook(lambda _m, args, out: None)
+    seen: list[torch.Tensor] = []
+
+    def watch(_module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.extend((args[0], out))
+
+    loop.model.model.layers[dead].register_forward_hook(watch)
     loop.loss()
-    assert torch.equal(inputs[0], outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0])
+    assert torch.equal(*seen)
+
+
+def test_a_dead_layer_s_output_bias_stays_dead() -> None:
+    """Qwen3 with attention_bias has a bias on o_proj, which a gradient reaches although the layer is zero."""
+    loop = Loop("qwen3-gqa", share=0.7, span=1.0, types=("depth",), config={"attention_bias": True})
+    for step in range(1, 9):
+        loop.train_step(float(step))
+    dead = int((~loop.pruner.live.layers).int().argmax())
+    assert not loop.pruner.live.layers[dead]
+    assert not loop.params[f"model.layers.{dead}.self_attn.o_proj.bias"].any()
 
 
 def test_the_bound_asks_for_fresh_gradients() -> None:

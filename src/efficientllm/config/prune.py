@@ -112,6 +112,9 @@ PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth"]
 DEFAULT_TYPES: tuple[PruningType, ...] = ("attention", "attention_query", "ffn", "stem")
 
 
+INPUT_CRITERIA = frozenset({"wanda", "flap", "activation", "sparsegpt"})  # they look at correction_tokens too
+
+
 class PruneConfig(Section):
     """How far, when and by what scores the model is pruned while it trains."""
 
@@ -139,7 +142,7 @@ class PruneConfig(Section):
     lr: Share = Field(
         default=1.0,
         gt=0,
-        description="Share of the learning rate while pruning; below 1, warm-up begins after it",
+        description="Share of the learning rate while pruning; below 1, its tokens are no warm-up",
     )
     saliency: Text = Field(default="taylor-element", description="Name of the score of a unit")
     ema: Momentum = Field(default=0.9, description="Share of the old in the scores' moving average over steps")
@@ -161,7 +164,9 @@ class PruneConfig(Section):
     correction: Literal["none", "second-order"] = Field(
         default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
     )
-    correction_tokens: Count = Field(default=4096, description="Tokens of the batch whose inputs the correction sees")
+    correction_tokens: Count = Field(
+        default=4096, description="Tokens of the batch whose inputs the correction, and criteria that need inputs, see"
+    )
     correction_damping: Real = Field(default=0.01, ge=0, description="Of its Hessian, as a share of the mean diagonal")
     correction_tolerance: Real = Field(default=0.03, gt=0, description="Relative residual at which its solve is done")
     correction_iterations: Count = Field(default=100, description="Most iterations of its solve")
@@ -184,7 +189,9 @@ class PruneConfig(Section):
         else:
             idle["calibration_batches"] = f"with prune.mode {self.mode}"
         if self.correction == "none":
-            names = ("tokens", "damping", "tolerance", "iterations")
+            names = ["damping", "tolerance", "iterations"]
+            if self.saliency not in INPUT_CRITERIA:
+                names.append("tokens")
             idle |= dict.fromkeys([f"correction_{name}" for name in names], "with prune.correction none")
         if self.every is not None and self.mode == "loop":
             idle |= dict.fromkeys(["end", "curve"], "beside prune.every, which sets the pace by itself")

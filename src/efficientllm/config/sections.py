@@ -196,6 +196,13 @@ class Recipe(Section):
     def _teacher_knows_something(self) -> Self:
         if self.distill and self.distill.teacher is None and self.init == "random":
             raise UsageError("distill.teacher is missing: with init random the source has no weights to teach with")
+        prune, distill = self.prune, self.distill
+        untrained = prune is not None and (prune.mode != "loop" or not prune.start.tokens(self.train.tokens))
+        if distill and distill.weight == 1.0 and distill.teacher is None and untrained:
+            raise UsageError(
+                "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: lower "
+                "it (0.5), or set prune.start"
+            )
         return self
 
     @model_validator(mode="after")
@@ -203,11 +210,11 @@ class Recipe(Section):
         if self.prune is None:
             return self
         start, end, total = self.prune.start, self.prune.end, self.train.tokens
-        if self.prune.every is not None:
+        if self.prune.every is not None or self.prune.mode != "loop":
             end = Position(1.0)
         if end.tokens(total) > total:
             raise UsageError(f"prune.end ({end}) lies beyond train.tokens ({exact_count(total)}): lower it")
         if start.tokens(total) >= end.tokens(total):
-            last = f"prune.end ({end})" if self.prune.every is None else "the end of the run"
+            last = "the end of the run" if end == Position(1.0) else f"prune.end ({end})"
             raise UsageError(f"prune.start ({start}) must come before {last}: lower prune.start or move the end")
         return self

@@ -30,7 +30,7 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[s
     if job.plan and state.pruner and not state.pruner.finished:
         say(
             f"the run ended at {format_count(state.live_parameters)} parameters, above the target of "
-            f"{format_count(job.plan.landing.target)}: events are left undone; train longer or lower prune.every"
+            f"{format_count(job.plan.landing.target)}: events are left undone; train longer, or let pruning end earlier"
         )
     if job.plan and state.live_widths != state.space.widths:
         compact(
@@ -44,7 +44,8 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[s
         generation=generation_settings(job),
         extras=lambda path: write_model_card(path, summary),
     )
-    plot_run(job.folder.path, job.folder.path / "run.png")
+    if read_journal(job.folder.metrics.path):  # none where a snapshot was left at the very end
+        plot_run(job.folder.path, job.folder.path / "run.png")
     job.folder.write_json(job.folder.summary, summary)
     say(f"{job.folder.model}: {result_line(summary)}")
     return summary

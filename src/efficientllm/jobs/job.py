@@ -114,11 +114,12 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
     device = choose_device(recipe.train.device)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
     plan = pruning_plan(recipe, config)
-    if plan is not None and plan.landing.gap > 0.01:
-        say(
-            f"alignment leaves no shape within 1 % of the target; the run will end {plan.landing.gap:.1%} under it "
-            "(a smaller prune.align comes closer)"
-        )
+    for landing in plan.landings if plan else ():
+        if landing.gap > 0.01:
+            say(
+                f"alignment leaves no shape within 1 % of {format_count(landing.target)} parameters; the run will land "
+                f"{landing.gap:.1%} under it (a smaller prune.align comes closer)"
+            )
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
     length = recipe.data.sequence_length
     if length > config.max_position_embeddings:

@@ -2,7 +2,7 @@
 
 ladder/469M/model/        the model, aligned, with tokenizer
             state/        weights, optimizer moments and place in the run
-            recipe.yaml   how to go on at this size: `efficientllm continue ladder/469M`
+            recipe.yaml   how to go on at this size: `efficientllm continue ladder/469M`, into continued/469M
             summary.json  size, widths, validation loss, tokens
 """
 
@@ -33,6 +33,9 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
     """Leaves the model at this moment, which has just been cut to a size of the ladder."""
     assert job.plan is not None
     folder = job.folder.path / "ladder" / format_count(job.plan.landings[rung].target)
+    left = job.folder.read_json(folder / "summary.json")
+    if left is not None and left["step"] == state.step:
+        return  # a run that was killed and resumed comes by again, with the same weights
     facts: dict[str, Any] = {
         "parameters": state.allocated_parameters,
         "widths": asdict(state.space.widths),
@@ -45,16 +48,13 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         snapshot = capture(state)
         snapshot.pruner_tensors, snapshot.pruner_facts = {}, None
         path = save(partial / "state", snapshot)
-        recipe = job.recipe.model_copy(
-            update={
-                "source": str(folder / "model"),
-                "tokenizer": None,
-                "init": "pretrained",
-                "resume": str(folder / "state" / path.name),
-                "prune": None,
-                "run": job.recipe.run.model_copy(update={"dir": str(folder / "run")}),
-            }
-        )
+        distill = job.recipe.distill
+        if distill and distill.teacher is None:
+            distill = distill.model_copy(update={"teacher": job.recipe.source})
+        here = places(folder, path.name)
+        here["run"] = job.recipe.run.model_copy(update=here["run"])
+        plain: dict[str, Any] = {"tokenizer": None, "init": "pretrained", "prune": None, "distill": distill}
+        recipe = job.recipe.model_copy(update=plain | here)
         (partial / RECIPE).write_text(dump_recipe(recipe))
         (partial / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
     progress.note(
@@ -63,9 +63,18 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
     )
 
 
+def places(folder: Path, state: str) -> dict[str, Any]:
+    """Keys of the recipe that say where the snapshot lies, and where its continuation goes: beside the ladder, so that
+    nothing is lost when the ladder is left anew."""
+    run = folder.parent.parent / "continued" / folder.name
+    return {"source": str(folder / "model"), "resume": str(folder / "state" / state), "run": {"dir": str(run)}}
+
+
 def recipe_of(snapshot: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe that goes on from a snapshot. Raises UsageError for a folder that is none."""
     file = snapshot / RECIPE
     if not file.is_file() or not checkpoints(snapshot / "state"):
         raise UsageError(f"{snapshot} is not a snapshot of a ladder; name a folder such as runs/mine/ladder/469M")
-    return load_recipe(file, overrides)
+    here = places(snapshot, checkpoints(snapshot / "state")[-1].name)
+    where = [f"source={json.dumps(here['source'])}", f"resume={json.dumps(here['resume'])}"]
+    return load_recipe(file, [*where, f"run.dir={json.dumps(here['run']['dir'])}", *overrides])

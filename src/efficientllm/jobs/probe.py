@@ -16,7 +16,7 @@ from efficientllm.evaluation.probe import Scores, criteria_scores, judge, loss_i
 from efficientllm.jobs.job import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
-from efficientllm.reporting.journal import write_atomically
+from efficientllm.reporting.journal import without_nonfinite, write_atomically
 from efficientllm.reporting.probe_plot import plot_probe
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.training.corpus import load_corpora
@@ -45,7 +45,7 @@ class ProbeRequest:
 def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures, writes probe.json and probe.png into `out`, and returns the verdict. Raises UsageError."""
     device = choose_device(request.device)
-    precision = Precision.choose("auto", device)
+    precision = Precision.choose("fp32", device)  # single units of a large model change the loss by less than bf16 sees
     tokenizer = load_tokenizer(request.model)
     model = load_model(request.model, device=device).eval()
     limit = model.config.max_position_embeddings
@@ -72,7 +72,8 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
     table = [asdict(sample) | {"scores": _scores_of(scores, sample)} for sample in samples]
     tokens = sum(batch.numel() for batch in batches)
     result = {"model": request.model, "tokens": tokens, "criteria": verdict, "units": table}
-    write_atomically(request.out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
+    content = json.dumps(without_nonfinite(result), indent=1, allow_nan=False)
+    write_atomically(request.out / "probe.json", (content + "\n").encode())
     plot_probe(table, list(verdict), request.out / "probe.png")
     return result
 

@@ -157,7 +157,8 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             last = state.step == job.steps
             due = last or crossed(validate_every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
-            saving = last or stop.signum is not None or crossed(checkpoint_every, before, state.tokens)
+            rung = record.prune is not None and record.prune.rung is not None
+            saving = last or rung or stop.signum is not None or crossed(checkpoint_every, before, state.tokens)
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(

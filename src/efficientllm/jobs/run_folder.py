@@ -28,7 +28,8 @@ FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every"},
     "data": {"cache_dir", "workers"},
     "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
-    "prune": {"correction_tokens", "correction_damping", "correction_tolerance", "correction_iterations"},
+    "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
+    "distill": {"chunk_tokens"},
 }
 
 

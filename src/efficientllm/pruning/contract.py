@@ -42,7 +42,8 @@ class PrunerOptions:
     calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters
     removed between two refreshes of saliency and calibration (one event is always allowed). correction: the
     second-order update of what is left; None leaves it out. order: "saliency", or a pruning path (selection.py)
-    towards one fixed shape. seed: of the criterion `random`.
+    towards one fixed shape. gathers: scores are averaged over all steps before the first event too, where they
+    do not come from the gradient (one-shot). seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
@@ -52,6 +53,7 @@ class PrunerOptions:
     bound: float = 0.01
     correction: SolverOptions | None = None
     order: str = "saliency"
+    gathers: bool = False
     seed: int = 0
 
 

@@ -51,7 +51,10 @@ class Criterion:
 
 
 def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """First-order change of the loss when w goes to 0, signed: g w (LLM-Pruner, arXiv 2305.11627, eq. 3)."""
+    """First-order change of the loss when w goes to 0, signed: g w (LLM-Pruner, arXiv 2305.11627, eq. 3).
+
+    Deviation: without the second-order term, and |.| is taken of the whole group's sum, not of each matrix's.
+    """
     return grad * weight
 
 
@@ -64,14 +67,14 @@ def taylor_element2(weight: Tensor, grad: Tensor, fisher: Tensor | None) -> Tens
     """|g w - F w^2 / 2| (arXiv 2305.11627, eq. 5).
 
     Deviation: F is Adam's running second moment (bias-corrected, of clipped batch gradients) where there is one, not
-    a mean over single samples; on the very first step, before the optimizer has one, g^2 stands in.
+    a mean over single samples; where it has none (before its first step, post-training modes, SGD) g^2 stands in.
     """
     curvature = grad.square() if fisher is None else fisher
     return (grad - 0.5 * curvature * weight).mul_(weight).abs_()
 
 
 def fisher(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
-    """(g w)^2 (arXiv 1906.10771, eq. 8, summed over the group)."""
+    """(g w)^2, the squared first-order change of the loss (arXiv 1906.10771), weight by weight."""
     return (grad * weight).square_()
 
 
@@ -116,11 +119,14 @@ def mean_square(inputs: Tensor) -> Tensor:
 
 
 def inverse_hessian_diagonal(inputs: Tensor) -> Tensor:
-    """1 / [H^-1]_jj with H = X^T X + damping, by a Cholesky factor, in fp32."""
+    """1 / [H^-1]_jj with H = X^T X + damping, by a Cholesky factor, in fp32; damped more where that fails."""
     hessian = inputs.T @ inputs
-    mean = hessian.diagonal().mean().clamp(min=torch.finfo(inputs.dtype).tiny)
-    hessian.diagonal().add_(DAMPING * mean)
-    return 1.0 / torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal()
+    damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-12)  # inputs may all be zero: a dead layer's are
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian), device=inputs.device))
+        if not bool(failed):
+            return 1.0 / torch.cholesky_inverse(factor).diagonal()
+        damping = 10.0 * damping  # not positive definite within rounding
 
 
 def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ from torch import Tensor
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, SecondMoment
 from efficientllm.pruning.correction import Corrections, correct, losing_readers
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import ATTENTION_QUERY, Event, Live, ParamSpec, Slice, Space, Widths, group_slices
+from efficientllm.pruning.groups import (
+    ATTENTION_QUERY,
+    DEPTH,
+    Event,
+    Live,
+    ParamSpec,
+    Slice,
+    Space,
+    Widths,
+    group_slices,
+)
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.saliency import MovingAverage, drawn_scores, input_scores, reader_specs, unit_scores
 from efficientllm.pruning.schedule import Schedule
@@ -53,7 +63,7 @@ class PruningEngine:
         self.events = self.rung = 0
         self._uncalibrated = float("inf")  # parameters removed since the last calibration
         self._device = next(iter(params.values())).device
-        self._frozen = self._dead_query_slices()
+        self._frozen = self._slices_to_hold()
 
     @property
     def widths(self) -> Widths:
@@ -78,8 +88,8 @@ class PruningEngine:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping.
 
         Also clears the gradient of dead query heads: with its query at zero such a head attends evenly, so the
-        columns of o_proj that read it would otherwise be trained back to life (KV groups, FFN and stem units
-        need no such care).
+        columns of o_proj that read it would otherwise be trained back to life; and that of dead layers, whose biases
+        may have one. KV groups, FFN and stem units need no such care.
         """
         for part in self._frozen:
             gradient = self.params[part.name].grad
@@ -129,6 +139,9 @@ class PruningEngine:
         more, the probe takes the gradient (or the inputs) anew, without a weight update, before the next bundle.
         """
         report = PruneReport()
+        gathers = self.options.gathers and self.criterion.needs in ("inputs", "weights") and not self.finished
+        if gathers and not self._due(position):
+            self._look(probe, report)
         while self._due(position) and report.rung is None:
             self._look(probe, report)
             ranking = Ranking(self.average.values(), self.live)
@@ -203,17 +216,19 @@ class PruningEngine:
             indices = part.indices.to(self._device)
             for tensor in (self.params[part.name], *self.moments(part.name).values()):
                 tensor.detach().index_fill_(part.dim, indices, 0.0)
-        if any(event.type == ATTENTION_QUERY for event in events):
-            self._frozen = self._dead_query_slices()
+        if any(event.type in (ATTENTION_QUERY, DEPTH) for event in events):
+            self._frozen = self._slices_to_hold()
 
-    def _dead_query_slices(self) -> list[Slice]:
-        """Slices of dead query heads whose KV head is live."""
+    def _slices_to_hold(self) -> list[Slice]:
+        """What a gradient reaches although it is dead: query heads whose KV head is live, biases of dead layers."""
         dead = (~self.live.query & self.live.kv[:, :, None]).flatten(0, 1)  # none in a dead layer
         events = []
         for unit in range(dead.shape[1]):
             units = torch.where(dead[:, unit], unit, -1)
             if bool((units >= 0).any()):
                 events.append(Event(ATTENTION_QUERY, units, 0.0, 1.0))
+        layers = (~self.live.layers).nonzero().flatten()
+        events += [Event(DEPTH, layer[None], 0.0, 1.0) for layer in layers]
         parts = group_slices(self.space, events)
         return [Slice(part.name, part.dim, part.indices.to(self._device)) for part in parts]
 
@@ -280,4 +295,4 @@ class PruningEngine:
         self.events, self.rung, self.average.weight = facts["events"], facts["rung"], facts["saliency_weight"]
         self._uncalibrated = float("inf") if facts["uncalibrated"] is None else facts["uncalibrated"]
         self.calibration = Calibration(**facts["calibration"])
-        self._frozen = self._dead_query_slices()
+        self._frozen = self._slices_to_hold()

@@ -196,6 +196,8 @@ class Landing:
 
     def before(self, following: Landing) -> None:
         """Keeps only shapes from which `following` is within reach. Raises ValueError where none is left."""
+        if following.target >= self.lowest:
+            raise ValueError(f"sizes {self.target:,} and {following.target:,} share shapes; choose sizes further apart")
         need = following.least_ffn(self.layers, self.hidden, self.kv, self.queries)
         self.first = torch.maximum(self.first, torch.searchsorted(self.ffn, need))
         if not bool((self.first <= self.last).any()):

@@ -101,6 +101,16 @@ def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: S
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def names_after(space: Space, kept: Kept) -> dict[str, str]:
+    """New name of every weight that stays, by its old one: layers are counted anew."""
+    places = {layer: place for place, layer in enumerate(kept.layers.tolist())}
+    return {
+        spec.name: spec.name if spec.layer is None else spec.name_in(places[spec.layer])
+        for spec in space.params
+        if spec.layer is None or spec.layer in places
+    }
+
+
 def cut_state(
     space: Space,
     kept: Kept,

@@ -30,7 +30,7 @@ class Journal:
 
         Raises UsageError when the disk refuses the line, TypeError when a value is not JSON.
         """
-        line = json.dumps(_without_nonfinite(record), allow_nan=False, separators=(",", ":")) + "\n"
+        line = json.dumps(without_nonfinite(record), allow_nan=False, separators=(",", ":")) + "\n"
         try:
             if not self._tail_is_whole:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,14 @@ def _step(record: Mapping[str, Any], path: Path, number: int) -> int:
     return step
 
 
-def _without_nonfinite(value: Any) -> Any:
+def without_nonfinite(value: Any) -> Any:
+    """The value with null for every number that JSON has no word for."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
+        return {key: without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
+        return [without_nonfinite(item) for item in value]
     return value
 
 

@@ -47,14 +47,13 @@ def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> floa
     (arXiv 1608.03983); "constant". Tokens at a lowered rate are no warm-up.
     """
     warmup = train.warmup.tokens(train.tokens)
-    if tokens - lowered < warmup:
-        return train.lr * (tokens - lowered + 1) / (warmup + 1)
+    warm = min(1.0, (tokens - lowered + 1) / (warmup + 1))
     if train.schedule == "cosine":
-        x = min(1.0, (tokens - warmup) / max(1, train.tokens - warmup))
+        x = min(1.0, max(0.0, tokens - warmup) / max(1, train.tokens - warmup))
         share = 0.5 * (1.0 + math.cos(math.pi * x))
     elif train.schedule == "wsd":
         decay = train.decay.tokens(train.tokens)
         share = min(1.0, max(0.0, (train.tokens - tokens) / decay)) if decay else 1.0
     else:
         share = 1.0
-    return train.lr * (train.min_lr + (1.0 - train.min_lr) * share)
+    return train.lr * warm * (train.min_lr + (1.0 - train.min_lr) * share)

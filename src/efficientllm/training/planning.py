@@ -28,11 +28,7 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     if prune is None:
         return None
     space = space_of(source)
-    if DEPTH in prune.types and uneven_layers(source):
-        raise UsageError(
-            "prune.types has depth, but the source's layers attend differently (layer_types in its config.json); leave "
-            "depth out"
-        )
+    refuse_uneven_depth(prune, source)
     try:
         options, landings = options_and_landings(prune, space, seed=recipe.train.seed)
     except ValueError as error:
@@ -50,6 +46,15 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     )
 
 
+def refuse_uneven_depth(prune: PruneConfig, source: PretrainedConfig) -> None:
+    """Raises UsageError where layers are to fall although they cannot take each other's places."""
+    if DEPTH in prune.types and uneven_layers(source):
+        raise UsageError(
+            "prune.types has depth, but the source's layers attend differently (layer_types in its config.json); leave "
+            "depth out"
+        )
+
+
 def options_and_landings(
     prune: PruneConfig, space: Space, *, seed: int = 0
 ) -> tuple[PrunerOptions, tuple[Landing, ...]]:
@@ -65,6 +70,7 @@ def options_and_landings(
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=correction_of(prune),
         order=prune.order,
+        gathers=prune.mode == "one-shot",
         seed=seed,
     )
     criterion(prune.saliency)
@@ -160,14 +166,26 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
     source, target = space.num_params(), landing.target
     if prune.mode == "one-shot":
         moment = start + prune.calibration_batches * batch
+        _within(moment, train.tokens, f"prune.calibration_batches asks for {prune.calibration_batches} batches")
         return SpanSchedule(moment, moment, source, target)
     if prune.mode == "iterative":
-        batches = math.ceil(math.log(source / target) / -math.log1p(-prune.bound))
-        return SpanSchedule(start, start + batches * batch, source, target, "exponential")
+        batches = math.ceil(math.log(source / target) / -math.log1p(-min(prune.bound, 0.99)))
+        end = _within(start + batches * batch, train.tokens, f"prune.mode iterative needs {batches} batches")
+        return SpanSchedule(start, end, source, target, "exponential")
     if prune.every is not None:
         return EverySchedule(start, prune.every * batch)
     end = prune.end.tokens(train.tokens)
+    rungs = len(prune.ladder or ())
+    if rungs:  # each takes a step of its own
+        _within(end + rungs * batch, train.tokens, f"prune.ladder needs {rungs} batches after prune.end")
     return SpanSchedule(start, end, source, target, prune.curve)
+
+
+def _within(tokens: int, total: int, what: str) -> int:
+    """`tokens`, once it lies within the run. Raises UsageError."""
+    if tokens > total:
+        raise UsageError(f"{what}, up to token {tokens:,}, but the run has {total:,}; raise train.tokens")
+    return tokens
 
 
 def calibration_rows(recipe: Recipe, batch_rows: int) -> int:

@@ -4,13 +4,14 @@ teacher-DIGEST/keys.bin     16 bytes a row: a digest of its tokens
                logits.bin   fp16 (rows, length, k)
                tokens.bin   int32 (rows, length, k), the vocabulary entries that the logits belong to
 
-Files only grow, keys last, so that a row torn by a kill has no key. One process writes; others read what there was when
-they began, and ask the teacher for the rest.
+Files only grow, each flushed before the next and keys last, so that a torn row has no key. One process writes; others
+read what there was when they began, and ask the teacher for the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ class CachedTeacher:
             for path, part in zip(self._paths, content, strict=True):
                 with path.open("ab") as file:
                     file.write(part)
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise self._refused(error) from error
         for key in fresh:
