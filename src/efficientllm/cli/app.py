@@ -1,0 +1,50 @@
+"""The application object, arguments that commands share, and how errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from efficientllm.errors import UsageError
+
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a good language model into a better small one: pretraining, architecture design and pruning in one run.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; see recipes/ for commented ones.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Replaces keys of the recipe, e.g. train.lr=1e-3"),
+]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns what the user can mend, or has asked for, into a sentence and an exit code."""
+    from efficientllm.jobs.interruption import Interrupted
+
+    try:
+        yield
+    except UsageError as error:
+        say(f"error: {error}")
+        raise SystemExit(USAGE_ERROR) from None
+    except Interrupted as stop:
+        say(str(stop))
+        raise SystemExit(128 + stop.signum) from None
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None

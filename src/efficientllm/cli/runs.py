@@ -1,0 +1,61 @@
+"""Commands that train: prune, train, continue, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from efficientllm.cli.app import Overrides, RecipeFile, app, one_sentence, say
+from efficientllm.errors import UsageError
+
+
+@app.command()
+@one_sentence()
+def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
+    from efficientllm.config import load_recipe
+    from efficientllm.jobs.prune import run
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.prune is None:
+        raise UsageError(f"{recipe} has no prune section; add one with a target, or use `efficientllm train`")
+    print(run(loaded, say)["result"]["path"])
+
+
+@app.command()
+@one_sentence()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train without pruning: continued pretraining, or from scratch with `init: random`; `prune` must be absent."""
+    from efficientllm.config import load_recipe
+    from efficientllm.jobs.prune import run
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.prune is not None:
+        raise UsageError(f"{recipe} has a prune section; remove it (or set prune=null), or use `efficientllm prune`")
+    print(run(loaded, say)["result"]["path"])
+
+
+@app.command(name="continue")
+@one_sentence()
+def go_on(
+    snapshot: Annotated[Path, typer.Argument(metavar="SNAPSHOT", help="A folder that a ladder left: RUN/ladder/469M.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train on at the size of a ladder's snapshot, from its weights and moments, to the end of the original run."""
+    from efficientllm.jobs.ladder import recipe_of
+    from efficientllm.jobs.prune import run
+
+    print(run(recipe_of(snapshot, overrides or []), say)["result"]["path"])
+
+
+@app.command()
+@one_sentence()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where the demo keeps its runs.")] = Path("runs/demo"),
+) -> None:
+    """The whole story in minutes on two CPU cores, without downloads: source, compact model, from-scratch control."""
+    from efficientllm.demo.story import run_demo
+
+    run_demo(folder, say)

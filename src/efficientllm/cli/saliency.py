@@ -1,0 +1,58 @@
+"""Commands about scores: probe, criteria."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from efficientllm.cli.app import app, one_sentence, say
+
+
+@app.command()
+@one_sentence()
+def probe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder or hub id.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="Text: parquet, jsonl, txt, folder or hub id; may be given twice.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for probe.json and probe.png.")] = Path("probe"),
+    text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
+    units: Annotated[int, typer.Option(min=2, help="Units sampled of each type.")] = 24,
+    batches: Annotated[int, typer.Option(min=1, help="Batches that the scores are averaged over.")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 256,
+    depth: Annotated[bool, typer.Option("--depth", help="Whole layers too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+) -> None:
+    """Measure how well every criterion predicts what removing a unit of this model really costs."""
+    from efficientllm.jobs.probe import ProbeRequest, run_probe
+    from efficientllm.pruning.groups import DEFAULT_TYPES, PRUNING_TYPES
+    from efficientllm.reporting.tables import print_probe
+
+    result = run_probe(
+        ProbeRequest(
+            model,
+            data,
+            out,
+            text_column,
+            PRUNING_TYPES if depth else DEFAULT_TYPES,
+            units,
+            batches,
+            rows,
+            sequence_length,
+            seed=seed,
+        ),
+        say,
+    )
+    print_probe(result["criteria"])
+    say(f"{out / 'probe.json'}, {out / 'probe.png'}")
+
+
+@app.command()
+def criteria() -> None:
+    """List the saliency criteria: what each looks at, what it costs, and the paper it is from."""
+    from efficientllm.reporting.tables import print_criteria
+
+    print_criteria()
