@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,10 @@ def test_run_folder_says_what_happened(finished: Path) -> None:
     assert compactions[0]["allocated_before"] == source["parameters"]
     sizes = [record["live_parameters"] for record in metrics]
     assert sizes == sorted(sizes, reverse=True)
+    spent = [0, *(record["flops"] for record in metrics)]
+    steps = [after - before for before, after in pairwise(spent)]
+    assert summary["flops"] == spent[-1]
+    assert steps[0] > steps[-1] == steps[-2] > 0  # compact, and no longer measured
     assert all(event["saliency"] > 0 and event["damage_per_parameter"] > 0 for event in events)
     assert {record["step"] for record in metrics if "validation_loss" in record} == {8, 16, 24}
     assert (finished / "run.png").stat().st_size > 10_000

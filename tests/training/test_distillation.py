@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
+from efficientllm.models.space import space_of
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.teacher_cache import CachedTeacher
@@ -48,6 +49,9 @@ def test_a_model_cannot_learn_from_itself() -> None:
     torch.testing.assert_close(plain, summed_loss(model, IDS, CPU), rtol=1e-5, atol=1e-4)
 
 
+SPACE = space_of(tiny_config("qwen2-gqa-tied"))
+
+
 class Asked:
     """Brings a teacher, and counts how often."""
 
@@ -66,38 +70,38 @@ def loss_of(teacher: CachedTeacher | LiveTeacher, rows: torch.Tensor) -> float:
 
 def test_all_logits_from_disk_are_the_teacher(tmp_path: Path) -> None:
     """With k the whole vocabulary nothing is cut off, and fp16 is all that is lost."""
-    cached = CachedTeacher(tmp_path, Asked(), length=11, k=61)
+    cached = CachedTeacher(tmp_path, Asked(), length=11, k=61, space=SPACE)
     assert loss_of(cached, IDS) == pytest.approx(loss_of(LiveTeacher(Asked()()), IDS), rel=2e-3)
 
 
 def test_the_teacher_is_asked_once_and_not_again_by_another_run(tmp_path: Path) -> None:
     asked = Asked()
-    cached = CachedTeacher(tmp_path, asked, length=11, k=5)
+    cached = CachedTeacher(tmp_path, asked, length=11, k=5, space=SPACE)
     first = loss_of(cached, IDS)
     assert loss_of(cached, IDS.flip(0)) == pytest.approx(first, rel=1e-5)
     del cached
     again = Asked()
-    cached = CachedTeacher(tmp_path, again, length=11, k=5)
+    cached = CachedTeacher(tmp_path, again, length=11, k=5, space=SPACE)
     assert loss_of(cached, IDS) == first
     assert (asked.times, again.times) == (1, 0)
 
 
 def test_a_row_torn_by_a_kill_is_asked_again(tmp_path: Path) -> None:
-    cached = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    cached = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
     first = loss_of(cached, IDS)
     del cached
     with (tmp_path / "tokens.bin").open("ab") as file:
         file.truncate((tmp_path / "tokens.bin").stat().st_size - 7)
     asked = Asked()
-    cached = CachedTeacher(tmp_path, asked, length=11, k=5)
+    cached = CachedTeacher(tmp_path, asked, length=11, k=5, space=SPACE)
     assert loss_of(cached, IDS) == first
     assert asked.times == 1
     assert (tmp_path / "keys.bin").stat().st_size == 3 * 16
 
 
 def test_a_second_process_reads_and_does_not_write(tmp_path: Path) -> None:
-    writer = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    writer = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
     loss_of(writer, IDS[:2])
-    reader = CachedTeacher(tmp_path, Asked(), length=11, k=5)
+    reader = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
     loss_of(reader, IDS)
     assert (tmp_path / "keys.bin").stat().st_size == 2 * 16

@@ -7,6 +7,7 @@ checkpoints/step-00000120/manifest.json      widths, config, counts, pruner fact
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import zlib
@@ -64,6 +65,7 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
         "tokens": snapshot.tokens,
         "refresh_tokens": snapshot.refresh_tokens,
         "lowered_tokens": snapshot.lowered_tokens,
+        "flops": snapshot.flops,
         "config": snapshot.config,
         "pruner": snapshot.pruner_facts,
     }
@@ -89,6 +91,7 @@ def load(path: Path) -> Snapshot:
         tokens=manifest["tokens"],
         refresh_tokens=manifest["refresh_tokens"],
         lowered_tokens=manifest["lowered_tokens"],
+        flops=manifest.get("flops", math.nan),  # a sum whose beginning was not counted stays unknown
         weights=content["weights"],
         moments=_unflatten(content["optimizer"]),
         pruner_tensors=content["pruner"],

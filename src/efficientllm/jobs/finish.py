@@ -16,7 +16,7 @@ from efficientllm.config import dump_recipe
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
 from efficientllm.models.loading import load_generation_config
-from efficientllm.reporting.journal import read_journal
+from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
@@ -84,6 +84,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         },
         "tokens": state.tokens,
         "refresh_tokens": state.refresh_tokens,
+        "flops": without_nonfinite(state.flops),
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),

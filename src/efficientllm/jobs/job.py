@@ -14,6 +14,7 @@ from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.space import space_of
 from efficientllm.sizes import format_count
 from efficientllm.training.cache import file_digest
 from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
@@ -61,7 +62,8 @@ def teacher_of(job: Job) -> Distillation | None:
     if distill is None:
         return None
     path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
-    theirs = load_config(path, trust_remote_code=trust).vocab_size
+    config = load_config(path, trust_remote_code=trust)
+    theirs = config.vocab_size
     if theirs != job.config.vocab_size or (
         distill.teacher and load_tokenizer(path, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
     ):
@@ -82,7 +84,7 @@ def teacher_of(job: Job) -> Distillation | None:
             raise UsageError(f"distill.top_k {distill.top_k} is more than the vocabulary's {theirs:,}; lower it")
         root, length = cache_folder(job.recipe.data), job.recipe.data.sequence_length
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{length}-{distill.top_k}"
-        teacher = CachedTeacher(root / name, load, length=length, k=distill.top_k)
+        teacher = CachedTeacher(root / name, load, length=length, k=distill.top_k, space=space_of(config))
     return Distillation(teacher, distill.weight, distill.temperature, distill.chunk_tokens)
 
 

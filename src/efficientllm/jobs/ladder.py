@@ -22,6 +22,7 @@ from efficientllm.errors import UsageError
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
+from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.state import TrainState, capture
@@ -42,6 +43,7 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         "validation_loss": validate(job, state, progress),
         "step": state.step,
         "tokens": state.tokens,
+        "flops": without_nonfinite(state.flops),
     }
     with appearing(folder) as partial:
         export_model(state.model, job.tokenizer, partial / "model", generation=generation_settings(job))

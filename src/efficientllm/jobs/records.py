@@ -13,7 +13,8 @@ from efficientllm.training.state import TrainState
 def metrics_record(
     state: TrainState, record: StepRecord, tokens: int, seconds: float, validation: float | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before."""
+    """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before; flops
+    are those of training since the run began."""
     line: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
@@ -25,6 +26,7 @@ def metrics_record(
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "refresh_tokens": state.refresh_tokens,
+        "flops": state.flops,
         "widths": asdict(state.live_widths),
     }
     if record.prune and record.prune.damages:

@@ -68,7 +68,8 @@ class AppliedEvent:
 
 @dataclass
 class PruneReport:
-    """What one step() did. rung: index of the ladder's size that was reached, where one was.
+    """What one step() did. rung: index of the ladder's size that was reached, where one was. flops: of the matrix
+    products in scores and corrections; passes through the model are the probe's to count.
 
     damages: calibrated damage per parameter of each type's next event, as last seen.
     """
@@ -80,3 +81,4 @@ class PruneReport:
     refreshes: int = 0
     calibrations: int = 0
     corrections: Corrections = field(default_factory=Corrections)
+    flops: int = 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -126,10 +126,22 @@ def losing_readers(space: Space, events: Sequence[Event], live: Live) -> Iterato
 
 @dataclass
 class Corrections:
-    """How many linear layers were corrected, and how many were left as they were for want of convergence."""
+    """How many linear layers were corrected, how many were left as they were for want of convergence, and the
+    floating-point operations of it all (matrix products)."""
 
     done: int = 0
     skipped: int = 0
+    flops: int = field(default=0, compare=False)
+
+
+def solve_flops(shape: Sequence[int], removed: int, iterations: int) -> int:
+    """Matrix products of `solve_coefficients`, for X of shape (layers, tokens, inputs) and so many right-hand sides."""
+    layers, tokens, inputs = shape
+    if inputs <= GRAM:
+        once, each = 2 * tokens * inputs**2, 2 * inputs**2 * removed
+    else:
+        once, each = 0, 4 * tokens * inputs * removed
+    return layers * (2 * tokens * inputs * removed + once + iterations * each)
 
 
 @torch.no_grad()
@@ -170,11 +182,13 @@ def _correct_sites(
     removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
     solution = solve_coefficients(stacked, removed, kept, options)
+    report.flops += solve_flops(stacked.shape, removed.shape[1], solution.iterations)
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
         for reader in site:
             weight = params[reader.name].detach()
             if good:
                 weight.copy_(corrected(weight, indices, coefficients))
+                report.flops += 2 * weight.numel() * len(indices)
         report.done += len(site) * good
         report.skipped += len(site) * (not good)

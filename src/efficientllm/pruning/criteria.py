@@ -34,7 +34,8 @@ class Criterion:
     needs: what it looks at beside the weights. element(w, g, F) has w's shape; with `signed` the sum over the group is
     taken before |.|; `second_moment` says that it looks at F. statistic(X) is one number an input, fp32 (inputs,),
     taken once where layers share X; column(W, statistic) one number an input of W, and without it the statistic itself
-    is the score of each X. root: a unit's score is the square root of its sum.
+    is the score of each X. statistic_flops(tokens, inputs): of its matrix
+    products. root: a unit's score is the square root of its sum.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Criterion:
     signed: bool = False
     second_moment: bool = False
     statistic: InputStatistic | None = None
+    statistic_flops: Callable[[int, int], int] = lambda tokens, inputs: 0
     column: ColumnScore | None = None
     root: bool = False
 
@@ -129,6 +131,11 @@ def inverse_hessian_diagonal(inputs: Tensor) -> Tensor:
         damping = 10.0 * damping  # not positive definite within rounding
 
 
+def hessian_flops(tokens: int, inputs: int) -> int:
+    """X^T X, its Cholesky factor (n^3 / 3) and the inverse from it (2 n^3 / 3)."""
+    return 2 * tokens * inputs**2 + inputs**3
+
+
 def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
     """||W_j||^2 / [H^-1]_jj: the output error of losing input j once the others have made up for it.
 
@@ -167,6 +174,7 @@ CRITERIA = {
             "||W_j||^2 / [H^-1]_jj",
             PASS + ", and an inverse Hessian for each input",
             statistic=inverse_hessian_diagonal,
+            statistic_flops=hessian_flops,
             column=optimal_brain_surgeon,
         ),
         Criterion("random", "nothing", "the control", "one draw a unit", "free"),

@@ -118,6 +118,8 @@ class PruningEngine:
             readers = reader_specs(self.space)
             inputs = probe.inputs([spec.name for spec in readers])
             self.average.update(input_scores(self.space, self.criterion, readers, self.params, inputs, self._device))
+            distinct = {id(inputs[spec.name]): inputs[spec.name].shape for spec in readers}
+            report.flops += sum(self.criterion.statistic_flops(*shape) for shape in distinct.values())
         elif not self.average.sums:
             scores = drawn_scores(self.space, self.options.seed)
             self.average.update({name: score.to(self._device) for name, score in scores.items()})
@@ -153,6 +155,7 @@ class PruningEngine:
             if self.options.correction:
                 self._correct(bundle, probe, report.corrections)
             self.zero(bundle)
+        report.flops += report.corrections.flops
         report.ratios = {name: self.calibration.ratio(name) for name in self.calibration.predicted}
         return report
 
@@ -208,6 +211,7 @@ class PruningEngine:
         names = list(dict.fromkeys(reader.name for reader in readers))  # both attention types lose inputs of o_proj
         done = correct(self.params, readers, probe.inputs(names), self.options.correction)
         report.done += done.done
+        report.flops += done.flops
         report.skipped += done.skipped
 
     def zero(self, events: Sequence[Event]) -> None:

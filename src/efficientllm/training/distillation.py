@@ -17,6 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from efficientllm.models.flops import forward_flops, teacher_flops
+from efficientllm.models.space import space_of
 from efficientllm.training.gradient import Precision, next_tokens
 
 Base = Callable[..., object]
@@ -30,6 +32,10 @@ class Teacher(Protocol):
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
         """KL(teacher || student) of each token (tokens,). own: the student's log-probabilities (tokens, vocabulary) at
         that temperature; said: the same tokens' part of what `says` returned."""
+        ...
+
+    def flops(self, rows: int, length: int) -> int:
+        """Floating-point operations that it adds to a step on as many rows of that length."""
         ...
 
 
@@ -49,6 +55,9 @@ class LiveTeacher:
         with torch.no_grad():
             wanted = functional.log_softmax(self.model.lm_head(said[0]).float() / temperature, dim=-1)
         return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+
+    def flops(self, rows: int, length: int) -> int:
+        return teacher_flops(forward_flops(space_of(self.model.config), rows, length))
 
 
 def top_k_divergence(own: Tensor, temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:

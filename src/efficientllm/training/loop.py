@@ -13,8 +13,9 @@ from torch import Tensor
 
 from efficientllm.config import TrainConfig
 from efficientllm.errors import UsageError
+from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
@@ -72,22 +73,26 @@ class BatchProbe:
         *,
         calibration: Callable[[], Tensor],
         correction_tokens: int,
+        flops_of_step: int,
     ) -> None:
         self._state, self._batch, self._train = state, batch, train
         self._precision, self._loss_of = precision, loss_of
         self._calibration, self._correction_tokens = calibration, correction_tokens
+        self._flops_of_step = flops_of_step
         self._rows: Tensor | None = None
 
     def loss(self) -> float:
         """On the calibration's rows, the same at every call."""
         if self._rows is None:
             self._rows = self._calibration().to(self._batch.device)
+        self._state.flops += forward_flops(self._state.space, *self._rows.shape).total
         return mean_loss(self._state.forward, self._rows.split(self._train.micro_batch), self._precision)
 
     def refresh(self) -> None:
         self._state.optimizer.zero_grad(set_to_none=True)
         accumulate_gradient(self._loss_of, self._batch, self._train.micro_batch)
         self._state.refresh_tokens += self._batch.numel()
+        self._state.flops += self._flops_of_step
 
     @torch.no_grad()
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -98,7 +103,20 @@ class BatchProbe:
         with captured_inputs(model, names) as inputs, self._precision.context():
             for part in rows.split(self._train.micro_batch):
                 forward(input_ids=part, use_cache=False)
+        passed = forward_flops(self._state.space, *rows.shape)
+        self._state.flops += passed.base if forward is not model else passed.total
         return inputs
+
+
+def step_flops(space: Space, shape: Sequence[int], train: TrainConfig, distillation: Distillation | None) -> int:
+    """Floating-point operations of the gradient of a batch of that shape, (rows, length), teacher included."""
+    rows, length = shape
+    own = training_flops(
+        forward_flops(space, rows, length),
+        gradient_checkpointing=train.gradient_checkpointing,
+        chunked=distillation is not None,
+    )
+    return own + (distillation.teacher.flops(rows, length) if distillation else 0)
 
 
 def train_steps(
@@ -122,6 +140,8 @@ def train_steps(
         batch = batches.batch(state.step).to(device)
         loss_of = training_loss(state, precision, distillation)
         loss = accumulate_gradient(loss_of, batch, train.micro_batch)
+        flops = step_flops(state.space, batch.shape, train, distillation)
+        state.flops += flops
         if state.pruner:
             state.pruner.observe()
         share = lr_share(state, plan)
@@ -149,8 +169,10 @@ def train_steps(
                 loss_of,
                 calibration=partial(_rows_to_calibrate_on, state.step, batch, batches, plan, calibration_rows),
                 correction_tokens=plan.correction_tokens,
+                flops_of_step=flops,
             )
             report = state.pruner.step(state.tokens, probe)
+            state.flops += report.flops
             state.optimizer.zero_grad(set_to_none=True)
         landed = report is not None and report.rung is not None
         compaction = _compact_if_due(state, train, plan, exactly=landed)

@@ -60,6 +60,8 @@ class Snapshot:
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
     tokens read in steps, those of them at a lowered learning rate or none, tokens whose gradient was taken anew.
+    flops: floating-point operations of training so far (models/flops.py), pruning and teacher included; NaN where the
+    run began before they were counted.
     """
 
     config: dict[str, Any]
@@ -67,6 +69,7 @@ class Snapshot:
     tokens: int
     refresh_tokens: int
     lowered_tokens: int
+    flops: float
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class TrainState:
     tokens: int = 0
     refresh_tokens: int = 0
     lowered_tokens: int = 0
+    flops: float = 0  # whole numbers, exact while they are Python's own
 
     @property
     def live_parameters(self) -> int:
@@ -137,7 +141,7 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = (state.step, state.tokens, state.refresh_tokens, state.lowered_tokens)
+    counts = (state.step, state.tokens, state.refresh_tokens, state.lowered_tokens, state.flops)
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
@@ -145,9 +149,9 @@ def snapshot_of(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     pruner: PruningEngine | None,
-    counts: tuple[int, int, int, int] = (0, 0, 0, 0),
+    counts: tuple[int, int, int, int, float] = (0, 0, 0, 0, 0),
 ) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: step, tokens, refresh_tokens, lowered_tokens."""
+    """Model, optimizer and pruner between two steps, uncopied. counts: as Snapshot has them."""
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
@@ -179,7 +183,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
-    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.lowered_tokens)
+    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.lowered_tokens, snapshot.flops)
     return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
 
 
@@ -196,6 +200,7 @@ def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, de
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
     state.step, state.tokens = snapshot.step, snapshot.tokens
     state.refresh_tokens, state.lowered_tokens = snapshot.refresh_tokens, snapshot.lowered_tokens
+    state.flops = snapshot.flops
     return state
 
 

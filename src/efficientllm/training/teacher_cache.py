@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from efficientllm.errors import UsageError
+from efficientllm.models.flops import forward_flops, teacher_flops
+from efficientllm.pruning.groups import Space
 from efficientllm.training.distillation import top_k_divergence
 
 KEY_BYTES = 16
@@ -32,11 +34,11 @@ class CachedTeacher:
     """A Teacher (distillation.py) that keeps the k largest logits of every token on disk.
 
     load: brings the model when a row is not there yet, and never before. length: tokens of a row. k: at most the
-    vocabulary. Raises UsageError when the disk refuses.
+    vocabulary. space: the model's. Raises UsageError when the disk refuses.
     """
 
-    def __init__(self, folder: Path, load: Callable[[], PreTrainedModel], *, length: int, k: int) -> None:
-        self._load, self._length, self._k = load, length, k
+    def __init__(self, folder: Path, load: Callable[[], PreTrainedModel], *, length: int, k: int, space: Space) -> None:
+        self._load, self._length, self._k, self._space = load, length, k, space
         self._model: PreTrainedModel | None = None
         self._paths = [folder / name for name in ("logits.bin", "tokens.bin", "keys.bin")]
         self._sizes = [length * k * 2, length * k * 4, KEY_BYTES]
@@ -123,3 +125,6 @@ class CachedTeacher:
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
         return top_k_divergence(own, temperature, *said)
+
+    def flops(self, rows: int, length: int) -> int:
+        return teacher_flops(forward_flops(self._space, rows, length), keeps=True)

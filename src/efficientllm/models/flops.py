@@ -1,0 +1,82 @@
+"""Floating-point operations of a model's passes, from its space alone: no weights, nothing measured.
+
+Counted as torch.utils.flop_counter.FlopCounterMode counts: matrix products at two operations a multiply-add, the
+attention of an SDPA kernel over the whole square of positions (the causal half is not subtracted), whose backward pass
+recomputes the scores (five products to the forward's two). Everything elementwise counts as nothing: norms, softmax,
+embedding lookups, the optimizer, the scores of element criteria.
+
+Widths are the allocated ones: a zeroed unit is computed until it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from efficientllm.pruning.groups import FFN, HIDDEN, Space, Widths
+
+BACKWARD_LINEAR = 2.0  # gradients of the inputs and of the weights, each as large as the forward product
+BACKWARD_ATTENTION = 2.5
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """One forward pass: linear layers of the decoder layers, attention (scores and values), LM head.
+
+    last_linear: the part of `linear` that each layer does last (down_proj), which recomputation need not repeat.
+    """
+
+    linear: int
+    attention: int
+    head: int
+    last_linear: int
+
+    @property
+    def base(self) -> int:
+        """Without the LM head."""
+        return self.linear + self.attention
+
+    @property
+    def total(self) -> int:
+        return self.base + self.head
+
+
+def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = None) -> ForwardFlops:
+    """A forward pass over `rows` rows of `length` tokens at `widths` (default: the space's own)."""
+    widths = space.widths if widths is None else widths
+    tokens = rows * length
+    matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) == 2)
+    linear = last = head = 0
+    for (layered, axes), number in matrices.items():
+        product = 2 * tokens * math.prod(space.axis_length(axis, widths) for axis in axes)
+        if layered:
+            linear += number // space.widths.layers * widths.layers * product
+            last += widths.layers * product if axes == (HIDDEN, FFN) else 0
+        else:  # the embedding, and the LM head of the same shape; where they are tied it is one matrix
+            head = product
+    attention = 4 * rows * widths.layers * widths.heads * space.head_dim * length**2
+    return ForwardFlops(linear, attention, head, last)
+
+
+def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = False, chunked: bool = False) -> int:
+    """Forward and backward pass of the rows that `forward` was counted for: a step's whole batch, or a refresh.
+
+    gradient_checkpointing: each layer is computed again in the backward pass, up to its last linear layer, whose
+    result nothing needs (torch.utils.checkpoint stops there). chunked: the loss makes the logits chunk by chunk and
+    again in the backward pass (training/distillation.py).
+    """
+    linear = (1.0 + BACKWARD_LINEAR) * forward.linear
+    attention = (1.0 + BACKWARD_ATTENTION) * forward.attention
+    head = (1.0 + BACKWARD_LINEAR + chunked) * forward.head
+    again = forward.base - forward.last_linear if gradient_checkpointing else 0
+    return int(linear + attention + head) + again
+
+
+def teacher_flops(forward: ForwardFlops, *, keeps: bool = False) -> int:
+    """What a teacher adds to a step on the same rows. A live one makes its logits twice, as the student does.
+
+    keeps: a teacher whose largest logits are kept on disk, counted as if it were asked once for every row, so that
+    the figure does not depend on what earlier runs have left there.
+    """
+    return forward.total if keeps else forward.total + forward.head
