@@ -20,13 +20,14 @@ ALLOWED = {
     "checkpoint": {"errors", "models", "training", ""},
     "evaluation": {"models", "pruning", "training"},
     "reporting": {"errors", "sizes", "pruning"},
+    "export": {"errors", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {
         "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
     },
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
-    "cli": {"errors", "config", "jobs", "demo", "pruning", "reporting", ""},
+    "cli": {"errors", "config", "jobs", "demo", "export", "pruning", "reporting", ""},
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},
 }  # fmt: skip

@@ -33,7 +33,7 @@ def export_model(
     """
     config, generation_before = model.config, model.generation_config
     folder = folder.resolve()
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     try:
         with appearing(folder) as partial:
             model.config = copy.deepcopy(config)
@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Raises UsageError where replacing the folder would delete what no export has written."""
     if not folder.exists():
         return

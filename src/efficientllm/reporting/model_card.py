@@ -3,11 +3,19 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from efficientllm.reporting.card_metadata import (
+    evaluation_table,
+    hub_id,
+    kind_of,
+    last_component,
+    metadata,
+    title_of,
+)
 from efficientllm.reporting.journal import write_atomically
 from efficientllm.sizes import format_count
 
@@ -30,18 +38,10 @@ _TEMPLATE = """\
 {table}
 
 Losses are nats per token on the validation text of this run; perplexity is their exponential.
-
+{evaluation}
 ## How to load it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-It is an ordinary transformers model: no code of its own, every layer of the same shape, nothing masked.
+{usage}
 
 ## How it was made
 
@@ -59,6 +59,16 @@ with efficientllm {efficientllm}, torch {torch} and transformers {transformers}.
 """
 
 
+TRANSFORMERS_USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+It is an ordinary transformers model: no code of its own, every layer of the same shape, nothing masked."""
 _ORIGINS = {
     "pruned": "{result_count} parameters, made from {source_name} ({source_count} parameters) by pruning-aware "
     "pretraining: the\nleast salient structure was removed a little at a time while the model kept training.",
@@ -78,39 +88,39 @@ _INHERITS = """\
 _SMALLER = "- It is smaller than its source and knows less. Check what it says.\n"
 
 
-def kind_of(facts: Mapping[str, Any]) -> str:
-    """What a run has made: "pruned", "trained" (from its source's weights) or "random" (from none)."""
-    if facts["result"]["parameters"] < facts["source"]["parameters"]:
-        return "pruned"
-    return "random" if facts["source"].get("init") == "random" else "trained"
-
-
 def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
-    """Write README.md into `folder` from the facts of summary.json and return its path.
+    """Write README.md into `folder` from the facts of summary.json and return its path."""
+    path = Path(folder) / "README.md"
+    write_atomically(path, model_card(facts).encode())
+    return path
+
+
+def model_card(
+    facts: Mapping[str, Any], *, usage: str = TRANSFORMERS_USAGE, extra: Mapping[str, Any] | None = None
+) -> str:
+    """The text of a card: `usage` under "How to load it", `extra` over its metadata.
 
     `facts` has "source" and "result" ("path", "parameters", "widths", "validation_loss" in nats or None), "tokens",
-    "events", "compactions", "seconds", the versions "efficientllm", "torch", "transformers", and "recipe" (YAML).
+    "events", "compactions", "seconds", the versions "efficientllm", "torch", "transformers", and "recipe" (YAML);
+    it may have "license" and "evaluation" (see evaluation_table).
     Absolute paths are shown by their last component: the card is published, the machine's folders are not.
     """
     source, result = facts["source"], facts["result"]
-    base = _hub_id(str(source["path"]))
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    kind = kind_of(facts)
-    front |= {"tags": ["efficientllm", *(["pruned"] if kind == "pruned" else [])]} | (
-        {"base_model": base} if base else {}
-    )
+    base, kind = hub_id(str(source["path"])), kind_of(facts)
     names = {
         "result_count": format_count(result["parameters"]),
-        "source_name": f"[{base}](https://huggingface.co/{base})" if base else f"`{_title(source)}`",
+        "source_name": f"[{base}](https://huggingface.co/{base})" if base else f"`{title_of(source)}`",
         "source_count": format_count(source["parameters"]),
     }
     recipe = _without_absolute_paths(str(facts["recipe"])).strip("\n")
-    card = _TEMPLATE.format(
-        front=yaml.safe_dump(front, sort_keys=False),
-        title=_TITLES[kind].format(name=_title(source), count=names["result_count"]),
+    return _TEMPLATE.format(
+        front=yaml.safe_dump(metadata(facts) | dict(extra or {}), sort_keys=False),
+        title=card_title(facts),
         origin=_ORIGINS[kind].format(**names),
         limits=(_INHERITS if kind != "random" else "") + (_SMALLER if kind == "pruned" else ""),
         table=_table(source, result),
+        evaluation=_evaluation(facts.get("evaluation")),
+        usage=usage,
         tokens=format_count(facts["tokens"]),
         events=facts["events"],
         compactions=facts["compactions"],
@@ -122,9 +132,17 @@ def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
         recipe=recipe,
         comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
     )
-    path = Path(folder) / "README.md"
-    write_atomically(path, card.encode())
-    return path
+
+
+def card_title(facts: Mapping[str, Any]) -> str:
+    """The card's heading, such as "SmolLM-1.7B, pruned to 469.1M"."""
+    count = format_count(facts["result"]["parameters"])
+    return _TITLES[kind_of(facts)].format(name=title_of(facts["source"]), count=count)
+
+
+def _evaluation(results: Any) -> str:
+    table = evaluation_table(results)
+    return "" if table is None else f"\nMeasured with `efficientllm eval`:\n\n{table}\n"
 
 
 def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -162,26 +180,11 @@ def _comparison(source: float | None, result: float | None) -> str:
     return f"On the validation text it is {abs(result - source):.3f} nats per token {way} than the source."
 
 
-def _hub_id(path: str) -> str | None:
-    """Return `path` when it names a repository on the hub (owner/name), None when it is a local folder."""
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
-    return path if is_id and not Path(path).exists() else None
-
-
-def _title(source: Mapping[str, Any]) -> str:
-    return _last_component(str(source["path"]))
-
-
-def _last_component(path: str) -> str:
-    name = PureWindowsPath(path).name  # understands both kinds of slash
-    return name if name not in ("", ".", "..", "~") else "source"
-
-
 def _without_absolute_paths(recipe: str) -> str:
     """Replace each absolute path that is a value of the recipe by its last component; the layout stays."""
     paths = {text for text in _strings(yaml.safe_load(recipe)) if re.match(r"[/~\\]|[A-Za-z]:[/\\]", text)}
     for path in sorted(paths, key=len, reverse=True):  # a folder must not be cut out of the paths inside it
-        recipe = recipe.replace(path, _last_component(path))
+        recipe = recipe.replace(path, last_component(path))
     return recipe
 
 

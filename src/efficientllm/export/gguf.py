@@ -1,0 +1,216 @@
+"""A model folder as one GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio, ...) run.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written by the `gguf` package of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from transformers import PretrainedConfig
+
+from efficientllm.checkpoint.files import PARTIAL, flush
+from efficientllm.errors import UsageError
+from efficientllm.export.card import Card
+from efficientllm.export.gguf_tensors import (
+    K_QUANTS,
+    WRITTEN,
+    Stored,
+    architecture_of,
+    arranged,
+    encoded,
+    layout,
+    misfits,
+    rope_factors,
+    rope_theta,
+)
+from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
+from efficientllm.export.subject import Subject
+from efficientllm.export.tokenizer import end_tokens, tokenizer_of
+from efficientllm.export.weights import Weights
+from efficientllm.models.space import head_dim_of
+from efficientllm.reporting.progress import track
+
+QUANTIZER = "llama-quantize"
+MARGIN = 1 << 20  # bytes that the metadata and the file system may take besides
+
+
+@dataclass(frozen=True)
+class GGUFRequest:
+    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written."""
+
+    subject: Subject
+    kind: str = "f16"
+    out: Path | None = None
+    overwrite: bool = False
+    licence: str | None = None
+
+
+def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
+    """Writes the file, and a README.md beside it, and returns its path.
+
+    Weights go through memory one at a time. Raises UsageError for what llama.cpp cannot run or would read otherwise,
+    and where the disk refuses; no half-written file is left, and what stood there is replaced only by a whole one.
+    """
+    kind = request.kind
+    if kind not in (*WRITTEN, *K_QUANTS):
+        raise UsageError(
+            f"there is no type {kind}; written are {', '.join(WRITTEN)}; by llama.cpp {', '.join(K_QUANTS)}"
+        )
+    written = "f16" if kind in K_QUANTS else kind
+    out = _destination(request, written)
+    weights = Weights(request.subject.folder)
+    config = weights.config
+    architecture = architecture_of(config)
+    stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
+    factors = rope_factors(config, architecture)
+    tokenizer = tokenizer_of(request.subject.folder, say)
+    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder))
+    card = Card(request.subject, config, sum(_count(each) for each in stored), request.licence)
+    for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
+        say(note)
+
+    partial = out.with_name(PARTIAL + out.name)
+    writer = gguf.GGUFWriter(partial, architecture)
+    _describe(writer, card)
+    _hyperparameters(writer, config, architecture)
+    _tokenizer(writer, vocabulary)
+    writer.add_file_type(WRITTEN[written][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, stored)
+        _write(writer, weights, stored, architecture, None if factors is None else factors.numpy())
+        flush(partial)
+        partial.replace(out)
+    except OSError as error:
+        raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+    card.write_beside(out, written, architecture, say)
+    if kind in K_QUANTS:
+        result = out.with_name(f"{out.stem.removesuffix('-f16')}-{kind}.gguf")
+        say(f"llama.cpp writes {kind} itself, from this f16 file: {QUANTIZER} {out} {result} {kind.upper()}")
+    return out
+
+
+def _destination(request: GGUFRequest, written: str) -> Path:
+    subject = request.subject
+    out = request.out or subject.home / "gguf" / f"{subject.name}-{written}.gguf"
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file, such as --out {out / (subject.name + '.gguf')}")
+    if out.exists() and not request.overwrite:
+        raise UsageError(f"{out} exists already; name another file with --out, or replace it with --overwrite")
+    return out
+
+
+def _count(stored: Stored) -> int:
+    return int(np.prod(stored.shape))
+
+
+def _check_space(out: Path, stored: list[Stored]) -> None:
+    need, free = sum(each.bytes for each in stored) + MARGIN, shutil.disk_usage(out.parent).free
+    if free < need:
+        raise OSError(f"it takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+def _write(
+    writer: gguf.GGUFWriter, weights: Weights, stored: list[Stored], architecture: str, factors: np.ndarray | None
+) -> None:
+    """Header, metadata and table of tensors first, then the weights one by one."""
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for each in stored:
+        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.bytes, raw_dtype=each.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    with track("export", sum(each.bytes for each in stored)) as progress:
+        for each in stored:
+            weight = arranged(each.source, weights.read(each.source), weights.config, architecture)
+            writer.write_tensor_data(encoded(weight, each))
+            progress.advance(each.bytes)
+
+
+def _describe(writer: gguf.GGUFWriter, card: Card) -> None:
+    """Who made it from what, under general.*"""
+    writer.add_type("model")
+    writer.add_name(card.title)
+    writer.add_description(card.summary)
+    writer.add_size_label(card.size)
+    writer.add_tags(card.tags)
+    if card.licence:
+        writer.add_license(card.licence)
+    if card.source_name:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, card.source_name.split("/")[-1])
+    if card.base_model:
+        writer.add_base_model_organization(0, card.base_model.split("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{card.base_model}")
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    """Positions within which llama.cpp, which attends to everything here, computes what transformers does."""
+    window = _window(config)
+    length = int(config.max_position_embeddings)
+    return length if window is None else min(window, length)
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """The sliding window of attention, None where there is none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return None if window is None or getattr(config, "use_sliding_window", True) is False else int(window)
+
+
+def _window_note(config: PretrainedConfig) -> list[str]:
+    if _context_length(config) == config.max_position_embeddings:
+        return []
+    return [
+        f"the context is limited to the sliding window of {_context_length(config)} tokens (of "
+        f"{config.max_position_embeddings}): llama.cpp attends to everything in such models"
+    ]
+
+
+def _hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture: str) -> None:
+    head_dim = head_dim_of(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(_context_length(config))
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_merges(vocabulary.merges)
+    for kind, index in vocabulary.ids.items():
+        getattr(writer, f"add_{kind}_token_id")(index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)

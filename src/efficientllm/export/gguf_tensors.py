@@ -1,0 +1,177 @@
+"""Weights as llama.cpp wants them: names, the order of rotary rows, and the type that each matrix is stored in.
+
+llama.cpp's `llama` architecture rotates neighbouring pairs of a head's channels, transformers channel i with channel
+i + head_dim / 2. So the rows of q and k (and their biases) are reordered for it; `qwen2` and `qwen3` rotate as
+transformers does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from efficientllm.errors import UsageError
+from efficientllm.models.space import head_dim_of
+
+BLOCK = 32  # row lengths of all types that are written here
+SUPER_BLOCK = 256  # of the k-quants, which llama.cpp writes itself
+WRITTEN = {
+    "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (Type.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (Type.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+
+
+def architecture_of(config: PretrainedConfig) -> str:
+    """The llama.cpp architecture that computes this model: "llama", "qwen2" or "qwen3".
+
+    llama.cpp's qwen2 has no room for heads x head_dim other than the hidden size; its llama takes biases and any
+    head_dim, so that a Qwen2 whose stem was pruned goes there. Raises UsageError for what none of them computes.
+    """
+    if config.hidden_act != "silu":
+        raise UsageError(f"llama.cpp computes these models with SiLU, this one has hidden_act={config.hidden_act}")
+    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+        raise UsageError("llama.cpp rotates whole heads in these models, this one has a partial_rotary_factor")
+    if config.model_type == "qwen3":
+        if config.attention_bias:
+            raise UsageError("llama.cpp's qwen3 has no attention biases, this model does")
+        return "qwen3"
+    square = config.num_attention_heads * head_dim_of(config) == config.hidden_size
+    return "qwen2" if config.model_type == "qwen2" and square else "llama"
+
+
+def paired(weight: Tensor, heads: int) -> Tensor:
+    """Rows (heads x head_dim, ...) of q or k, from halves (0, 1, ..., d/2, ...) to pairs (0, d/2, 1, d/2 + 1, ...)."""
+    rows = weight.shape[0] // heads
+    halves = weight.reshape(heads, 2, rows // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def arranged(name: str, weight: Tensor, config: PretrainedConfig, architecture: str) -> Tensor:
+    """A weight, by its transformers name, with its rows in the order of the architecture."""
+    if architecture != "llama":
+        return weight
+    if ".q_proj." in name:
+        return paired(weight, config.num_attention_heads)
+    if ".k_proj." in name:
+        return paired(weight, config.num_key_value_heads)
+    return weight
+
+
+def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
+    """Divisors of the rotary frequencies (head_dim / 2, fp32), or None where the frequencies are the plain ones.
+
+    Llama 3's scaling is a fixed divisor for each frequency. Raises UsageError for other kinds of scaling.
+    """
+    parameters = rope_parameters(config)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3" or architecture != "llama":
+        raise UsageError(
+            f"rope scaling of type '{kind}' in a {config.model_type} model is not written to GGUF (only llama3, in "
+            "Llama and Mistral models); export with --to hf"
+        )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    places = torch.arange(0, head_dim_of(config), 2, dtype=torch.int64).float()
+    plain = 1.0 / rope_theta(config) ** (places / head_dim_of(config))
+    return plain / scaled
+
+
+def rope_parameters(config: PretrainedConfig) -> Mapping[str, object]:
+    """transformers 5 calls it rope_parameters, transformers 4 rope_scaling (with rope_theta beside it)."""
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+
+
+def rope_theta(config: PretrainedConfig) -> float:
+    value = rope_parameters(config).get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    return float(str(value))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one weight lies in the file. `shape` is transformers' (outputs, inputs); GGUF lists it the other way."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    type: Type
+
+    @property
+    def bytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, layers: int) -> list[Stored]:
+    """Every weight with its name and type, in the order of `shapes`.
+
+    Vectors (norms, biases) stay f32. Where a row is no multiple of 32 the matrix is f16, as llama.cpp has it. The
+    matrix that the logits come from is q8_0 at least: at 4 or 5 bits it costs far more than it saves.
+    """
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(arch, layers)
+    head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"
+    stored = []
+    for source, shape in shapes.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"{source} has no name in llama.cpp"
+        stored.append(Stored(source, name, shape, _type_of(shape, WRITTEN[kind][0], source == head)))
+    return stored
+
+
+def _type_of(shape: tuple[int, ...], asked: Type, is_head: bool) -> Type:
+    if len(shape) == 1:
+        return Type.F32
+    block, _ = gguf.GGML_QUANT_SIZES[asked]
+    if shape[-1] % block:
+        return Type.F16
+    return Type.Q8_0 if is_head and block > 1 else asked
+
+
+def encoded(weight: Tensor, stored: Stored) -> np.ndarray:
+    """The weight as the file holds it: f32, f16, or uint8 for all other types. Raises UsageError beyond f16's range."""
+    if stored.type == Type.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
+        raise UsageError(f"{stored.source} holds values beyond the range of f16; choose --type bf16 or f32")
+    return gguf.quants.quantize(weight.to(torch.float32).contiguous().numpy(), stored.type)
+
+
+def row_lengths(config: PretrainedConfig) -> dict[str, int]:
+    """The three lengths that rows of matrices have, by what they are called."""
+    return {
+        "hidden size": config.hidden_size,
+        "FFN width": config.intermediate_size,
+        "heads x head_dim": config.num_attention_heads * head_dim_of(config),
+    }
+
+
+def misfits(config: PretrainedConfig, kind: str) -> list[str]:
+    """One sentence for every row length that `kind` (a key of WRITTEN or of K_QUANTS) cannot pack."""
+    block = SUPER_BLOCK if kind in K_QUANTS else gguf.GGML_QUANT_SIZES[WRITTEN[kind][0]][0]
+    said = []
+    for what, length in row_lengths(config).items():
+        if length % block == 0:
+            continue
+        larger = "a type with blocks of 32 (q5_0, q5_1, q8_0)" if length % BLOCK == 0 and block > BLOCK else "f16"
+        heads = "only another number of heads avoids it (head_dim is the source's)"
+        mend = heads if what.startswith("heads") else f"a run with prune.align={block} avoids it"
+        said.append(
+            f"{what} {length} is no multiple of {block}: matrices with such rows become {larger} instead of {kind}; "
+            f"{mend}"
+        )
+    return said

@@ -1,0 +1,152 @@
+"""A model folder as another transformers folder: in the asked dtype, in shards, with tokenizer and model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+
+from efficientllm.checkpoint.export import refuse_foreign, save_tokenizer
+from efficientllm.checkpoint.files import appearing
+from efficientllm.errors import UsageError
+from efficientllm.export.card import README, Card
+from efficientllm.export.subject import Subject
+from efficientllm.export.tokenizer import tokenizer_of
+from efficientllm.export.weights import INDEX, Weights
+from efficientllm.models.loading import load_generation_config
+from efficientllm.reporting.progress import track
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest difference of a logit that rounding the weights may make, as a share of the largest logit.
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+
+# Run by a fresh interpreter. Both models compute in fp32, so that what differs is the rounding of the weights.
+_CHECK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+ids, logits = None, []
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    if ids is None:
+        length = min(64, model.config.max_position_embeddings)
+        ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits.append(model(ids).logits)
+    del model
+assert "efficientllm" not in sys.modules
+before, after = logits
+same = (before.argmax(-1) == after.argmax(-1)).float().mean()
+print(json.dumps({"difference": float((before - after).abs().max()), "largest": float(before.abs().max()),
+                  "same_top": float(same)}))
+"""
+
+
+@dataclass(frozen=True)
+class HFRequest:
+    """`dtype` is a key of DTYPES; `max_shard_size` such as 5GB or 500MB; without `out` it lands in the run folder."""
+
+    subject: Subject
+    dtype: str = "float32"
+    max_shard_size: str = "5GB"
+    out: Path | None = None
+    overwrite: bool = False
+    licence: str | None = None
+
+
+def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
+    """Writes the folder and returns its path; one shard is in memory at a time.
+
+    Raises UsageError for a damaged or unsupported model, a folder that is taken, and where the disk refuses; the
+    folder appears whole or not at all.
+    """
+    if request.dtype not in DTYPES:
+        raise UsageError(f"there is no dtype {request.dtype}; choose one of {', '.join(DTYPES)}")
+    subject = request.subject
+    out = (request.out or subject.home / "hf" / subject.name).resolve()
+    if out.exists() and not request.overwrite:
+        raise UsageError(f"{out} exists already; name another folder with --out, or replace it with --overwrite")
+    if out == subject.folder or out in subject.folder.parents:
+        raise UsageError(f"{out} holds the model that is exported; name another folder with --out")
+    refuse_foreign(out)
+    weights = Weights(subject.folder)
+    tokenizer = tokenizer_of(subject.folder, say)
+    parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    card = Card(subject, weights.config, parameters, request.licence)
+    try:
+        with appearing(out) as partial:
+            _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
+            _write_configs(weights.config, subject.folder, partial, DTYPES[request.dtype])
+            save_tokenizer(tokenizer, partial)
+            (partial / README).write_text(card.text(), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
+    return out
+
+
+def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in weights.shapes.items()}
+    try:
+        plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UsageError(f"--max-shard-size {max_shard_size} is no size; write it as 5GB or 500MB") from error
+    with track("export", len(planned)) as progress:
+        for file, names in plan.filename_to_tensors.items():
+            shard: dict[str, Tensor] = {}
+            for name in names:
+                shard[name] = _cast(name, weights.read(name), dtype)
+                progress.advance()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = weight.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise UsageError(f"{name} holds values beyond the range of {dtype}; choose --dtype bfloat16 or float32")
+    return cast.contiguous()
+
+
+def _write_configs(config: PretrainedConfig, source: Path, folder: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.use_cache = True
+    config.save_pretrained(folder)
+    generation = load_generation_config(str(source)) or GenerationConfig.from_model_config(config)
+    generation.use_cache = True
+    generation.save_pretrained(folder)
+
+
+def check_hf(source: Path, exported: Path, dtype: str) -> str:
+    """Compares both folders' logits in a fresh process, by transformers alone, and says what it found.
+
+    Raises UsageError where they differ by more than rounding to `dtype` explains, or where the folder does not load.
+    """
+    command = [sys.executable, "-c", _CHECK, str(source), str(exported)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise UsageError(f"{exported} does not load in a fresh process: {last}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    share = found["difference"] / max(found["largest"], 1e-30)
+    text = (
+        f"logits differ by at most {found['difference']:.2e} ({share:.1e} of the largest, {found['largest']:.3g}), "
+        f"same most likely token at {found['same_top']:.1%} of 128 positions"
+    )
+    if not share <= TOLERANCES[dtype]:
+        raise UsageError(f"{exported} is not the model it was made from: {text}; rounding to {dtype} explains less")
+    return text

@@ -1,0 +1,104 @@
+"""What is exported: the model folder behind a run, a size of its ladder, or a folder, and what is known of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from efficientllm.errors import UsageError
+from efficientllm.reporting.journal import read_journal
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder and where it comes from.
+
+    `home` is the folder that takes exports for which no place was named; `facts` is what write_model_card takes
+    (None for a model that no run here has made); `results` what an evaluation has measured, as it lies in
+    eval/results.json (None where there is none, or where it cannot be read).
+    """
+
+    folder: Path
+    name: str
+    home: Path
+    facts: dict[str, Any] | None = None
+    results: Any = None
+
+
+def subject_of(path: Path) -> Subject:
+    """Finds the model behind a path: RUN, RUN/model, RUN/ladder/SIZE (or its model), or a transformers folder.
+
+    Raises UsageError for a path that is none of these, and for a run that has not finished.
+    """
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is no folder; name a run, a size of its ladder (RUN/ladder/469M) or a model folder (a model of "
+            "the hub comes with `hf download ORG/NAME --local-dir FOLDER`)"
+        )
+    path = path.resolve()
+    if path.name == "model" and ((path.parent / "summary.json").is_file() or (path.parent / "recipe.yaml").is_file()):
+        path = path.parent
+    if (path / "recipe.yaml").is_file() and (path / "model").is_dir():
+        return _rung(path)
+    if (path / "summary.json").is_file() and (path / "model").is_dir():
+        return Subject(path / "model", path.name, path, _json(path / "summary.json"), _results(path))
+    if (path / "config.json").is_file():
+        return Subject(path, path.name, Path.cwd(), None, _results(path))
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        raise UsageError(_unfinished(path))
+    raise UsageError(f"{path} holds neither a run nor a model: there is no summary.json and no config.json in it")
+
+
+def _unfinished(run: Path) -> str:
+    rungs = [rung for rung in (run / "ladder").glob("*") if (rung / "model" / "config.json").is_file()]
+    if not rungs:
+        return f"run {run} has not finished; let `efficientllm prune {run / 'config.yaml'}` go on to its end first"
+    latest = min(rungs, key=lambda rung: float((_json(rung / "summary.json") or {}).get("parameters", "inf")))
+    return (
+        f"run {run} has not finished; export its latest size, {latest}, or let "
+        f"`efficientllm prune {run / 'config.yaml'}` go on to its end first"
+    )
+
+
+def _rung(folder: Path) -> Subject:
+    """A size that a run has left on its way; what the run's journals say up to then makes up its facts."""
+    run = folder.parent.parent
+    left, source = _json(folder / "summary.json"), _json(run / "source.json")
+    facts = None
+    if left and source and (run / "config.yaml").is_file():
+        step = left["step"]
+        until = {
+            name: [record for record in read_journal(run / f"{name}.jsonl") if record["step"] <= step]
+            for name in ("metrics", "events", "compactions")
+        }
+        facts = {
+            "source": source,
+            "result": {key: left.get(key) for key in ("parameters", "widths", "validation_loss")},
+            "tokens": left["tokens"],
+            "events": len(until["events"]),
+            "compactions": len(until["compactions"]),
+            "seconds": sum(record["seconds"] for record in until["metrics"]),
+            "recipe": (run / "config.yaml").read_text(encoding="utf-8"),
+        }
+    return Subject(folder / "model", f"{run.name}-{folder.name}", run, facts, _results(folder))
+
+
+def _results(folder: Path) -> Any:
+    """What an evaluation has left, in whatever form; a broken file is as good as none."""
+    try:
+        return json.loads((folder / "eval" / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none. Raises UsageError where it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is damaged ({error}); restore it, or export the model folder beside it") from error
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,344 @@
+"""GGUF files read back by the gguf package: names, shapes, values, metadata; and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+gguf = pytest.importorskip("gguf")
+
+from conftest import FAMILIES  # noqa: E402
+from efficientllm.errors import UsageError  # noqa: E402
+from efficientllm.export.gguf import GGUFRequest, export_gguf  # noqa: E402
+from efficientllm.export.gguf_tensors import paired, rope_factors  # noqa: E402
+from efficientllm.export.subject import subject_of  # noqa: E402
+
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def write(folder: Path, kind: str = "f32", **options: Any) -> tuple[Any, list[str]]:
+    """Exports beside the folder; the file's reader and what was said."""
+    said: list[str] = []
+    out = options.pop("out", folder.parent / f"{kind}.gguf")
+    path = export_gguf(GGUFRequest(subject_of(folder), kind, out, **options), said.append)
+    return gguf.GGUFReader(path), said
+
+
+def transformers_name(name: str) -> str:
+    layer = re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", name)
+    if layer:
+        return f"model.layers.{layer[1]}.{NAMES[layer[2]]}.{layer[3]}"
+    stem, part = name.rsplit(".", 1)
+    return f"{NAMES[stem]}.{part}"
+
+
+def halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """The rows of every head from pairs back to halves, one by one."""
+    out = np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        head, place = divmod(row, head_dim)
+        out[head * head_dim + place // 2 + (place % 2) * (head_dim // 2)] = weight[row]
+    return out
+
+
+def field(reader: Any, name: str) -> Any:
+    return reader.fields[name].contents()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "architecture"),
+    [
+        *[(family, {}, "qwen3" if family.startswith("qwen3") else "llama") for family in FAMILIES],
+        ("qwen2-gqa-tied", {"head_dim": 10}, "qwen2"),
+        ("qwen3-gqa", {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}, "qwen3"),
+    ],
+)
+def test_every_weight_comes_back_bit_for_bit(
+    make_model: Any, family: str, changes: dict[str, Any], architecture: str
+) -> None:
+    folder, model = make_model(family, **changes)
+    reader, said = write(folder)
+    config = model.config
+    head_dim = config.head_dim
+    weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    read = {}
+    for tensor in reader.tensors:
+        name = transformers_name(tensor.name)
+        turned = architecture == "llama" and re.search(r"attn_[qk]\.", tensor.name)
+        read[name] = halves(tensor.data, head_dim) if turned else tensor.data
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        assert list(tensor.shape) == list(reversed(weights[name].shape))
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(read[name], weight, err_msg=name)
+    assert field(reader, "general.architecture") == architecture
+    wanted = {
+        "context_length": 256,
+        "embedding_length": config.hidden_size,
+        "block_count": 2,
+        "feed_forward_length": 52,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": 10000.0,
+        "vocab_size": 300,
+    }
+    assert {key: field(reader, f"{architecture}.{key}") for key in wanted} == wanted
+    assert field(reader, f"{architecture}.attention.layer_norm_rms_epsilon") == pytest.approx(config.rms_norm_eps)
+    assert field(reader, "tokenizer.ggml.tokens")[0] == "<|endoftext|>"
+    assert all("llama.cpp" in note or "transformers" in note for note in said)
+
+
+def test_pairs_are_undone_by_halves() -> None:
+    weight = torch.randn(3 * 10, 4)
+    assert not torch.equal(paired(weight, 3), weight)
+    np.testing.assert_array_equal(halves(paired(weight, 3).numpy(), 10), weight.numpy())
+
+
+# Half a step of the coarsest block, as a share of the largest value in it (Q4_0 and Q5_0 clip one end: a whole step).
+BOUNDS = {
+    "f16": 2**-11,
+    "bf16": 2**-8,
+    "q8_0": 0.5 / 127,
+    "q5_1": 1 / 31,
+    "q5_0": 1 / 16,
+    "q4_1": 1 / 15,
+    "q4_0": 1 / 8,
+}
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_quantised_values_stay_within_half_a_step(make_model: Any, kind: str) -> None:
+    folder, model = make_model("llama-gqa", hidden_size=64, intermediate_size=96, head_dim=32)
+    reader, said = write(folder, kind)
+    assert not said
+    asked = gguf.GGMLQuantizationType[kind.upper()]
+    weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    quantised = 0
+    for tensor in reader.tensors:
+        weight = weights[transformers_name(tensor.name)]
+        if weight.ndim == 1:
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+            continue
+        is_head = tensor.name == "output.weight"
+        at_head = gguf.GGMLQuantizationType.Q8_0 if kind.startswith("q") else asked
+        assert tensor.tensor_type == (at_head if is_head else asked)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
+        if re.search(r"attn_[qk]\.", tensor.name):
+            values = halves(values, 32)
+        blocks, want = values.reshape(-1, 32), weight.reshape(-1, 32)
+        largest = np.abs(want).max(axis=1, keepdims=True)
+        bound = BOUNDS["q8_0" if is_head and kind.startswith("q") else kind] + 2**-10  # the scale itself is an f16
+        assert (np.abs(blocks - want) <= bound * largest).all(), tensor.name
+        assert kind == "f16" or not np.array_equal(blocks, want)
+        quantised += 1
+    assert quantised == 2 * 7 + 2
+    assert field(reader, "general.quantization_version") == 2
+    assert field(reader, "general.file_type") == int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+
+
+def test_rows_that_do_not_fit_become_f16_and_are_named(make_model: Any) -> None:
+    folder, _ = make_model("llama-mha-tied", hidden_size=40, intermediate_size=64, head_dim=8)
+    reader, said = write(folder, "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["token_embd.weight"] == types["blk.0.ffn_up.weight"] == "F16"
+    assert types["blk.0.ffn_down.weight"] == types["blk.1.attn_output.weight"] == "Q8_0"
+    assert len(said) == 1
+    assert "hidden size 40 is no multiple of 32" in said[0]
+    assert "prune.align=32" in said[0]
+
+
+def test_a_k_quant_leaves_the_f16_file_and_the_command(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama-gqa", hidden_size=256, intermediate_size=96, head_dim=64, num_attention_heads=4)
+    reader, said = write(folder, "q4_k_m", out=tmp_path / "it-f16.gguf")
+    assert field(reader, "general.file_type") == int(gguf.LlamaFileType.MOSTLY_F16)
+    assert len(said) == 2
+    assert said[0].startswith("FFN width 96 is no multiple of 256")
+    assert "prune.align=256" in said[0]
+    assert said[1].endswith(f"llama-quantize {tmp_path}/it-f16.gguf {tmp_path}/it-q4_k_m.gguf Q4_K_M")
+
+
+def test_llama3_scaling_divides_the_frequencies_that_transformers_uses(make_model: Any) -> None:
+    folder, model = make_model("llama-gqa", head_dim=32, rope_parameters=LLAMA3)
+    reader, _ = write(folder)
+    factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    plain = 1.0 / 5000.0 ** (np.arange(0, 32, 2) / 32)
+    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
+    assert factors.min() == 1.0
+    assert factors.max() == pytest.approx(8.0)
+
+
+def test_other_scaling_is_refused(make_model: Any) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    folder, _ = make_model("llama-gqa", rope_parameters=yarn)
+    with pytest.raises(UsageError, match=r"'yarn'.*--to hf"):
+        write(folder)
+    folder, model = make_model("qwen2-gqa-tied", head_dim=10, rope_parameters=LLAMA3)
+    with pytest.raises(UsageError, match="llama3"):
+        rope_factors(model.config, "qwen2")
+
+
+def test_a_sliding_window_bounds_the_context(make_model: Any) -> None:
+    folder, _ = make_model("mistral-gqa-tied", sliding_window=128)
+    reader, said = write(folder)
+    assert field(reader, "llama.context_length") == 128
+    assert any("sliding window of 128" in note for note in said)
+
+
+def test_metadata_says_what_it_was_made_from(finished_run: Path, tmp_path: Path) -> None:
+    reader, _ = write(finished_run, "f16", out=tmp_path / "x" / "m.gguf", licence="apache-2.0")
+    assert field(reader, "general.name").startswith("source, pruned to ")
+    assert field(reader, "general.license") == "apache-2.0"
+    assert field(reader, "general.base_model.0.name") == "source"
+    assert field(reader, "general.tags") == ["efficientllm", "pruned"]
+    assert "pruned while it kept training, from source" in field(reader, "general.description")
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "license: apache-2.0" in card
+    assert str(tmp_path) not in card
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "m.gguf"]
+
+
+def test_a_readme_of_somebody_else_stays(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama-gqa")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "README.md").write_text("# My project\n")
+    _, said = write(folder, out=tmp_path / "x" / "m.gguf")
+    assert (tmp_path / "x" / "README.md").read_text() == "# My project\n"
+    assert any("left as it is" in note for note in said)
+
+
+def lacking(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def misshapen(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+
+
+def diverged(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def sharded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def of_another_kind(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+
+def foreign_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.extra.weight": torch.ones(3)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lacking, r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"),
+        (misshapen, r"has shape \[52, 40\], but its config.json asks for \[50, 40\]"),
+        (diverged, "model.norm.weight holds values that are not finite"),
+        (sharded, "lacks model-00002-of-00002.safetensors"),
+        (of_another_kind, "models of type 'gpt2' cannot be exported; this writes llama, mistral, qwen2, qwen3"),
+        (foreign_weight, "holds the weight model.extra.weight, which a llama model does not have"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "is damaged"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load a tokenizer"),
+    ],
+)
+def test_damaged_folders_get_one_sentence_and_leave_no_file(
+    make_model: Any, tmp_path: Path, damage: Any, sentence: str
+) -> None:
+    folder, _ = make_model("llama-gqa")
+    damage(folder)
+    with pytest.raises(UsageError, match=sentence) as raised:
+        write(folder, out=tmp_path / "x" / "m.gguf")
+    assert "\n" not in str(raised.value)
+    assert not [path for path in tmp_path.rglob("*gguf*") if path.is_file()]
+
+
+def test_values_beyond_f16_are_named(make_model: Any) -> None:
+    folder, _ = make_model("llama-gqa")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"up_proj.weight holds values beyond the range of f16; choose --type bf16"):
+        write(folder, "f16")
+
+
+@contextmanager
+def small_disk(most: int) -> Iterator[None]:
+    """No file of this process may grow beyond `most` bytes: writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_was_there(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = make_model("llama-gqa")
+    write(folder, out=tmp_path / "x" / "m.gguf")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    with small_disk(60_000), pytest.raises(UsageError, match="free disk space or choose another place with --out"):
+        write(folder, out=tmp_path / "x" / "m.gguf", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    with pytest.raises(UsageError, match=r"exists already; .*--overwrite"):
+        write(folder, out=tmp_path / "x" / "m.gguf")
+    with pytest.raises(UsageError, match="is a folder; name a file"):
+        write(folder, out=tmp_path / "x")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UsageError, match=r"0.00 GB are free"):
+        write(folder, out=tmp_path / "y" / "m.gguf")
+
+
+def test_an_unknown_type_lists_the_known_ones(make_model: Any) -> None:
+    folder, _ = make_model("llama-gqa")
+    with pytest.raises(UsageError, match=r"no type q9_0; written are f32, f16, .*q4_k_m"):
+        write(folder, "q9_0")
