@@ -51,6 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "curve linear": {"curve": "linear"},
     "curve exponential": {"curve": "exponential"},
     "low rate while pruning": {"lr": 0.1},
+    "depth as a fourth type": {"types": ["attention", "ffn", "stem", "depth"]},
     **{f"criterion {name}": {"saliency": name} for name in CRITERIA if name != "taylor-element"},
 }
 

@@ -158,7 +158,7 @@ class RunConfig(Section):
     keep: Count = Field(default=2, description="Checkpoints that are kept")
     validate_every: Interval = Field(default=Position(0.05), description="Stretch between two validations")
     validation_tokens: Count | None = Field(
-        default=None, description="Tokens of one validation; null: the whole validation split"
+        default=262_144, description="Tokens of one validation, spread over the split; null: the whole split"
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics")
 
