@@ -32,10 +32,13 @@ def records(world: World, name: str, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", list(CRITERIA))
 def test_every_criterion_prunes_all_types_in_the_loop(world: World, name: str) -> None:
-    assert call("prune", world.write(f"by-{name}", prune={"saliency": name}, train={"tokens": 12 * 256})) == 0
+    widths = {"hidden": 36, "heads": 1, "kv_heads": 1, "intermediate": 40}
+    path = world.write(f"by-{name}", prune={"saliency": name, "target": widths}, train={"tokens": 12 * 256})
+    assert call("prune", path) == 0
     events = records(world, f"by-{name}", "events")
-    assert {event["type"] for event in events} >= {"ffn", "stem"}
+    assert {event["type"] for event in events} == {"attention", "attention_query", "ffn", "stem"}
     assert all(event["saliency"] >= 0 for event in events)
+    assert len(events) == 1 + 1 + (52 - 40) + (40 - 36)
 
 
 @pytest.mark.parametrize("correction", ["none", "second-order"])
