@@ -24,10 +24,13 @@ ALLOWED = {
     "jobs": {
         "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
     },
+    "comparison": {
+        "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
+    },
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
-    "cli": {"errors", "config", "jobs", "demo", "export", "pruning", "reporting", ""},
+    "cli": {"errors", "config", "jobs", "comparison", "demo", "export", "pruning", "reporting", ""},
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},
 }  # fmt: skip

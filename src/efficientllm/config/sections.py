@@ -177,6 +177,9 @@ class Recipe(Section):
     resume: Text | None = Field(
         default=None, description="Snapshot of a ladder to go on from: its weights, moments and place in the run"
     )
+    source_tokens: Count | None = Field(
+        default=None, description="Tokens that the source was pretrained on; `compare --budget pipeline` counts them"
+    )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model or data set")
     data: DataConfig = Field(description="The corpus")
     train: TrainConfig = Field(description="The training loop")

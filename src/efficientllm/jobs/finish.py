@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -88,11 +90,20 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),
+        "peak_memory_bytes": peak_memory(job.device),
         "efficientllm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "recipe": dump_recipe(job.recipe),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the GPU's memory where it trains there, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def result_line(summary: dict[str, Any]) -> str:

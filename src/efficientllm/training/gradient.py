@@ -48,6 +48,16 @@ def summed_loss(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), next_tokens(rows).flatten(), reduction="sum")
 
 
+@torch.no_grad()
+def row_losses(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
+    """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,)."""
+    with precision.context():
+        logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
+    labels = next_tokens(rows)
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return losses.view(rows.shape).sum(dim=1) / (rows.shape[1] - 1)
+
+
 def predicted_tokens(rows: Tensor) -> int:
     """Tokens of (rows, length) that have a predecessor in their row."""
     return rows.shape[0] * (rows.shape[1] - 1)

@@ -1,0 +1,1 @@
+"""Equal-budget comparison of the loop with its rivals: arms, budgets, runs, statistics, the page."""

@@ -1,0 +1,39 @@
+"""Runs a comparison and writes what came of it: results.json, comparison.md, learning curves as PNG and SVG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from efficientllm.comparison.compare import Comparison, run_comparison
+from efficientllm.comparison.page import page
+from efficientllm.comparison.results import collect
+from efficientllm.reporting.comparison_plot import plot_comparison
+from efficientllm.reporting.journal import without_nonfinite, write_atomically
+
+
+def compare_and_report(comparison: Comparison, say: Callable[[str], None]) -> Path:
+    """The path of the page. What is finished in the folder is not run again."""
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    results = collect(comparison, run_comparison(comparison, say))
+    return write_report(results, comparison.folder)
+
+
+def write_report(results: Mapping[str, Any], folder: Path) -> Path:
+    write_atomically(folder / "results.json", (json.dumps(without_nonfinite(results), indent=1) + "\n").encode())
+    pictures = {}
+    for budget, arms in results["budgets"].items():
+        runs = {
+            name: [Path(run["path"]).parent for run in arm["runs"].values()]
+            for name, arm in arms.items()
+            if arm["runs"]
+        }
+        title = f"Learning curves, budget: {budget}"
+        for kind in ("png", "svg"):
+            plot_comparison(runs, folder / f"curves-{budget}.{kind}", title=title)
+        pictures[title] = f"curves-{budget}.png"
+    out = folder / "comparison.md"
+    write_atomically(out, page(results, pictures).encode())
+    return out

@@ -1,0 +1,133 @@
+"""From runs to figures: results.json, everything that the page and the plots show."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from efficientllm import __version__
+from efficientllm.comparison.compare import ArmResult, Comparison
+from efficientllm.comparison.runner import Outcome
+from efficientllm.comparison.statistics import Interval, over_seeds, over_windows
+from efficientllm.comparison.structure import kept_units, overlaps
+from efficientllm.config import dump_recipe
+from efficientllm.pruning.groups import Widths
+from efficientllm.reporting.journal import read_journal
+
+LN2 = math.log(2)
+
+
+def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult]]) -> dict[str, Any]:
+    """One JSON object: settings, source, budget -> arm -> figures, structure of the loops."""
+    loop = results["tokens"]["loop"]
+    source = next(iter(loop.runs.values())).summary
+    assert source is not None
+    return {
+        "settings": {
+            "recipe": dump_recipe(comparison.recipe),
+            "arms": [arm.name for arm in comparison.arms],
+            "seeds": list(comparison.seeds),
+            "budgets": list(comparison.budgets),
+            "lr_grid": list(comparison.grid),
+            "efficientllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "source": source["source"],
+        "budgets": {
+            budget: {name: arm_figures(arm, arms["loop"]) for name, arm in arms.items()}
+            for budget, arms in results.items()
+        },
+        "structure": {
+            name: figures
+            for name, arm in results["tokens"].items()
+            if arm.arm.prunes and len(arm.runs) > 1 and (figures := structure(arm))
+        },
+    }
+
+
+def arm_figures(result: ArmResult, loop: ArmResult) -> dict[str, Any]:
+    """All seeds of one arm under one budget; the difference to the loop is left out where it has no interval."""
+    runs = {seed: run_figures(outcome) for seed, outcome in sorted(result.runs.items())}
+    difference = None if result is loop else difference_to(result, loop)
+    return {
+        "lr": result.rate,
+        "losses_by_lr": {f"{lr:g}": loss for lr, loss in result.rates.items()},
+        "problem": result.problem,
+        "runs": runs,
+        "mean": {
+            name: _mean(runs.values(), name) for name in ("loss", "bits_per_byte", "perplexity", "flops", "tokens")
+        },
+        "spread": _spread([run["loss"] for run in runs.values()]),
+        "difference": None if difference is None else asdict(difference) | {"resolved": difference.resolved},
+    }
+
+
+def run_figures(outcome: Outcome) -> dict[str, Any]:
+    """loss: nats per token, mean over the validation windows. bits_per_byte: of the windows' text."""
+    summary, windows = outcome.summary, outcome.windows
+    assert summary is not None
+    assert windows is not None
+    loss = statistics.fmean(windows["losses"])
+    total = loss * len(windows["losses"]) * windows["tokens"]
+    return {
+        "loss": loss,
+        "bits_per_byte": total / LN2 / windows["bytes"],
+        "perplexity": math.exp(min(loss, 700.0)),
+        "parameters": summary["result"]["parameters"],
+        "widths": summary["result"]["widths"],
+        "tokens": summary["tokens"],
+        "flops": summary["flops"],
+        "seconds": summary["seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "path": summary["result"]["path"],
+    }
+
+
+def difference_to(result: ArmResult, loop: ArmResult) -> Interval | None:
+    """Loss minus the loop's, paired by seed; with one seed, paired by validation window; None without a pair."""
+    seeds = sorted(result.runs.keys() & loop.runs.keys())
+    pairs = [(_windows(result.runs[seed]), _windows(loop.runs[seed])) for seed in seeds]
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        return over_windows(*pairs[0])
+    own, other = zip(*((statistics.fmean(a), statistics.fmean(b)) for a, b in pairs), strict=True)
+    return over_seeds(own, other)
+
+
+def structure(result: ArmResult) -> dict[str, Any]:
+    """Overlap of the units that each seed kept, by type; each seed's widths and loss."""
+    kept, source = [], None
+    for outcome in result.runs.values():
+        assert outcome.summary is not None
+        folder = Path(outcome.summary["result"]["path"]).parent
+        source = Widths(**outcome.summary["source"]["widths"])
+        journals = (read_journal(folder / f"{name}.jsonl") for name in ("events", "compactions"))
+        kept.append(kept_units(source, *journals))
+    assert source is not None
+    return {name: asdict(overlap) for name, overlap in overlaps(kept, source).items()}
+
+
+def _windows(outcome: Outcome) -> list[float]:
+    assert outcome.windows is not None
+    return list(outcome.windows["losses"])
+
+
+def _mean(runs: Any, name: str) -> float | None:
+    values = [run[name] for run in runs]
+    return statistics.fmean(values) if values else None
+
+
+def _spread(losses: Sequence[float]) -> float | None:
+    """Sample standard deviation over seeds."""
+    return statistics.stdev(losses) if len(losses) > 1 else None

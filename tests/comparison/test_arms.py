@@ -1,0 +1,80 @@
+"""Arms: their names, their recipes, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import World
+from efficientllm.comparison.arms import DEFAULT_ARMS, arm_recipe, parse_arm, parse_arms, proportional_widths
+from efficientllm.config import Recipe, WidthTarget
+from efficientllm.errors import UsageError
+from efficientllm.models.loading import load_config
+from efficientllm.models.space import space_of
+
+LOOP = {
+    "result": {
+        "path": "",
+        "parameters": 12_000,
+        "widths": {"layers": 2, "hidden": 30, "heads": 2, "kv_heads": 1, "intermediate": 33},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*DEFAULT_ARMS, "iterative", "one-shot:wanda@loop+second-order+distill", "loop:fisher"]
+)
+def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
+    recipe = Recipe.model_validate(world.recipe("base", prune={"correction": "second-order", "correction_tokens": 64}))
+    space = space_of(load_config(recipe.source))
+    loop = {"result": LOOP["result"] | {"path": recipe.source}}
+    arm = parse_arm(name)
+    made = arm_recipe(arm, recipe, space, seed=5, lr=3e-3, tokens=512, folder="x/y", loop=loop)
+    assert (made.train.seed, made.train.lr, made.train.tokens, made.run.dir) == (5, 3e-3, 512, "x/y")
+    assert (made.distill is not None) == ("distill" in name)
+    assert made.data == recipe.data
+    if not arm.prunes:
+        assert made.prune is None
+        assert made.init == ("random" if arm.base == "scratch" else "pretrained")
+        return
+    assert made.prune is not None
+    assert made.prune.correction == ("second-order" if "second-order" in name else "none")
+    assert made.prune.mode == ("loop" if arm.base == "fixed" else arm.base)
+    assert isinstance(made.prune.target, WidthTarget) == arm.needs_loop
+    if arm.loops_shape:
+        assert made.prune.target.hidden == 30
+    if arm.criterion:
+        assert made.prune.saliency == arm.criterion
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("lop", "did you mean loop"),
+        ("one-shot+destill", "did you mean"),
+        ("one-shot:wand", "did you mean 'wanda'"),
+        ("dense+second-order", "prunes nothing"),
+        ("fixed@loop", "two shapes"),
+        ("loop+distill+distill", "twice"),
+    ],
+)
+def test_unknown_arms_are_refused(name: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        parse_arm(name)
+
+
+def test_the_loop_is_always_there() -> None:
+    assert [arm.name for arm in parse_arms(["dense"])] == ["loop", "dense"]
+    with pytest.raises(UsageError, match="'dense' is asked for twice"):
+        parse_arms(["dense", "dense"])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_proportional_widths_fill_the_budget(world: World, share: float) -> None:
+    space = space_of(load_config(str(world.folder / "source")))
+    budget = int(share * space.num_params())
+    widths = proportional_widths(space, budget)
+    assert space.num_params(widths) <= budget
+    assert widths.queries_per_kv == space.widths.queries_per_kv
+    assert widths.intermediate == pytest.approx(space.widths.intermediate * widths.hidden / space.widths.hidden, abs=1)
+    with pytest.raises(UsageError, match="raise the target"):
+        proportional_widths(space, 10)

@@ -1,0 +1,121 @@
+"""The command from end to end on a tiny world: arms, seeds, budgets, the page; again without running anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from conftest import World, tiny_model
+from efficientllm.cli import main
+from efficientllm.comparison import runner, worker
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Workers without a process of their own, which would import torch for seconds each; the recipes they ran."""
+    ran: list[str] = []
+
+    def work(self: object, argv: Sequence[str], environment: object) -> int:
+        ran.append(argv[-1])
+        return worker.main(Path(argv[-1]))
+
+    monkeypatch.setattr(runner._Children, "call", work)
+    monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)  # signals of a run want the main thread
+    return ran
+
+
+class Inline:
+    def __init__(self, max_workers: int) -> None:
+        self.map = map
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[str]) -> None:
+    out = world.folder / "comparison"
+    path = world.write("compared", prune={"correction": "none"})
+    arms = "one-shot:wanda@loop,scratch+distill,dense"
+    options = ("--arms", arms, "--seeds", "3,4", "--budget", "flops", "--lr-grid", "0.5,1", "--out", out)
+    assert call("compare", path, *options) == 0
+    results = json.loads((out / "results.json").read_text())
+    equal, flops = results["budgets"]["tokens"], results["budgets"]["flops"]
+    assert list(equal) == ["loop", *arms.split(",")]
+    for arm in equal.values():
+        assert {run["tokens"] for run in arm["runs"].values()} == {24 * 256}
+        assert set(arm["losses_by_lr"]) == {"0.005", "0.01"}
+    for name, arm in flops.items():
+        for seed, run in arm["runs"].items():
+            budget = equal["loop"]["runs"][seed]["flops"]
+            assert run["flops"] == pytest.approx(budget, rel=0.06)  # one batch of 24 is 4 %
+            assert (run["tokens"] > 24 * 256) == (equal[name]["runs"][seed]["flops"] < 0.96 * budget)
+    shape = {seed: run["widths"] for seed, run in equal["loop"]["runs"].items()}
+    for name in ("one-shot:wanda@loop", "scratch+distill"):
+        assert {seed: run["widths"] for seed, run in equal[name]["runs"].items()} == shape
+    for name, arm in equal.items():
+        assert (arm["difference"] is None) == (name == "loop")
+    assert equal["dense"]["difference"]["over"] == "seeds"
+    assert set(results["structure"]) == {"loop", "one-shot:wanda@loop"}
+    page = (out / "comparison.md").read_text()
+    assert "| one-shot:wanda@loop |" in page
+    assert (out / "curves-flops.svg").stat().st_size > 5_000
+    ran = len(in_process)
+    assert call("compare", path, *options) == 0  # finished runs are only read
+    assert len(in_process) == 2 * ran
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_an_arm_that_fails_leaves_the_others(
+    world: World, in_process: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = world.folder / "failing"
+    tiny_model("llama-gqa").save_pretrained(world.folder / "foreign")
+    teacher = {"teacher": str(world.folder / "foreign")}
+    path = world.write("failing-compared", prune={"correction": "none"}, distill=teacher)
+    options = ("--seeds", "1", "--lr-grid", "1", "--out", out)
+    assert call("compare", path, "--arms", "loop+distill,dense", *options) == 0
+    arms = json.loads((out / "results.json").read_text())["budgets"]["tokens"]
+    assert "has another vocabulary" in arms["loop+distill"]["problem"]
+    assert not arms["loop+distill"]["runs"]
+    assert arms["dense"]["difference"]["over"] == "windows"
+    assert "`loop+distill` is incomplete" in (out / "comparison.md").read_text()
+
+
+def test_a_run_has_a_process_of_its_own(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    path = world.write("alone", prune={"correction": "none"}, train={"tokens": 6 * 256})
+    out = world.folder / "alone"
+    assert call("compare", path, "--arms", "loop", "--seeds", "1", "--lr-grid", "1", "--out", out) == 0
+    assert capfd.readouterr().out.strip() == str(out / "comparison.md")
+    run = json.loads((out / "results.json").read_text())["budgets"]["tokens"]["loop"]["runs"]["0"]
+    assert run["peak_memory_bytes"] > 10e6
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--arms", "lopo"], "'lopo' is no arm"),
+        (["--seeds", "1,2,1"], "seed 1 is given twice"),
+        (["--seeds", "x"], "neither a count"),
+        (["--budget", "hours"], "'hours' is no budget"),
+        (["--budget", "pipeline"], "set source_tokens"),
+        (["--lr-grid", "1,a"], "'a' is no number"),
+        (["--lr-grid", "1,-1"], "positive multiples"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(
+    world: World, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("compare", world.write("refused"), *options) == 2
+    assert sentence in capsys.readouterr().err

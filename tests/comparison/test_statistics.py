@@ -1,0 +1,44 @@
+"""Intervals against what a textbook gives, overlap by chance against enumeration."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efficientllm.comparison.statistics import chance_jaccard, jaccard, over_seeds, over_windows
+
+
+def test_paired_interval_over_seeds() -> None:
+    interval = over_seeds([3.1, 3.4, 3.2], [3.0, 3.2, 3.1])  # differences 0.1, 0.2, 0.1
+    half = 4.303 * (0.1 / math.sqrt(3)) / math.sqrt(3)
+    assert interval.mean == pytest.approx(0.4 / 3)
+    assert (interval.low, interval.high) == pytest.approx((0.4 / 3 - half, 0.4 / 3 + half))
+    assert not interval.resolved
+    assert over_seeds([1.10, 1.11, 1.09, 1.10], [1.0, 1.0, 1.0, 1.0]).resolved
+    with pytest.raises(ValueError, match="at least two"):
+        over_seeds([1.0], [1.0])
+
+
+def test_bootstrap_over_windows_is_as_wide_as_the_normal_interval() -> None:
+    draw = random.Random(3)
+    own = [draw.gauss(3.0, 0.5) for _ in range(800)]
+    other = [value - draw.gauss(0.05, 0.2) for value in own]  # much in common: pairing must take it out
+    interval = over_windows(own, other)
+    differences = [a - b for a, b in zip(own, other, strict=True)]
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(800)
+    assert interval.mean == pytest.approx(statistics.fmean(differences))
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.15)
+
+
+@given(st.integers(1, 7), st.data())
+def test_chance_jaccard_equals_enumeration(total: int, data: st.DataObject) -> None:
+    first, second = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
+    a = frozenset(range(first))
+    want = statistics.fmean(jaccard([a, frozenset(b)]) for b in combinations(range(total), second))
+    assert chance_jaccard(first, second, total) == pytest.approx(want)
