@@ -18,7 +18,7 @@ ALLOWED = {
     "config": {"errors", "sizes"},
     "training": {"errors", "config", "models", "pruning"},
     "checkpoint": {"errors", "models", "training", ""},
-    "evaluation": {"models", "pruning", "training"},
+    "evaluation": {"errors", "models", "pruning", "training"},
     "reporting": {"errors", "sizes", "pruning"},
     "export": {"errors", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {
@@ -30,7 +30,9 @@ ALLOWED = {
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
-    "cli": {"errors", "config", "jobs", "comparison", "demo", "export", "pruning", "reporting", ""},
+    "cli": {
+        "errors", "config", "models", "pruning", "evaluation", "reporting", "export", "jobs", "comparison", "demo", "",
+    },
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},
 }  # fmt: skip

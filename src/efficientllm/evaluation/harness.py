@@ -1,0 +1,123 @@
+"""Zero-shot evaluation by lm-evaluation-harness, one task after another, several models on the same requests."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efficientllm.errors import UsageError
+from efficientllm.evaluation.offline import local_data
+from efficientllm.evaluation.tasks import TASKS, common_sense_mean
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """tasks: harness names, groups too. limit: records of a task (of each subtask). batch_size: a number or auto."""
+
+    tasks: Sequence[str] = tuple(TASKS)
+    limit: int | None = None
+    batch_size: int | str = "auto"
+    data_dir: Path | None = None
+
+
+def check_tasks(request: EvalRequest) -> Any:
+    """The harness's task manager. Raises UsageError for a task that it does not have, naming the nearest."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError('evaluation needs lm-evaluation-harness: pip install "efficientllm[eval]"') from error
+    manager = TaskManager()
+    for task in request.tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, [*TASKS, *manager.all_tasks], n=1, cutoff=0.0)[0]
+            raise UsageError(f"'{task}' is no task of lm-evaluation-harness: did you mean {near}?")
+    return manager
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, manager: Any, say: Say
+) -> dict[str, Any]:
+    """results: task -> {"acc,none": ..., "acc_norm,none": ..., standard errors}, as the harness writes them.
+    problems: task -> why it was left out. versions: of harness and tasks."""
+    from lm_eval.models.huggingface import HFLM
+
+    quiet = logging.getLogger("lm_eval")
+    quiet.setLevel(logging.ERROR)
+    limits: dict[str, Any] = {"batch_size": request.batch_size, "device": str(model.device)}
+    with redirect_stdout(sys.stderr):
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, **limits)
+    found: dict[str, Any] = {
+        "results": {}, "problems": {}, "versions": {}, "records": {}, "harness": version("lm_eval"),
+        "limit": request.limit, "data": "local" if request.data_dir else "hub", "num_fewshot": 0,
+    }  # fmt: skip
+    with local_data(request.data_dir):
+        for task in request.tasks:
+            try:
+                output = _evaluate_task(runner, task, request, manager)
+            except (UsageError, ConnectionError, FileNotFoundError, OSError) as error:
+                found["problems"][task] = _sentence(error, request)
+                say(f"{task} is left out: {found['problems'][task]}")
+                continue
+            found["results"][task] = _plain(output["results"][task])
+            found["versions"][task] = output["versions"].get(task)
+            found["records"][task] = sum(
+                count["effective"] for name, count in output["n-samples"].items() if _belongs(name, task, output)
+            )
+            say(f"{task}: {found['records'][task]:,} records, {describe(found['results'][task])}")
+    found["mean"] = common_sense_mean({task: accuracy(values)[0] for task, values in found["results"].items()})
+    return found
+
+
+def _evaluate_task(runner: Any, task: str, request: EvalRequest, manager: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+
+    with torch.no_grad(), redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
+        output: dict[str, Any] = simple_evaluate(
+            model=runner,
+            tasks=[task],
+            num_fewshot=0,
+            limit=request.limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    return output
+
+
+def _belongs(name: str, task: str, output: dict[str, Any]) -> bool:
+    """Whether a leaf task is (part of) the one asked for: each call asks for one, so all of its leaves are."""
+    return name == task or name not in output.get("group_subtasks", {}) or not output["group_subtasks"][name]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float) and "," in key}
+
+
+def _sentence(error: Exception, request: EvalRequest) -> str:
+    if isinstance(error, UsageError):
+        return str(error)
+    first = str(error).strip().split("\n")[0][:200]
+    return f"its data cannot be had ({first}); give --data-dir with local records, or leave the task out"
+
+
+def accuracy(values: dict[str, float]) -> tuple[float, str, float | None]:
+    """Accuracy in [0, 1], normalised by length where the harness reports that; the metric's name; standard error."""
+    metric = "acc_norm" if "acc_norm,none" in values else "acc"
+    return values[f"{metric},none"], metric, values.get(f"{metric}_stderr,none")
+
+
+def describe(values: dict[str, float]) -> str:
+    value, metric, error = accuracy(values)
+    return f"{metric} {value:.2%}" + ("" if error is None or error != error else f" +- {error:.2%}")

@@ -1,0 +1,175 @@
+"""Evaluation by the harness on local records: its own prompts and gold labels, its figures, what is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import World
+from efficientllm.cli import main
+from efficientllm.errors import UsageError
+from efficientllm.evaluation.offline import local_data, local_dataset
+from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
+
+lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
+
+ARC = {"question": "What do pruned models do?", "answerKey": "B"}
+ARC |= {"choices": {"text": ["sleep", "learn", "vanish"], "label": ["A", "B", "C"]}}
+OBQA = {"question_stem": "A small model is", "answerKey": "A"}
+OBQA |= {"choices": {"text": ["fast", "slow", "loud", "blue"], "label": ["A", "B", "C", "D"]}}
+# hub id/config/split -> a record; what the harness is to make of it: prompt, choices, gold.
+RECORDS: dict[str, tuple[str, dict[str, Any], str, list[str], int | str]] = {
+    "arc_easy": ("allenai/ai2_arc/ARC-Easy/test", ARC, "Question: What do pruned models do?\nAnswer:", [" learn"], 1),
+    "arc_challenge": (
+        "allenai/ai2_arc/ARC-Challenge/test", ARC, "Question: What do pruned models do?\nAnswer:", [" vanish"], 1,
+    ),
+    "openbookqa": ("allenai/openbookqa/main/test", OBQA, "A small model is", [" fast", " blue"], 0),
+    "boolq": (
+        "aps/super_glue/boolq/validation",
+        {"question": "is it small", "passage": "It is.", "idx": 0, "label": 1},
+        "It is.\nQuestion: is it small?\nAnswer:", [" no", " yes"], 1,
+    ),
+    "hellaswag": (
+        "Rowan/hellaswag/default/validation",
+        {"ind": 0, "activity_label": "Pruning", "ctx_a": "A gardener cuts.", "ctx_b": "she",
+         "ctx": "A gardener cuts. she", "endings": ["a", "b", "c", "rests."], "label": "3"},
+        "Pruning: A gardener cuts. She", [" rests."], 3,
+    ),
+    "piqa": (
+        "baber/piqa/default/validation",
+        {"goal": "To prune", "sol1": "cut", "sol2": "paint", "label": 0},
+        "Question: To prune\nAnswer:", [" cut", " paint"], 0,
+    ),
+    "winogrande": (
+        "allenai/winogrande/winogrande_xl/validation",
+        {"sentence": "Ann beat Eve because _ trained.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+        "Ann beat Eve because Ann", [" trained."], "trained.",  # the options stand in the context
+    ),
+    "mmlu_anatomy": (
+        "cais/mmlu/all/test",
+        {"question": "Which is a bone?", "subject": "anatomy", "answer": 0,
+         "choices": ["femur", "iris", "skin", "lung"]},
+        "Which is a bone?\nA. femur\nB. iris\nC. skin\nD. lung\nAnswer:", [" A", " D"], 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("records")
+    for path, record, *_ in RECORDS.values():
+        file = root / f"{path}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        other = record | {"subject": "virology"} if "subject" in record else record
+        file.write_text("".join(json.dumps(each) + "\n" for each in ([record] * 3 + [other])))
+    return root
+
+
+@cache
+def task_manager() -> Any:
+    """Made once: it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def requests_of(task: str) -> tuple[list[tuple[str, str]], list[Any]]:
+    """(context, continuation) of every request of the first record, and the gold labels of all."""
+    loaded: Mapping[str, Any] = task_manager().load([task])["tasks"]
+    made = loaded[task]
+    made.set_config("num_fewshot", 0)
+    made.build_all_requests(rank=0, world_size=1)
+    gold = [made.doc_to_target(doc) for doc in made.eval_docs]
+    return [each.args for each in made.instances], gold
+
+
+@pytest.mark.parametrize("task", list(RECORDS))
+def test_prompts_and_gold_labels_are_the_harness_own(task: str, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, prompt, continuations, gold = RECORDS[task]
+    with local_data(records):
+        ours = requests_of(task)
+    assert any(context.endswith(prompt) for context, _ in ours[0])
+    for continuation in continuations:
+        assert any(text == continuation for _, text in ours[0])
+    assert {str(label) for label in ours[1]} == {str(gold)}
+    assert len(ours[1]) == (3 if task == "mmlu_anatomy" else 4)  # one record is of another subject
+
+    import datasets
+
+    hub_id, split = path.rsplit("/", 2)[0], path.rsplit("/", 1)[1]
+
+    def load_dataset(path: str, name: str | None = None, **kwargs: object) -> datasets.DatasetDict:
+        assert path == hub_id
+        whole = local_dataset(records, path, name)
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test", "dev"), whole[split]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert requests_of(task) == ours
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+def test_models_are_measured_and_missing_data_is_said(
+    world: World, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(world.folder / "source")
+    options = ("--data-dir", records, "--batch-size", "2", "--device", "cpu", "--json", tmp_path / "out.json")
+    assert call("eval", source, "--tasks", "boolq,openbookqa,copa", *options) == 2
+    streams = capsys.readouterr()
+    assert "copa is left out" in streams.err
+    table = streams.out.splitlines()
+    assert table[0] == "| model | BoolQ | OBQA | copa | Avg of 7 |"
+    assert "boolq v2.0" in streams.out
+    found = json.loads((tmp_path / "out.json").read_text())[source]
+    assert found["records"] == {"boolq": 4, "openbookqa": 4}
+    assert found["results"]["boolq"]["acc,none"] in (0.0, 1.0)  # four times the same record
+    assert any(line.startswith("| paper: SmolLM-135M") for line in table)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--tasks", "hellaswagg"], "did you mean hellaswag?"),
+        (["--batch-size", "0"], "neither auto nor a positive number"),
+        (["--tasks", "piqa", "--data-dir", "/nowhere"], "is no folder"),
+    ],
+)
+def test_bad_requests(world: World, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("eval", world.folder / "source", *argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_model_without_tokenizer_is_refused_first(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import tiny_model
+
+    tiny_model("llama-gqa").save_pretrained(tmp_path)
+    assert call("eval", world.folder / "source", tmp_path, "--tasks", "boolq") == 2
+    assert "cannot load a tokenizer" in capsys.readouterr().err
+
+
+def test_damaged_records_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a/b/default").mkdir(parents=True)
+    (tmp_path / "a/b/default/test.jsonl").write_text('{"x": 1}\n{"x"')
+    with pytest.raises(UsageError, match="cannot be read as JSON lines"):
+        local_dataset(tmp_path, "a/b", None)
+    with pytest.raises(UsageError, match="has no records"):
+        local_dataset(tmp_path, "a/c", None)
+
+
+def test_the_mean_is_that_of_the_paper() -> None:
+    averages = {"SmolLM-135M (600B tokens)": 49.87, "EfficientLLM-A 469M (500B)": 57.35, "Llama3.2-1B": 56.69}
+    for name, average in averages.items():
+        assert common_sense_mean(PAPER[name]) == pytest.approx(average, abs=0.006)
+    assert common_sense_mean(dict.fromkeys(list(COMMON_SENSE)[:6], 0.5)) is None
+    assert set(TASKS) == {"mmlu", *COMMON_SENSE}
