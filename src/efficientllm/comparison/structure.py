@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from efficientllm.comparison.statistics import chance_jaccard, jaccard
 from efficientllm.errors import UsageError
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Event, Live, Widths
-from efficientllm.pruning.surgery import choose_kept, cut_live
+from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.history import fallen_at
 
 KeptUnits = dict[str, list[frozenset[int]]]  # type -> one set of source indices a row (layer; query: a KV group of it)
 
@@ -24,27 +22,12 @@ def kept_units(
     Query heads are numbered within their KV group, of which there are layers times KV heads in the source.
     Raises UsageError where the journals do not fit each other.
     """
-    live, alive = Live.full(source), Live.full(source)
-    names = {key: torch.arange(value.numel()).view(value.shape) for key, value in live.tensors().items()}
-    # Within a step events come first: compaction cuts what they have zeroed.
-    lines = [(line["step"], 0, line) for line in events] + [(line["step"], 1, line) for line in compactions]
     try:
-        for _, kind, line in sorted(lines, key=lambda each: each[:2]):
-            if kind == 0:
-                live.remove(Event(line["type"], torch.tensor(line["units"]), 0.0, 1.0))
-            else:
-                kept = choose_kept(live, Widths(**line["after"]))
-                live = cut_live(live, kept)
-                masks = Live(*(names[key] for key in ("hidden", "layers", "ffn", "kv", "query")))
-                names = cut_live(masks, kept).tensors()
-    except (AssertionError, IndexError, KeyError, RuntimeError) as error:
-        raise UsageError(f"events.jsonl and compactions.jsonl do not fit each other: {error}") from error
-    for key, mask in alive.tensors().items():
-        mask.zero_()
-        mask.view(-1)[names[key][live.tensors()[key]]] = True
+        when = fallen_at(source, events, compactions)
+    except ValueError as error:
+        raise UsageError(f"events.jsonl and compactions.jsonl are damaged: {error}") from error
     return {
-        kind: [frozenset(row.nonzero().flatten().tolist()) for row in alive.units(kind)]
-        for kind in (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH)
+        kind: [frozenset(row.isinf().nonzero().flatten().tolist()) for row in table] for kind, table in when.items()
     }
 
 
