@@ -83,7 +83,8 @@ class World:
             },
             "train": {"tokens": 24 * 256, "batch_tokens": 256, "micro_batch": 4, "lr": 1e-2},
             "prune": {"target": "50%", "end": "50%", "floors": {"intermediate": 8}, "bound": 0.05},
-            "run": {"dir": str(self.folder / "runs" / name), "checkpoint_every": 8 * 256, "validate_every": 8 * 256},
+            "run": {"dir": str(self.folder / "runs" / name), "checkpoint_every": 8 * 256, "validate_every": 8 * 256}
+            | {"report": False},
         }
         for section, values in sections.items():
             old = recipe.get(section)

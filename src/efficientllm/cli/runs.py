@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from efficientllm.cli.app import Overrides, RecipeFile, app, one_sentence, say
 from efficientllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from efficientllm.config import Recipe
 
 
 @app.command()
@@ -16,12 +19,11 @@ from efficientllm.errors import UsageError
 def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
     from efficientllm.config import load_recipe
-    from efficientllm.jobs.prune import run
 
     loaded = load_recipe(recipe, overrides or [])
     if loaded.prune is None:
         raise UsageError(f"{recipe} has no prune section; add one with a target, or use `efficientllm train`")
-    print(run(loaded, say)["result"]["path"])
+    _run(loaded)
 
 
 @app.command()
@@ -29,12 +31,11 @@ def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train without pruning: continued pretraining, or from scratch with `init: random`; `prune` must be absent."""
     from efficientllm.config import load_recipe
-    from efficientllm.jobs.prune import run
 
     loaded = load_recipe(recipe, overrides or [])
     if loaded.prune is not None:
         raise UsageError(f"{recipe} has a prune section; remove it (or set prune=null), or use `efficientllm prune`")
-    print(run(loaded, say)["result"]["path"])
+    _run(loaded)
 
 
 @app.command(name="continue")
@@ -45,9 +46,8 @@ def go_on(
 ) -> None:
     """Train on at the size of a ladder's snapshot, from its weights and moments, to the end of the original run."""
     from efficientllm.jobs.ladder import recipe_of
-    from efficientllm.jobs.prune import run
 
-    print(run(recipe_of(snapshot, overrides or []), say)["result"]["path"])
+    _run(recipe_of(snapshot, overrides or []))
 
 
 @app.command()
@@ -57,5 +57,17 @@ def demo(
 ) -> None:
     """The whole story in minutes on two CPU cores, without downloads: source, compact model, from-scratch control."""
     from efficientllm.demo.story import run_demo
+    from efficientllm.jobs.report import write_report
 
     run_demo(folder, say)
+    say(f"report: {write_report([folder / 'compact', folder / 'scratch'], folder, say)}")
+
+
+def _run(recipe: Recipe) -> None:
+    """Runs a recipe, prints where the result is, and leaves a report beside it."""
+    from efficientllm.jobs.prune import run
+    from efficientllm.jobs.report import report_after
+
+    path = run(recipe, say)["result"]["path"]
+    report_after(recipe, say)
+    print(path)

@@ -137,7 +137,7 @@ def arm_recipe(
     """
     content = recipe.model_dump(mode="json")
     content["train"] |= {"seed": seed, "lr": lr, "tokens": tokens}
-    content["run"] |= {"dir": folder}
+    content["run"] |= {"dir": folder, "report": False}
     content.pop("source_tokens", None)
     prune = content.pop("prune") or {}
     distill = content.pop("distill", None) or {}

@@ -10,6 +10,7 @@ from typing import Any
 from efficientllm.comparison.compare import Comparison, run_comparison
 from efficientllm.comparison.page import page
 from efficientllm.comparison.results import collect
+from efficientllm.jobs.report import write_report
 from efficientllm.reporting.comparison_plot import plot_comparison
 from efficientllm.reporting.journal import without_nonfinite, write_atomically
 
@@ -18,10 +19,14 @@ def compare_and_report(comparison: Comparison, say: Callable[[str], None]) -> Pa
     """The path of the page. What is finished in the folder is not run again."""
     comparison.folder.mkdir(parents=True, exist_ok=True)
     results = collect(comparison, run_comparison(comparison, say))
-    return write_report(results, comparison.folder)
+    page = write_page(results, comparison.folder)
+    arms = results["budgets"]["tokens"].values()
+    first = [Path(next(iter(arm["runs"].values()))["path"]).parent for arm in arms if arm["runs"]]
+    say(f"report of each arm's first seed: {write_report(first, comparison.folder, say, samples=False)}")
+    return page
 
 
-def write_report(results: Mapping[str, Any], folder: Path) -> Path:
+def write_page(results: Mapping[str, Any], folder: Path) -> Path:
     write_atomically(folder / "results.json", (json.dumps(without_nonfinite(results), indent=1) + "\n").encode())
     pictures = {}
     for budget, arms in results["budgets"].items():

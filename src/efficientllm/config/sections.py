@@ -161,6 +161,7 @@ class RunConfig(Section):
         default=262_144, description="Tokens of one validation, spread over the split; null: the whole split"
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics")
+    report: bool = Field(default=True, description="Write report.html with its plots when the run is done")
 
 
 class Recipe(Section):

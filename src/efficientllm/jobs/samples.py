@@ -1,0 +1,77 @@
+"""What source and result write after the same held-out text: samples.json of a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efficientllm.config import Recipe
+from efficientllm.errors import UsageError
+from efficientllm.evaluation.validation import spread
+from efficientllm.jobs.job import choose_device, prepare
+from efficientllm.jobs.run_folder import RunFolder
+from efficientllm.models.loading import load_model
+from efficientllm.reporting.journal import write_atomically
+from efficientllm.reporting.progress import track
+
+SAMPLES = 3
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+
+
+def write_samples(path: Path, say: Callable[[str], None]) -> None:
+    """Once, for a finished run. Where the source or its text is not at hand any more, that is said and left out."""
+    out = path / "samples.json"
+    if out.is_file() or not (path / "summary.json").is_file():
+        return
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+        content = samples(recipe, RunFolder(path), say)
+    except (OSError, UsageError, yaml.YAMLError) as error:
+        say(f"no sample generations for {path}: {error}")
+        return
+    write_atomically(out, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def samples(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """prompt, source, result: texts. A random start has nothing to say, and a source that has gone says nothing."""
+    job = prepare(recipe, folder, lambda message: None)
+    corpus = max(job.validation, key=len)
+    room = min(PROMPT_TOKENS, recipe.data.sequence_length // 2)
+    prompts = corpus.take(spread(len(corpus), SAMPLES))[:, :room]
+    device = choose_device(recipe.train.device)
+    texts: dict[str, list[str] | None] = {"source": None}
+    with track("sample generations", 2 * len(prompts)) as bar:
+        if recipe.init == "pretrained":
+            texts["source"] = _continue(load_model(recipe.source, device=device), job.tokenizer, prompts, bar.advance)
+        result = load_model(str(folder.model), device=device)
+        written = _continue(result, job.tokenizer, prompts, bar.advance)
+    return [
+        {
+            "prompt": job.tokenizer.decode(prompt),
+            "source": None if texts["source"] is None else texts["source"][index],
+            "result": written[index],
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+@torch.no_grad()
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, tick: Callable[[int], None]
+) -> list[str]:
+    texts, room = [], model.config.max_position_embeddings - prompts.shape[1]
+    for prompt in prompts:
+        ids = prompt[None].to(model.device)
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": min(NEW_TOKENS, room), "use_cache": True}
+        made: Any = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id, **options
+        )
+        texts.append(str(tokenizer.decode(made[0, len(prompt) :], skip_special_tokens=True)))
+        tick(1)
+    return texts
