@@ -161,6 +161,9 @@ class RunConfig(Section):
         default=262_144, description="Tokens of one validation, spread over the split; null: the whole split"
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",), description="Where metrics go beside metrics.jsonl; [] for nowhere"
+    )
     report: bool = Field(default=True, description="Write report.html with its plots when the run is done")
 
 

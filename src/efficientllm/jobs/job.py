@@ -15,6 +15,7 @@ from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of
+from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
 from efficientllm.training.cache import file_digest
 from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
@@ -51,6 +52,7 @@ class Job:
     steps: int
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
+    trackers: Trackers
 
 
 def teacher_of(job: Job) -> Distillation | None:
@@ -114,6 +116,7 @@ def choose_device(wanted: str) -> torch.device:
 def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Job:
     """Checks everything that can be checked, tokenises, and lays out the batches."""
     device = choose_device(recipe.train.device)
+    check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
     plan = pruning_plan(recipe, config)
     for landing in plan.landings if plan else ():
@@ -155,4 +158,5 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
         steps,
         corpora,
         Unlogged(),
+        Trackers(say),
     )

@@ -46,7 +46,11 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
         with memory_in_a_sentence():
             state, source = begin(job, say)
             with stop_signals() as stop:
-                train(job, state, stop)
+                job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
+                try:
+                    train(job, state, stop)
+                finally:
+                    job.trackers.close()
                 summary = finish(job, state, source, say)
         if stop.signum is not None:
             raise Interrupted(f"stopped after {folder.path} had finished", stop.signum)
@@ -204,7 +208,9 @@ def write_records(
     pruned = record.prune is not None and record.prune.events
     due = state.step % job.recipe.run.log_every == 0 or loss is not None
     if always or due or pruned or record.compaction:
-        job.folder.metrics.append(metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss))
+        line = metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss)
+        job.folder.metrics.append(line)
+        job.trackers.log(line)
         job.unlogged.tokens, job.unlogged.seconds = 0, 0.0
     for event in event_records(state, record):
         job.folder.events.append(event)

@@ -25,7 +25,7 @@ from efficientllm.reporting.journal import Journal, write_atomically
 # resumed (with other bits, but the same run). Of the run section only validation_tokens is bound: the source was
 # measured on those rows.
 FREE_KEYS = {
-    "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report"},
+    "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
     "data": {"cache_dir", "workers"},
     "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
     "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
