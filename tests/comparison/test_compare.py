@@ -93,6 +93,24 @@ def test_an_arm_that_fails_leaves_the_others(
     assert "`loop+distill` is incomplete" in (out / "comparison.md").read_text()
 
 
+def test_results_are_measured_on_tasks_too(world: World, in_process: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
+    file = tmp_path / "aps/super_glue/boolq/validation.jsonl"
+    file.parent.mkdir(parents=True)
+    records = [{"question": f"is it {n}", "passage": "It is.", "idx": n, "label": n % 2} for n in range(6)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = world.folder / "tasked"
+    path = world.write("tasked", prune={"correction": "none"}, train={"tokens": 6 * 256})
+    options = ["--arms", "dense", "--seeds", "1,2", "--lr-grid", "1", "--out", out]
+    assert call("compare", path, *options, "--tasks", "boolq", "--limit", "4", "--data-dir", tmp_path) == 0
+    arms = json.loads((out / "results.json").read_text())["budgets"]["tokens"]
+    assert arms["loop"]["tasks"]["boolq"]["difference"] is None
+    dense = arms["dense"]["tasks"]["boolq"]
+    assert 0 <= dense["mean"] <= 1
+    assert dense["difference"]["mean"] == pytest.approx(dense["mean"] - arms["loop"]["tasks"]["boolq"]["mean"])
+    assert "| arm | boolq |" in (out / "comparison.md").read_text()
+
+
 def test_a_run_has_a_process_of_its_own(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     path = world.write("alone", prune={"correction": "none"}, train={"tokens": 6 * 256})
     out = world.folder / "alone"

@@ -25,6 +25,9 @@ def compare(
         str, typer.Option(help="Comma-separated: tokens, flops, pipeline; equal tokens are always run.")
     ] = "tokens",
     lr_grid: Annotated[str, typer.Option(help="Multiples of train.lr that every arm tries.")] = "0.5,1,2",
+    tasks: Annotated[str, typer.Option(help="Comma-separated zero-shot tasks for every result, as in `eval`.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Records of each task; default: all.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local records of the tasks, as in `eval`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs and the page; default: RUN.DIR-compare.")] = None,
 ) -> None:
     """The loop against its rivals at equal budgets: same batches, tuned rates, several seeds, paired intervals."""
@@ -32,6 +35,7 @@ def compare(
     from efficientllm.comparison.compare import Comparison
     from efficientllm.comparison.report import compare_and_report
     from efficientllm.config import load_recipe
+    from efficientllm.evaluation.harness import EvalRequest
 
     loaded = load_recipe(recipe, overrides or [])
     comparison = Comparison.of(
@@ -41,6 +45,7 @@ def compare(
         _list(budget),
         [_number(text) for text in _list(lr_grid)],
         out or Path(f"{loaded.run.dir}-compare"),
+        EvalRequest(_list(tasks), limit, data_dir=data_dir) if tasks else None,
     )
     print(compare_and_report(comparison, say))
 

@@ -12,8 +12,10 @@ import torch
 from efficientllm.comparison.arms import Arm, arm_recipe
 from efficientllm.comparison.budget import BUDGETS, batch_tokens, close, source_flops, tail_cost, tokens_for_flops
 from efficientllm.comparison.runner import Outcome, run_all
+from efficientllm.comparison.tasks import measure_tasks
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
+from efficientllm.evaluation.harness import EvalRequest, check_tasks
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import Space
@@ -46,6 +48,7 @@ class Comparison:
     grid: Sequence[float]
     folder: Path
     devices: int = 0
+    tasks: EvalRequest | None = None
 
     @classmethod
     def of(
@@ -56,6 +59,7 @@ class Comparison:
         budgets: Sequence[str],
         grid: Sequence[float],
         folder: Path,
+        tasks: EvalRequest | None = None,
     ) -> Comparison:
         """Checks what can be checked before anything is spent. Raises UsageError."""
         if recipe.prune is None:
@@ -76,9 +80,11 @@ class Comparison:
         space = space_of(load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
         if "pipeline" in budgets:
             source_flops(recipe, space)
+        if tasks is not None:
+            check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
         devices = torch.cuda.device_count()
-        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices)
+        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks)
 
 
 def run_comparison(comparison: Comparison, say: Say) -> dict[str, dict[str, ArmResult]]:
@@ -100,6 +106,9 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, dict[str, ArmR
     results = {"tokens": {result.arm.name: result for result in [loop, *others]}}
     for budget in comparison.budgets[1:]:
         results[budget] = _other_budget(comparison, results["tokens"], budget, say)
+    if comparison.tasks is not None:
+        done = [run for arms in results.values() for arm in arms.values() for run in arm.runs.values()]
+        measure_tasks(done, comparison.tasks, comparison.recipe.train.device, say)
     return results
 
 

@@ -39,6 +39,7 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     for budget, arms in results["budgets"].items():
         yield from ("", f"## {TITLES[budget]}", "")
         yield from _table(arms)
+        yield from _tasks(arms)
         yield from _problems(arms)
         yield from ("", *_verdict(arms))
     for title, name in pictures.items():
@@ -77,6 +78,26 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
             f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
+    """Accuracy in percent, mean over seeds, with the difference to the loop in points where it has an interval."""
+    tasks = list(dict.fromkeys(task for arm in arms.values() for task in arm["tasks"]))
+    if not tasks:
+        return
+    yield from ("", f"| arm | {' | '.join(tasks)} |", "| --- | " + " | ".join(["---"] * len(tasks)) + " |")
+    for name, arm in arms.items():
+        cells = []
+        for task in tasks:
+            found = arm["tasks"].get(task)
+            difference = found["difference"] if found else None
+            points = {key: 100 * difference[key] for key in ("mean", "low", "high")} if difference else None
+            text = "-" if found is None else f"{100 * found['mean']:.2f}"
+            if points and difference:
+                text += " " + "({mean:+.2f}: {low:+.2f} to {high:+.2f})".format(**points)
+                text = f"**{text}**" if difference["resolved"] else text
+            cells.append(text)
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def difference_cell(difference: Mapping[str, Any] | None) -> str:

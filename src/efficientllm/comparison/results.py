@@ -18,6 +18,7 @@ from efficientllm.comparison.compare import ArmResult, Comparison
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.statistics import Interval, over_seeds, over_windows
 from efficientllm.comparison.structure import kept_units, overlaps
+from efficientllm.comparison.tasks import accuracies
 from efficientllm.config import dump_recipe
 from efficientllm.pruning.groups import Widths
 from efficientllm.reporting.journal import read_journal
@@ -30,6 +31,7 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
     loop = results["tokens"]["loop"]
     source = next(iter(loop.runs.values())).summary
     assert source is not None
+    tasks = tuple(comparison.tasks.tasks) if comparison.tasks else ()
     return {
         "settings": {
             "recipe": dump_recipe(comparison.recipe),
@@ -44,7 +46,7 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
         },
         "source": source["source"],
         "budgets": {
-            budget: {name: arm_figures(arm, arms["loop"]) for name, arm in arms.items()}
+            budget: {name: arm_figures(arm, arms["loop"], tasks) for name, arm in arms.items()}
             for budget, arms in results.items()
         },
         "structure": {
@@ -55,7 +57,7 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
     }
 
 
-def arm_figures(result: ArmResult, loop: ArmResult) -> dict[str, Any]:
+def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -> dict[str, Any]:
     """All seeds of one arm under one budget; the difference to the loop is left out where it has no interval."""
     runs = {seed: run_figures(outcome) for seed, outcome in sorted(result.runs.items())}
     difference = None if result is loop else difference_to(result, loop)
@@ -64,12 +66,31 @@ def arm_figures(result: ArmResult, loop: ArmResult) -> dict[str, Any]:
         "losses_by_lr": {f"{lr:g}": loss for lr, loss in result.rates.items()},
         "problem": result.problem,
         "runs": runs,
+        "tasks": {
+            task: {"mean": statistics.fmean(values), "difference": None if result is loop else _task_difference(*pair)}
+            for task in tasks
+            if (pair := (_task(result, task), _task(loop, task))) and (values := list(pair[0].values()))
+        },
         "mean": {
             name: _mean(runs.values(), name) for name in ("loss", "bits_per_byte", "perplexity", "flops", "tokens")
         },
         "spread": _spread([run["loss"] for run in runs.values()]),
         "difference": None if difference is None else asdict(difference) | {"resolved": difference.resolved},
     }
+
+
+def _task(result: ArmResult, task: str) -> dict[int, float]:
+    found = {seed: accuracies(outcome, [task]) for seed, outcome in result.runs.items()}
+    return {seed: values[task] for seed, values in found.items() if task in values}
+
+
+def _task_difference(own: dict[int, float], loop: dict[int, float]) -> dict[str, Any] | None:
+    """Accuracy minus the loop's, paired by seed; None for fewer than two seeds, which give no interval."""
+    seeds = sorted(own.keys() & loop.keys())
+    if len(seeds) < 2:
+        return None
+    interval = over_seeds([own[seed] for seed in seeds], [loop[seed] for seed in seeds])
+    return asdict(interval) | {"resolved": interval.resolved}
 
 
 def run_figures(outcome: Outcome) -> dict[str, Any]:
