@@ -220,6 +220,36 @@ def test_bad_input_gets_one_sentence(
     assert message in last
 
 
+def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gradient turns to NaN at chosen steps; what follows is as if their batches had been read and no more."""
+    from efficientllm.training import loop
+
+    real, calls, bad = loop.accumulate_gradient, [0], {3, 4, 9}
+
+    def poisoned(loss_of: object, batch: torch.Tensor, micro_batch: int) -> torch.Tensor:
+        calls[0] += 1
+        loss = real(loss_of, batch, micro_batch)  # type: ignore[arg-type]
+        return loss * float("nan") if calls[0] in bad else loss
+
+    monkeypatch.setattr(loop, "accumulate_gradient", poisoned)
+    path = world.write("poisoned", prune={"bound": 1.0})  # no refreshed scores: one gradient a step
+    assert call("prune", path) == 0
+    folder = world.folder / "runs" / "poisoned"
+    lines = read_journal(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 9]
+    assert lines[-1]["skipped_steps"] == json.loads((folder / "summary.json").read_text())["skipped_steps"] == 3
+    assert not {event["step"] for event in read_journal(folder / "events.jsonl")} & {3, 4, 9}
+    assert "step 3 was skipped" in capsys.readouterr().err
+    calls[0], bad = 0, set(range(20, 100))
+    assert call("prune", world.write("diverged", prune={"bound": 1.0})) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 steps in a row" in said
+    assert "the last good checkpoint is" in said
+    assert "step-00000016" in said
+
+
 def test_a_tokenizer_of_another_model_is_refused(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,12 +23,14 @@ from efficientllm import __version__
 from efficientllm.checkpoint.files import PARTIAL, appearing
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
-from efficientllm.training.state import Snapshot, config_of
+from efficientllm.training.state import COUNTS, Snapshot, config_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 CHUNK = 1 << 24
+# Counts that manifests of earlier versions lack: a sum whose beginning was not counted stays unknown.
+EARLIER = {"flops": math.nan, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -61,11 +63,7 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
         "widths": asdict(widths_of(config_of(snapshot))),
         "format": FORMAT,
         "efficientllm": __version__,
-        "step": snapshot.step,
-        "tokens": snapshot.tokens,
-        "refresh_tokens": snapshot.refresh_tokens,
-        "lowered_tokens": snapshot.lowered_tokens,
-        "flops": snapshot.flops,
+        **{name: getattr(snapshot, name) for name in COUNTS},
         "config": snapshot.config,
         "pruner": snapshot.pruner_facts,
     }
@@ -85,13 +83,10 @@ def load(path: Path) -> Snapshot:
             )
         # Copied out of the file's memory map: the file may be deleted while the run goes on.
         content[name] = {key: value.clone() for key, value in load_file(file).items()}
+    counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
     return Snapshot(
         config=manifest["config"],
-        step=manifest["step"],
-        tokens=manifest["tokens"],
-        refresh_tokens=manifest["refresh_tokens"],
-        lowered_tokens=manifest["lowered_tokens"],
-        flops=manifest.get("flops", math.nan),  # a sum whose beginning was not counted stays unknown
+        **counts,
         weights=content["weights"],
         moments=_unflatten(content["optimizer"]),
         pruner_tensors=content["pruner"],

@@ -87,6 +87,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "tokens": state.tokens,
         "refresh_tokens": state.refresh_tokens,
         "flops": without_nonfinite(state.flops),
+        "skipped_steps": state.skipped_steps,
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),

@@ -24,7 +24,7 @@ from efficientllm.models.loading import load_model
 from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
-from efficientllm.training.loop import StepRecord, train_steps
+from efficientllm.training.loop import Diverged, StepRecord, train_steps
 from efficientllm.training.planning import calibration_rows
 from efficientllm.training.state import TrainState, capture, restore, start
 
@@ -49,6 +49,8 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
                 job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
                 try:
                     train(job, state, stop)
+                except Diverged as error:
+                    raise UsageError(f"{error}; {after_divergence(job)}") from error
                 finally:
                     job.trackers.close()
                 summary = finish(job, state, source, say)
@@ -155,6 +157,8 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
                 progress.note(compaction_line(record))
             if record.prune and record.prune.rung is not None:
                 leave_rung(job, state, record.prune.rung, progress)
+            if state.skipped_in_a_row:
+                progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
             if record.prune and record.prune.corrections.skipped and not warned:
                 warned = True
                 progress.note(SKIPPED)
@@ -162,7 +166,8 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             due = last or crossed(validate_every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
-            saving = last or rung or stop.signum is not None or crossed(checkpoint_every, before, state.tokens)
+            stopping = stop.signum  # read once: a signal from here on is for the next step, whose line is written first
+            saving = last or rung or stopping is not None or crossed(checkpoint_every, before, state.tokens)
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(
@@ -170,13 +175,19 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             )
             if saving:
                 checkpoint(job, state)
-            if stop.signum is not None:
+            if stopping is not None:
                 raise Interrupted(
                     f"stopped and saved after {format_count(state.tokens)} of {format_count(total)} tokens; the same "
                     "command goes on from there",
-                    stop.signum,
+                    stopping,
                 )
             before = state.tokens
+
+
+def after_divergence(job: Job) -> str:
+    saved = checkpoints(job.folder.checkpoints)
+    last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return f"{last}; start again in another run.dir with a lower train.lr or a longer train.warmup"
 
 
 SKIPPED = (

@@ -27,6 +27,7 @@ def metrics_record(
         "seconds": seconds,
         "refresh_tokens": state.refresh_tokens,
         "flops": state.flops,
+        "skipped_steps": state.skipped_steps,
         "widths": asdict(state.live_widths),
     }
     if record.prune and record.prune.damages:

@@ -87,11 +87,9 @@ def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -
     return total / tokens
 
 
-def discard(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> float:
-    """Clears the gradient and leaves the weights as they are; returns its global L2 norm."""
-    norm = float(torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def gradient_norm(weights: Iterable[nn.Parameter]) -> float:
+    """Global L2 norm of the gradient."""
+    return float(torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
 
 
 def update(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], *, lr: float, clip: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from efficientllm.config import TrainConfig
-from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.groups import Space, Widths
@@ -22,7 +22,7 @@ from efficientllm.training.gradient import (
     Precision,
     SummedLoss,
     accumulate_gradient,
-    discard,
+    gradient_norm,
     mean_loss,
     summed_loss,
     update,
@@ -46,6 +46,13 @@ class Compaction:
     allocated_before: int
     allocated_after: int
     seconds: float
+
+
+MOST_SKIPPED = 3  # one bad batch is an accident; after a few in a row the weights are to blame
+
+
+class Diverged(Exception):
+    """Loss or gradient is not finite, several steps in a row; the weights are as the last good step left them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ def train_steps(
 ) -> Iterator[StepRecord]:
     """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
 
-    Raises UsageError, before the weights change, when the loss or its gradient is no longer finite.
+    A step whose loss or gradient is not finite is skipped: its batch is read, weights, moments and scores stay as they
+    were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row.
     """
     device = next(state.model.parameters()).device
     while state.step < steps:
@@ -142,24 +150,21 @@ def train_steps(
         loss = accumulate_gradient(loss_of, batch, train.micro_batch)
         flops = step_flops(state.space, batch.shape, train, distillation)
         state.flops += flops
-        if state.pruner:
+        norm = gradient_norm(state.model.parameters())
+        healthy = _count_health(state, float(loss), norm)
+        if healthy and state.pruner:
             state.pruner.observe()
         share = lr_share(state, plan)
         lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
         state.lowered_tokens += batch.numel() if share < 1.0 else 0
-        if lr:
-            norm = update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
+        if lr and healthy:
+            update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
         else:
-            norm = discard(state.optimizer, state.model.parameters())
-        if not torch.isfinite(torch.tensor([float(loss), norm])).all():
-            raise UsageError(
-                f"the loss is {float(loss):.4g} and its gradient norm {norm:.4g} at step {state.step}: training has "
-                "diverged; start again in another run.dir with a lower train.lr or a longer train.warmup"
-            )
+            state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.numel()
         report = None
-        if state.pruner and not state.pruner.finished:
+        if healthy and state.pruner and not state.pruner.finished:
             assert plan is not None
             probe = BatchProbe(
                 state,
@@ -177,6 +182,21 @@ def train_steps(
         landed = report is not None and report.rung is not None
         compaction = _compact_if_due(state, train, plan, exactly=landed)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _count_health(state: TrainState, loss: float, norm: float) -> bool:
+    """Whether the step can be taken; counts it where not. Raises Diverged where too many could not be."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        state.skipped_in_a_row = 0
+        return True
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row >= MOST_SKIPPED:
+        raise Diverged(
+            f"training has diverged: at step {state.step} the loss is {loss:.4g} and its gradient norm {norm:.4g}, not "
+            f"finite for {MOST_SKIPPED} steps in a row"
+        )
+    return False
 
 
 def _rows_to_calibrate_on(step: int, batch: Tensor, batches: Batches, plan: PruningPlan, rows: int) -> Tensor:

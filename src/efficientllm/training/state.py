@@ -9,7 +9,7 @@ no other way in which a tensor changes its shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
 from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
+
+# What a run counts; Snapshot and TrainState have a field of each name.
+COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Snapshot:
     facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
     tokens read in steps, those of them at a lowered learning rate or none, tokens whose gradient was taken anew.
     flops: floating-point operations of training so far (models/flops.py), pruning and teacher included; NaN where the
-    run began before they were counted.
+    run began before they were counted. skipped_steps: those whose loss or gradient was not finite, in all and up to now
+    without a good one between.
     """
 
     config: dict[str, Any]
@@ -70,6 +74,8 @@ class Snapshot:
     refresh_tokens: int
     lowered_tokens: int
     flops: float
+    skipped_steps: int
+    skipped_in_a_row: int
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -92,6 +98,8 @@ class TrainState:
     refresh_tokens: int = 0
     lowered_tokens: int = 0
     flops: float = 0  # whole numbers, exact while they are Python's own
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
     @property
     def live_parameters(self) -> int:
@@ -141,7 +149,7 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = (state.step, state.tokens, state.refresh_tokens, state.lowered_tokens, state.flops)
+    counts = {name: getattr(state, name) for name in COUNTS}
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
@@ -149,14 +157,22 @@ def snapshot_of(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     pruner: PruningEngine | None,
-    counts: tuple[int, int, int, int, float] = (0, 0, 0, 0, 0),
+    counts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: as Snapshot has them."""
+    """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0."""
+    counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
     tensors, facts = pruner.state() if pruner else ({}, None)
-    return Snapshot(model.config.to_dict(), *counts, weights, moments, tensors, facts)
+    return Snapshot(
+        model.config.to_dict(),
+        **counts,
+        weights=weights,
+        moments=moments,
+        pruner_tensors=tensors,
+        pruner_facts=facts,
+    )
 
 
 def config_of(snapshot: Snapshot) -> PretrainedConfig:
@@ -183,8 +199,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
-    counts = (snapshot.step, snapshot.tokens, snapshot.refresh_tokens, snapshot.lowered_tokens, snapshot.flops)
-    return Snapshot(narrow, *counts, weights, moments, tensors, snapshot.pruner_facts)
+    return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
 
 def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, device: torch.device | str) -> TrainState:
@@ -198,9 +213,8 @@ def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, de
     snapshot.weights, snapshot.moments = {}, {}  # they belong to the run now
     if state.pruner and snapshot.pruner_facts is not None:
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
-    state.step, state.tokens = snapshot.step, snapshot.tokens
-    state.refresh_tokens, state.lowered_tokens = snapshot.refresh_tokens, snapshot.lowered_tokens
-    state.flops = snapshot.flops
+    for name in COUNTS:
+        setattr(state, name, getattr(snapshot, name))
     return state
 
 
