@@ -24,6 +24,7 @@ ALLOWED = {
     "jobs": {
         "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
     },
+    "planning": {"errors", "config", "models", "pruning", "training"},
     "comparison": {
         "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
     },
@@ -31,7 +32,8 @@ ALLOWED = {
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
     "cli": {
-        "errors", "config", "models", "pruning", "evaluation", "reporting", "export", "jobs", "comparison", "demo", "",
+        "errors", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning", "jobs",
+        "comparison", "demo", "",
     },
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},

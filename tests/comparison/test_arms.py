@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from conftest import World
-from efficientllm.comparison.arms import DEFAULT_ARMS, arm_recipe, parse_arm, parse_arms, proportional_widths
+from efficientllm.comparison.arms import DEFAULT_ARMS, arm_recipe, parse_arm, parse_arms
 from efficientllm.config import Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
+from efficientllm.pruning.shapes import proportional_widths
 
 LOOP = {
     "result": {
@@ -76,5 +77,5 @@ def test_proportional_widths_fill_the_budget(world: World, share: float) -> None
     assert space.num_params(widths) <= budget
     assert widths.queries_per_kv == space.widths.queries_per_kv
     assert widths.intermediate == pytest.approx(space.widths.intermediate * widths.hidden / space.widths.hidden, abs=1)
-    with pytest.raises(UsageError, match="raise the target"):
+    with pytest.raises(ValueError, match="raise the target"):
         proportional_widths(space, 10)

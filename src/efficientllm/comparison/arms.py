@@ -21,7 +21,8 @@ from typing import Any
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.shapes import proportional_widths
 
 DEFAULT_ARMS = (
     "loop",
@@ -101,24 +102,6 @@ def parse_arms(names: Sequence[str]) -> list[Arm]:
     return [parse_arm(name) for name in dict.fromkeys(["loop", *names])]
 
 
-def proportional_widths(space: Space, parameters: int) -> Widths:
-    """The widest shape of at most `parameters` whose hidden, heads and FFN keep the source's proportions.
-
-    Heads are whole, groups of query heads stay as large, layers stay. Raises UsageError where nothing fits.
-    """
-    source, best = space.widths, None
-    for hidden in range(1, source.hidden):
-        scale = hidden / source.hidden
-        kv_heads = max(1, round(scale * source.kv_heads))
-        heads, ffn = kv_heads * source.queries_per_kv, max(1, round(scale * source.intermediate))
-        widths = Widths(source.layers, hidden, heads, kv_heads, ffn)
-        if space.num_params(widths) <= parameters:
-            best = widths
-    if best is None:
-        raise UsageError(f"no proportional shape has at most {parameters:,} parameters: raise the target")
-    return best
-
-
 def arm_recipe(
     arm: Arm,
     recipe: Recipe,
@@ -169,7 +152,10 @@ def _prune_section(arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[
         found = loop["result"]["widths"]
         widths = found
         if arm.base == "fixed":
-            shape = proportional_widths(space, loop["result"]["parameters"])
+            try:
+                shape = proportional_widths(space, loop["result"]["parameters"])
+            except ValueError as error:
+                raise UsageError(str(error)) from error
             widths = {name: getattr(shape, name) for name in found}
         layers = {"layers"} if widths["layers"] == space.widths.layers else set()
         prune["target"] = {name: width for name, width in widths.items() if name not in layers}

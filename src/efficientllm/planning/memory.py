@@ -1,0 +1,57 @@
+"""Memory of a training step by part, by PyTorch's own tracker on tensors that have no storage: nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from efficientllm.config import TrainConfig
+from efficientllm.models.space import build
+from efficientllm.training.gradient import Precision, summed_loss
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the worst moment of a step, the backward pass of its second micro-batch.
+
+    activations: what the forward pass saved, logits among them; temporary: gradients of activations, largest where
+    those of the logits stand.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def step_memory(config: PretrainedConfig, train: TrainConfig, length: int, *, bf16: bool) -> StepMemory:
+    """Of the source at full shape, one micro-batch at a time; the kernels are the CPU's."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    precision = Precision("cpu", bf16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(config)
+        model.train()
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tracker = MemTracker()
+        tracker.track_external(model)
+        rows = min(train.micro_batch, train.batch_rows(length))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        with tracker:
+            for _ in range(2):
+                summed_loss(model, ids, precision).backward()
+                tracker.reset_mod_stats()
+    (parts,) = tracker.get_tracker_snapshot("peak").values()
+    size = {getattr(kind, "name", str(kind)): int(value) for kind, value in parts.items()}
+    weights = sum(weight.numel() * 4 for weight in model.parameters())
+    other = size["Total"] - size["PARAM"] - size["GRAD"] - size["ACT"]
+    return StepMemory(weights, weights, 2 * weights, size["ACT"], other)

@@ -1,0 +1,96 @@
+"""The plan against runs: FLOPs, tokens, events; memory against what a process really takes; bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import World, tiny_config
+from efficientllm.cli import main
+from efficientllm.config import Recipe, TrainConfig
+from efficientllm.jobs.prune import run
+from efficientllm.planning.memory import step_memory
+from efficientllm.planning.plan import Plan, plan_of
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+def planned(world: World, recipe: dict[str, object]) -> Plan:
+    from efficientllm.models.loading import load_config
+
+    return plan_of(Recipe.model_validate(recipe), load_config(str(world.folder / "source")), bf16=False)
+
+
+def test_plain_training_costs_what_was_planned(world: World) -> None:
+    recipe = world.recipe("unpruned")
+    del recipe["prune"]
+    plan = planned(world, recipe)
+    summary = run(Recipe.model_validate(recipe), lambda line: None)
+    assert plan.flops == summary["flops"]
+    assert plan.steps * plan.batch_tokens == summary["tokens"] == sum(plan.phases)
+    assert (plan.events, plan.compactions) == (0, 0)
+
+
+def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
+    """Without calibration and correction, which the plan leaves out; the path of the shape is the run's own."""
+    prune = {"selection": "raw", "correction": "none", "end": "75%", "bound": 1.0}
+    recipe = world.recipe("as-planned", prune=prune, train={"tokens": 96 * 256})
+    plan = planned(world, recipe)
+    summary = run(Recipe.model_validate(recipe), lambda line: None)
+    assert plan.flops == pytest.approx(summary["flops"], rel=0.1)
+    assert plan.target == pytest.approx(summary["result"]["parameters"], rel=0.02)
+    assert sum(plan.phases) == summary["tokens"]
+    assert plan.phases[1] == 72 * 256
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_what_a_process_takes() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        import plan as benchmark
+    finally:
+        sys.path.pop(0)
+    shape, rows, length, recompute = benchmark.SHAPES["8 M, 8 x 256"]
+    shape = benchmark.COMMON | shape
+    measured = benchmark.measured(shape, rows, length, recompute)
+    assert benchmark.predicted(shape, rows, length, recompute) == pytest.approx(measured, rel=0.15)
+
+
+def test_parts_of_memory(family: str) -> None:
+    from efficientllm.models.space import space_of
+
+    config = tiny_config(family)
+    train = {"tokens": 10**6, "batch_tokens": 8 * 32, "lr": 1e-3}
+    small = step_memory(config, TrainConfig(micro_batch=2, **train), 32, bf16=False)
+    large = step_memory(config, TrainConfig(micro_batch=4, **train), 32, bf16=False)
+    less = step_memory(config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 32, bf16=False)
+    assert small.weights == small.gradients == small.optimizer // 2 == 4 * space_of(config).num_params()
+    assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
+    assert less.activations < large.activations
+    logits = 4 * 4 * 32 * config.vocab_size
+    assert large.temporary >= logits
+
+
+def test_the_command_needs_a_config_alone(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("llama-gqa", vocab_size=300).save_pretrained(tmp_path)
+    recipe = world.write("to-plan", source=str(tmp_path))  # type: ignore[arg-type]
+    assert call("plan", recipe, "--gpu", "h100-80gb") == 0
+    out = capsys.readouterr().out
+    assert "fits in 80.00 GB" in out
+    assert "hours" in out
+    assert call("plan", recipe, "--json", "prune.target=60%") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["target"] == int(0.6 * found["parameters"])
+    assert found["hours"] is None
+    assert call("plan", recipe, "--gpu", "h10") == 2
+    assert "did you mean h100-80gb?" in capsys.readouterr().err
+    assert call("plan", recipe, "prune.target=1000") == 2
+    assert "aim higher" in capsys.readouterr().err
+    assert not (world.folder / "runs" / "to-plan").exists()
