@@ -36,7 +36,7 @@ def steps(config, rows, length):
     state = start(build(config), train, None)
     for seed in range(3):
         batch = torch.randint(config.vocab_size, (2 * rows, length), generator=torch.Generator().manual_seed(seed))
-        accumulate_gradient(lambda part: summed_loss(state.forward, part, precision), batch, rows)
+        accumulate_gradient(lambda part: summed_loss(state.model, part, precision), batch, rows)
         update(state.optimizer, state.model.parameters(), lr=1e-3, clip=1.0)
 
 tiny = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

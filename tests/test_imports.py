@@ -16,13 +16,15 @@ ALLOWED = {
     "pruning": set(),
     "models": {"errors", "pruning"},
     "config": {"errors", "sizes"},
-    "training": {"errors", "config", "models", "pruning"},
-    "checkpoint": {"errors", "models", "training", ""},
-    "evaluation": {"errors", "models", "pruning", "training"},
+    "distributed": {"errors", "config", "pruning"},
+    "training": {"errors", "config", "models", "pruning", "distributed"},
+    "checkpoint": {"errors", "models", "training", "distributed", ""},
+    "evaluation": {"errors", "models", "pruning", "training", "distributed"},
     "reporting": {"errors", "sizes", "pruning"},
     "export": {"errors", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {
-        "errors", "sizes", "config", "models", "pruning", "training", "checkpoint", "evaluation", "reporting", "",
+        "errors", "sizes", "config", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
+        "reporting", "",
     },
     "planning": {"errors", "config", "models", "pruning", "training"},
     "comparison": {
@@ -33,7 +35,7 @@ ALLOWED = {
     "trainer_callback": {"library"},
     "cli": {
         "errors", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning", "jobs",
-        "comparison", "demo", "",
+        "distributed", "comparison", "demo", "",
     },
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},

@@ -7,3 +7,7 @@ class UsageError(Exception):
     The command line prints the sentence and exits with code 2. Everything else that is raised is a bug
     and keeps its traceback.
     """
+
+
+class ElsewhereError(UsageError):
+    """A UsageError of all the processes of a run, or of another one, which tells the user of it."""

@@ -228,9 +228,9 @@ def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
 
     real, calls, bad = loop.accumulate_gradient, [0], {3, 4, 9}
 
-    def poisoned(loss_of: object, batch: torch.Tensor, micro_batch: int) -> torch.Tensor:
+    def poisoned(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
-        loss = real(loss_of, batch, micro_batch)  # type: ignore[arg-type]
+        loss = real(*arguments)
         return loss * float("nan") if calls[0] in bad else loss
 
     monkeypatch.setattr(loop, "accumulate_gradient", poisoned)

@@ -2,6 +2,7 @@
 
 checkpoints/step-00000120/manifest.json      widths, config, counts, pruner facts, size and CRC of each file
                           weights.safetensors, optimizer.safetensors, pruner.safetensors
+                          or, of several processes, shard-0000N-model-....safetensors (sharded.py)
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import json
 import math
 import re
 import shutil
-import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficientllm import __version__
 from efficientllm.checkpoint.files import PARTIAL, appearing
+from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_shards
+from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
 from efficientllm.training.state import COUNTS, Snapshot, config_of
@@ -28,34 +33,64 @@ from efficientllm.training.state import COUNTS, Snapshot, config_of
 FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
-CHUNK = 1 << 24
+ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
+T = TypeVar("T")
 # Counts that manifests of earlier versions lack: a sum whose beginning was not counted stays unknown.
 EARLIER = {"flops": math.nan, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
-def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Writes folder/step-N; raises UsageError when the disk refuses, with older checkpoints untouched."""
+def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
+    """Writes folder/step-N; raises UsageError when the disk refuses, with older checkpoints untouched.
+
+    Several processes write their own shards side by side; the folder takes its name once all of them have.
+    """
     path = folder / f"step-{snapshot.step:08d}"
-    tensors = {
-        "weights": snapshot.weights,
-        "optimizer": _flatten(snapshot.moments),
-        "pruner": snapshot.pruner_tensors,
-    }
-    try:
-        with appearing(path) as partial:
-            files = {}
-            for name, content in tensors.items():
-                file = partial / f"{name}.safetensors"
-                save_file({key: value.contiguous() for key, value in content.items()}, file)
-                files[file.name] = {"bytes": file.stat().st_size, "crc32": _crc(file)}
+    with _disk_errors(path), ExitStack() as stack:
+        partial = ranks.from_first(lambda: _said(path, lambda: stack.enter_context(appearing(path))))
+        files = _write_files(partial, snapshot) if ranks.world == 1 else write_shards(partial, _flat(snapshot), ranks)
+
+        def finish() -> None:
             manifest = _manifest(snapshot) | {"files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            stack.close()
+
+        ranks.from_first(lambda: _said(path, finish))
+    return path
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"cannot write checkpoint {path} ({error}); earlier checkpoints are whole: free disk space or mend "
             "permissions, then run the same command again"
         ) from error
-    return path
+
+
+def _said(path: Path, do: Callable[[], T]) -> T:
+    with _disk_errors(path):
+        return do()
+
+
+def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
+    return snapshot.weights | _flatten(snapshot.moments) | snapshot.pruner_tensors
+
+
+def _write_files(partial: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """One file each for weights, optimizer and pruner; size and CRC of each."""
+    tensors = {
+        "weights": snapshot.weights,
+        "optimizer": _flatten(snapshot.moments),
+        "pruner": snapshot.pruner_tensors,
+    }
+    files = {}
+    for name, content in tensors.items():
+        file = partial / f"{name}.safetensors"
+        save_file({key: value.contiguous() for key, value in content.items()}, file)
+        files[file.name] = facts(file)
+    return files
 
 
 def _manifest(snapshot: Snapshot) -> dict[str, Any]:
@@ -69,29 +104,40 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> Snapshot:
-    """Reads a checkpoint. Raises UsageError when it is damaged or from a newer version."""
+def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -> Snapshot:
+    """Reads a checkpoint, whatever the number of processes that wrote it; with several, as they keep it.
+
+    Raises UsageError when it is damaged or from a newer version.
+    """
     manifest = _read_manifest(path)
-    content: dict[str, dict[str, Tensor]] = {}
-    for name in ("weights", "optimizer", "pruner"):
-        file = path / f"{name}.safetensors"
-        facts = manifest["files"][file.name]
-        if not file.is_file() or file.stat().st_size != facts["bytes"] or _crc(file) != facts["crc32"]:
-            raise UsageError(
-                f"checkpoint {path} is damaged ({file.name} is not as it was written); delete that folder, and the "
-                "run goes on from the one before"
-            )
+    names = sorted(manifest["files"])
+    ranks.together(lambda: _check_files(path, manifest, names[ranks.rank :: ranks.world]))
+    if ranks.world == 1 and set(names) == ONE_PROCESS:
         # Copied out of the file's memory map: the file may be deleted while the run goes on.
-        content[name] = {key: value.clone() for key, value in load_file(file).items()}
+        tensors = {key: value.clone() for name in names for key, value in load_file(path / name).items()}
+    else:
+        tensors = read_shards(path, ranks, device)
     counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
+    moments = {key: value for key, value in tensors.items() if "|" in key}
+    pruner = {key: value for key, value in tensors.items() if key.startswith(WHOLE)}
     return Snapshot(
         config=manifest["config"],
         **counts,
-        weights=content["weights"],
-        moments=_unflatten(content["optimizer"]),
-        pruner_tensors=content["pruner"],
+        weights={key: value for key, value in tensors.items() if key not in moments and key not in pruner},
+        moments=_unflatten(moments),
+        pruner_tensors=pruner,
         pruner_facts=manifest["pruner"],
     )
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        file, known = path / name, manifest["files"][name]
+        if not file.is_file() or file.stat().st_size != known["bytes"] or facts(file) != known:
+            raise UsageError(
+                f"checkpoint {path} is damaged ({name} is not as it was written); delete that folder, and the "
+                "run goes on from the one before"
+            )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -135,11 +181,3 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         key, name = label.split("|", 1)
         moments.setdefault(name, {})[key] = value
     return moments
-
-
-def _crc(file: Path) -> int:
-    value = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value

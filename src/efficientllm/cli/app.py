@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from efficientllm.errors import UsageError
+from efficientllm.errors import ElsewhereError, UsageError
 
 USAGE_ERROR = 2
 
@@ -34,16 +35,23 @@ def say(message: str) -> None:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns what the user can mend, or has asked for, into a sentence and an exit code."""
+    """Turns what the user can mend, or has asked for, into a sentence and an exit code.
+
+    Of several processes that meet it together one has the words, and all leave with the code.
+    """
     from efficientllm.jobs.interruption import Interrupted
 
+    rank = int(os.environ.get("RANK", "0"))
     try:
         yield
+    except ElsewhereError:
+        raise SystemExit(USAGE_ERROR) from None
     except UsageError as error:
-        say(f"error: {error}")
+        say(f"error: rank {rank}: {error}" if rank else f"error: {error}")
         raise SystemExit(USAGE_ERROR) from None
     except Interrupted as stop:
-        say(str(stop))
+        if not rank:
+            say(str(stop))
         raise SystemExit(128 + stop.signum) from None
     except KeyboardInterrupt:
         say("stopped; the same command goes on from the last checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,24 +19,34 @@ if TYPE_CHECKING:
 @one_sentence()
 def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
-    from efficientllm.config import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    if loaded.prune is None:
-        raise UsageError(f"{recipe} has no prune section; add one with a target, or use `efficientllm train`")
-    _run(loaded)
+    def read() -> Recipe:
+        from efficientllm.config import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        if loaded.prune is None:
+            raise UsageError(f"{recipe} has no prune section; add one with a target, or use `efficientllm train`")
+        return loaded
+
+    _run(read)
 
 
 @app.command()
 @one_sentence()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train without pruning: continued pretraining, or from scratch with `init: random`; `prune` must be absent."""
-    from efficientllm.config import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    if loaded.prune is not None:
-        raise UsageError(f"{recipe} has a prune section; remove it (or set prune=null), or use `efficientllm prune`")
-    _run(loaded)
+    def read() -> Recipe:
+        from efficientllm.config import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        if loaded.prune is not None:
+            raise UsageError(
+                f"{recipe} has a prune section; remove it (or set prune=null), or use `efficientllm prune`"
+            )
+        return loaded
+
+    _run(read)
 
 
 @app.command(name="continue")
@@ -47,7 +58,7 @@ def go_on(
     """Train on at the size of a ladder's snapshot, from its weights and moments, to the end of the original run."""
     from efficientllm.jobs.ladder import recipe_of
 
-    _run(recipe_of(snapshot, overrides or []))
+    _run(lambda: recipe_of(snapshot, overrides or []))
 
 
 @app.command()
@@ -63,11 +74,15 @@ def demo(
     say(f"report: {write_report([folder / 'compact', folder / 'scratch'], folder, say)}")
 
 
-def _run(recipe: Recipe) -> None:
-    """Runs a recipe, prints where the result is, and leaves a report beside it."""
+def _run(read: Callable[[], Recipe]) -> None:
+    """Runs a recipe, prints where the result is, and leaves a report beside it: on one process, or on torchrun's."""
+    from efficientllm.distributed.launch import joined
     from efficientllm.jobs.prune import run
     from efficientllm.jobs.report import report_after
 
-    path = run(recipe, say)["result"]["path"]
-    report_after(recipe, say)
-    print(path)
+    with joined() as ranks:
+        recipe = ranks.together(read)
+        path = run(recipe, say, ranks)["result"]["path"]
+        if ranks.leads:
+            report_after(recipe, say)
+            print(path)

@@ -2,13 +2,22 @@
 
 from efficientllm.config.prune import AlignConfig, FloorsConfig, PruneConfig, WidthTarget
 from efficientllm.config.reading import dump_recipe, load_recipe
-from efficientllm.config.sections import DataConfig, DataSource, DistillConfig, Recipe, RunConfig, TrainConfig
+from efficientllm.config.sections import (
+    DataConfig,
+    DataSource,
+    DistillConfig,
+    DistributedConfig,
+    Recipe,
+    RunConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AlignConfig",
     "DataConfig",
     "DataSource",
     "DistillConfig",
+    "DistributedConfig",
     "FloorsConfig",
     "PruneConfig",
     "Recipe",

@@ -150,6 +150,23 @@ class DistillConfig(Section):
     chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
 
 
+class DistributedConfig(Section):
+    """Several processes, started by torchrun; a run of one process reads nothing here."""
+
+    section: ClassVar[str] = "distributed"
+    shard: Literal["auto", "none", "full", "hybrid"] = Field(
+        default="auto",
+        description="none: a copy of the model on every device; full: every weight cut over all of them (FSDP2); "
+        "hybrid: cut within a group, groups are copies; auto: none where it fits, else full, hybrid over several nodes",
+    )
+    replicate: Literal["auto"] | Count = Field(
+        default="auto", description="Copies of the model with shard hybrid; auto: one a node, or 2"
+    )
+    timeout: Real = Field(
+        default=600.0, gt=0, description="Seconds without a sign of life after which a rank counts as hung"
+    )
+
+
 class RunConfig(Section):
     """The run folder and how often something is written to it."""
 
@@ -189,6 +206,9 @@ class Recipe(Section):
     train: TrainConfig = Field(description="The training loop")
     prune: PruneConfig | None = Field(default=None, description="Pruning; null: plain continued pretraining")
     distill: DistillConfig | None = Field(default=None, description="Learn from a teacher too; null: from text alone")
+    distributed: DistributedConfig = Field(
+        default_factory=DistributedConfig, description="How several devices share the model"
+    )
     run: RunConfig = Field(description="The run folder")
 
     @model_validator(mode="wrap")

@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from efficientllm.training.gradient import Forward, Precision, mean_loss
+from efficientllm.distributed.layout import Runner
+from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.training.gradient import PLAIN, Forward, Precision, shared_mean_loss
 
 
 class Rows(Protocol):
@@ -32,22 +34,27 @@ def chosen_rows(corpora: Sequence[Rows], limit: int | None) -> list[list[int]]:
 
 
 def validation_loss(
-    forward: Forward,
+    model: Forward,
     corpora: Sequence[Rows],
     *,
     micro_batch: int,
     limit: int | None,
     device: torch.device | str,
     precision: Precision,
+    run: Runner = PLAIN,
+    ranks: Ranks = ALONE,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> float:
-    """Nats per predicted token over the chosen rows; `tick` is told of every micro-batch of rows done."""
+    """Nats per predicted token over the chosen rows; `tick` is told of every micro-batch of rows done, by all processes
+    together. With several processes each takes its share of every corpus."""
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[tuple[Tensor, bool]]:
         for corpus, indices in zip(corpora, chosen_rows(corpora, limit), strict=True):
-            for first in range(0, len(indices), micro_batch):
-                rows = corpus.take(indices[first : first + micro_batch])
-                yield rows.to(device)
-                tick(len(rows))
+            own = indices[ranks.share(len(indices))]
+            rounds = ranks.rounds(len(indices), micro_batch)
+            for first in range(0, rounds * micro_batch, micro_batch):
+                part = own[first : first + micro_batch]
+                yield corpus.take(part or indices[:1]).to(device), bool(part)
+                tick(max(0, min(micro_batch * ranks.world, len(indices) - first * ranks.world)))
 
-    return mean_loss(forward, batches(), precision)
+    return shared_mean_loss(model, batches(), precision, run, ranks)

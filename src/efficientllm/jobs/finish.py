@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from efficientllm import __version__
 from efficientllm.checkpoint.export import export_model
@@ -23,10 +23,12 @@ from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
-from efficientllm.training.state import TrainState, compact
+from efficientllm.training.state import TrainState, compact, whole_model
+
+Say = Callable[[str], None]
 
 
-def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dict[str, Any]:
     """Exports the model, draws the picture, writes the summary last: its presence means finished."""
     loss = final_loss(job, state)
     if job.plan and state.pruner and not state.pruner.finished:
@@ -38,9 +40,18 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[s
         compact(
             state, job.plan.landing.align.round_up(state.live_widths, state.space.widths), job.recipe.train, job.plan
         )
+    model = whole_model(state)
+    return job.ranks.from_first(lambda: _leave_result(job, state, model, source, loss, say))
+
+
+def _leave_result(
+    job: Job, state: TrainState, model: PreTrainedModel | None, source: dict[str, Any], loss: float, say: Say
+) -> dict[str, Any]:
+    """What the leading process writes."""
+    assert model is not None
     summary = summarize(job, state, source, loss)
     export_model(
-        state.model,
+        model,
         job.tokenizer,
         job.folder.model,
         generation=generation_settings(job),
@@ -55,11 +66,18 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Callable[[s
 
 def final_loss(job: Job, state: TrainState) -> float:
     """The validation loss after the last step; measured now where a stop came between the two."""
-    for record in read_journal(job.folder.metrics.path)[-1:]:
-        if record["step"] == state.step and "validation_loss" in record:
-            return float(record["validation_loss"])
-    with RunProgress(0, description="result") as progress:
+    known = job.ranks.from_first(lambda: _recorded_loss(job, state.step))
+    if known is not None:
+        return known
+    with RunProgress(0, description="result", stream=job.stream) as progress:
         return validate(job, state, progress)
+
+
+def _recorded_loss(job: Job, step: int) -> float | None:
+    for record in read_journal(job.folder.metrics.path)[-1:]:
+        if record["step"] == step and "validation_loss" in record:
+            return float(record["validation_loss"])
+    return None
 
 
 def generation_settings(job: Job) -> GenerationConfig | None:

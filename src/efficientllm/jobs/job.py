@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.config import Recipe
+from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
+from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
@@ -53,6 +57,19 @@ class Job:
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
     trackers: Trackers
+    ranks: Ranks
+
+    @property
+    def stream(self) -> TextIO | None:
+        """Where bars go: stderr (None), or nowhere on a process that does not lead."""
+        return None if self.ranks.leads else _Nowhere()
+
+
+class _Nowhere(io.StringIO):
+    """A stream that forgets."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def teacher_of(job: Job) -> Distillation | None:
@@ -86,6 +103,8 @@ def teacher_of(job: Job) -> Distillation | None:
             raise UsageError(f"distill.top_k {distill.top_k} is more than the vocabulary's {theirs:,}; lower it")
         root, length = cache_folder(job.recipe.data), job.recipe.data.sequence_length
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{length}-{distill.top_k}"
+        if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
+            name += f"-{job.ranks.rank}-of-{job.ranks.world}"
         teacher = CachedTeacher(root / name, load, length=length, k=distill.top_k, space=space_of(config))
     return Distillation(teacher, distill.weight, distill.temperature, distill.chunk_tokens)
 
@@ -101,10 +120,20 @@ def model_digest(path: str, memory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes the GPU where there is one. Raises UsageError for a device that is not there."""
+def choose_device(wanted: str, ranks: Ranks = ALONE) -> torch.device:
+    """`auto` takes the GPU where there is one: of several processes, each takes that of its place on its node.
+
+    Raises UsageError for a device that is not there.
+    """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1 and wanted.startswith("cuda"):
+        if wanted != "cuda" or ranks.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"{ranks.local_world} processes on a node with {torch.cuda.device_count()} GPUs cannot share "
+                f"train.device '{wanted}'; start one process a GPU and set it to auto or cpu"
+            )
+        wanted = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)
@@ -113,9 +142,33 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Job:
-    """Checks everything that can be checked, tokenises, and lays out the batches."""
-    device = choose_device(recipe.train.device)
+def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: Ranks = ALONE) -> Job:
+    """Checks everything that can be checked, tokenises, and lays out the batches. A collective.
+
+    The first process of each node tokenises; the others find the text in its cache.
+    """
+    first = ranks.together(lambda: _prepared(recipe, folder, say, ranks) if ranks.local_rank == 0 else None)
+    job = ranks.together(lambda: first or _prepared(recipe, folder, say, ranks))
+    if ranks.world == 1:
+        return job
+    fits = ranks.from_first(lambda: _fits(job))
+    ranks.together(lambda: mesh_shape(recipe.distributed, ranks.world, ranks.local_world, fits=fits))
+    job = replace(job, ranks=with_mesh(ranks, recipe.distributed, job.device, fits=fits))
+    pieces = f"in {job.ranks.shards} shards" if job.ranks.shards > 1 else "whole"
+    say(f"{ranks.world} processes, each weight {pieces} on {ranks.world // job.ranks.shards} of them")
+    return job
+
+
+def _fits(job: Job) -> bool:
+    """Whether each device can keep the whole model; main memory always counts as enough."""
+    if job.device.type != "cuda":
+        return True
+    memory = torch.cuda.get_device_properties(job.device).total_memory
+    return fits_whole(int(space_of(job.config).num_params()), memory)
+
+
+def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: Ranks) -> Job:
+    device = choose_device(recipe.train.device, ranks)
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
     plan = pruning_plan(recipe, config)
@@ -134,6 +187,11 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
         )
     training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
     rows = recipe.train.batch_rows(length)
+    if rows % ranks.world:
+        raise UsageError(
+            f"a step of {rows} rows (train.batch_tokens) does not divide over {ranks.world} processes; make it a "
+            f"multiple of {ranks.world} rows of {length} tokens, or start another number of processes"
+        )
     try:
         batches = BatchStream(training, [corpus.weight for corpus in training], rows, recipe.train.seed)
     except ValueError as error:
@@ -159,4 +217,5 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> Jo
         corpora,
         Unlogged(),
         Trackers(say),
+        ranks,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from efficientllm.jobs.validate import validate
 from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
-from efficientllm.training.state import TrainState, capture
+from efficientllm.training.state import TrainState, capture, whole_model
 
 RECIPE = "recipe.yaml"
 
@@ -34,7 +35,7 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
     """Leaves the model at this moment, which has just been cut to a size of the ladder."""
     assert job.plan is not None
     folder = job.folder.path / "ladder" / format_count(job.plan.landings[rung].target)
-    left = job.folder.read_json(folder / "summary.json")
+    left = job.ranks.from_first(lambda: job.folder.read_json(folder / "summary.json"))
     if left is not None and left["step"] == state.step:
         return  # a run that was killed and resumed comes by again, with the same weights
     facts: dict[str, Any] = {
@@ -45,24 +46,36 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         "tokens": state.tokens,
         "flops": without_nonfinite(state.flops),
     }
-    with appearing(folder) as partial:
-        export_model(state.model, job.tokenizer, partial / "model", generation=generation_settings(job))
+    model = whole_model(state)
+    with ExitStack() as stack:
+        partial = job.ranks.from_first(lambda: stack.enter_context(appearing(folder)))
         snapshot = capture(state)
         snapshot.pruner_tensors, snapshot.pruner_facts = {}, None
-        path = save(partial / "state", snapshot)
-        distill = job.recipe.distill
-        if distill and distill.teacher is None:
-            distill = distill.model_copy(update={"teacher": job.recipe.source})
-        here = places(folder, path.name)
-        here["run"] = job.recipe.run.model_copy(update=here["run"])
-        plain: dict[str, Any] = {"tokenizer": None, "init": "pretrained", "prune": None, "distill": distill}
-        recipe = job.recipe.model_copy(update=plain | here)
-        (partial / RECIPE).write_text(dump_recipe(recipe))
-        (partial / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+        path = save(partial / "state", snapshot, job.ranks)
+
+        def complete() -> None:
+            assert model is not None
+            export_model(model, job.tokenizer, partial / "model", generation=generation_settings(job))
+            (partial / RECIPE).write_text(dump_recipe(_continuation(job, folder, path.name)))
+            (partial / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+            stack.close()
+
+        job.ranks.from_first(complete)
     progress.note(
         f"{folder}: {format_count(facts['parameters'])} parameters, validation loss {facts['validation_loss']:.4f}; "
         f"`efficientllm continue {folder}` trains it on"
     )
+
+
+def _continuation(job: Job, folder: Path, snapshot: str) -> Recipe:
+    """The recipe that goes on from a rung's snapshot."""
+    distill = job.recipe.distill
+    if distill and distill.teacher is None:
+        distill = distill.model_copy(update={"teacher": job.recipe.source})
+    here = places(folder, snapshot)
+    here["run"] = job.recipe.run.model_copy(update=here["run"])
+    plain: dict[str, Any] = {"tokenizer": None, "init": "pretrained", "prune": None, "distill": distill}
+    return job.recipe.model_copy(update=plain | here)
 
 
 def places(folder: Path, state: str) -> dict[str, Any]:

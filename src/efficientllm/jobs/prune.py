@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 
 from efficientllm.checkpoint.store import checkpoints, load, retain, save
 from efficientllm.config import Recipe
+from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.watch import watched
 from efficientllm.errors import UsageError
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
@@ -29,28 +31,37 @@ from efficientllm.training.planning import calibration_rows
 from efficientllm.training.state import TrainState, capture, restore, start
 
 
-def run(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
+def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dict[str, Any]:
     """Runs, or goes on with, the job of a recipe and returns its summary; a finished one is only read.
 
-    `say` is told in one line what happens beside the steps. Raises UsageError for what the user can mend,
-    Interrupted after SIGINT or SIGTERM, with the run saved.
+    `say` is told in one line what happens beside the steps. ranks: this process among those that share the run, all of
+    which call this. Raises UsageError for what the user can mend, Interrupted after SIGINT or SIGTERM, with the run
+    saved.
     """
-    folder = RunFolder(recipe.run.dir)
-    with folder.lock():
-        folder.adopt(recipe)
-        done = folder.read_json(folder.summary)
+    folder = RunFolder(recipe.run.dir, writes=ranks.leads)
+    say = say if ranks.leads else lambda message: None
+    with ExitStack() as held:
+
+        def claim() -> dict[str, Any] | None:
+            held.enter_context(folder.lock())
+            folder.adopt(recipe)
+            return folder.read_json(folder.summary)
+
+        done = ranks.from_first(claim)
         if done is not None:
             say(f"{folder.path} is finished: {result_line(done)}")
             return done
-        job = prepare(recipe, folder, say)
+        job = prepare(recipe, folder, say, ranks)
         with memory_in_a_sentence():
             state, source = begin(job, say)
             with stop_signals() as stop:
-                job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
+                if ranks.leads:
+                    job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
                 try:
-                    train(job, state, stop)
+                    with watched(job.ranks, recipe.distributed.timeout):
+                        train(job, state, stop)
                 except Diverged as error:
-                    raise UsageError(f"{error}; {after_divergence(job)}") from error
+                    raise ranks.error(f"{error}; {after_divergence(job)}") from error
                 finally:
                     job.trackers.close()
                 summary = finish(job, state, source, say)
@@ -75,57 +86,67 @@ def memory_in_a_sentence() -> Iterator[None]:
 
 def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from: the newest checkpoint, or the source model; and the facts of the source."""
-    saved = checkpoints(job.folder.checkpoints)
-    source = job.folder.read_json(job.folder.source)
-    if saved and source is not None:
-        changed = [each for each in source["corpora"] if each not in job.corpora]
-        if changed:
-            name = changed[0].rsplit(maxsplit=1)[0]
-            raise UsageError(
-                f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
-                "run.dir"
-            )
-        if source.get("precision") != job.precision.name:
-            raise UsageError(
-                f"run folder {job.folder.path} was begun in {source.get('precision')}, and this machine would go on in "
-                f"{job.precision.name}; go on where it was begun, or choose another run.dir"
-            )
-        snapshot = load(saved[-1])
-        for journal in job.folder.journals:
-            journal.rewind(snapshot.step)
-        say(f"going on from {saved[-1]}, {format_count(snapshot.tokens)} tokens done")
-        return restore(snapshot, job.recipe.train, job.plan, job.device), source
-    if saved:
-        raise UsageError(
-            f"{job.folder.source} is missing, though there are checkpoints beside it; restore it, or choose another "
-            "run.dir"
+    recipe, ranks = job.recipe, job.ranks
+    saved, source = ranks.from_first(lambda: _what_is_there(job))
+    if saved is not None:
+        snapshot = load(saved, ranks, job.device)
+        ranks.from_first(lambda: job.folder.rewind(snapshot.step))
+        say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
+        return restore(snapshot, recipe.train, job.plan, job.device, ranks), source
+    ranks.from_first(lambda: job.folder.rewind(0))
+    seed = recipe.train.seed if recipe.init == "random" else None
+    model = ranks.together(
+        lambda: load_model(
+            recipe.source,
+            random_seed=seed,
+            device=job.device if ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
+            trust_remote_code=recipe.trust_remote_code,
         )
-    for journal in job.folder.journals:
-        journal.rewind(0)
-    seed = job.recipe.train.seed if job.recipe.init == "random" else None
-    model = load_model(
-        job.recipe.source,
-        random_seed=seed,
-        device=job.device,
-        trust_remote_code=job.recipe.trust_remote_code,
     )
-    state = start(model, job.recipe.train, job.plan)
-    if job.recipe.resume:
-        state = restore(load(Path(job.recipe.resume)), job.recipe.train, job.plan, job.device)
-    with RunProgress(0, description="source") as progress:
+    state = start(model, recipe.train, job.plan, ranks)
+    if recipe.resume:
+        state = restore(load(Path(recipe.resume), ranks, job.device), recipe.train, job.plan, job.device, ranks)
+    with RunProgress(0, description="source", stream=job.stream) as progress:
         loss = validate(job, state, progress)
     facts: dict[str, Any] = {
-        "path": job.recipe.source,
-        "init": job.recipe.init,
+        "path": recipe.source,
+        "init": recipe.init,
         "parameters": state.allocated_parameters,
         "widths": asdict(widths_of(job.config)),
         "validation_loss": loss,
         "corpora": job.corpora,
         "precision": job.precision.name,
     }
-    job.folder.write_json(job.folder.source, facts)
+    ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return state, facts
+
+
+def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint, if any, and the facts of the source beside it. Raises UsageError where the run on the
+    disk is not the one that this recipe would go on with."""
+    saved = checkpoints(job.folder.checkpoints)
+    source = job.folder.read_json(job.folder.source)
+    if not saved:
+        return None, {}
+    if source is None:
+        raise UsageError(
+            f"{job.folder.source} is missing, though there are checkpoints beside it; restore it, or choose another "
+            "run.dir"
+        )
+    changed = [each for each in source["corpora"] if each not in job.corpora]
+    if changed:
+        name = changed[0].rsplit(maxsplit=1)[0]
+        raise UsageError(
+            f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
+            "run.dir"
+        )
+    if source.get("precision") != job.precision.name:
+        raise UsageError(
+            f"run folder {job.folder.path} was begun in {source.get('precision')}, and this machine would go on in "
+            f"{job.precision.name}; go on where it was begun, or choose another run.dir"
+        )
+    return saved[-1], source
 
 
 def crossed(every: int, before: int, after: int) -> bool:
@@ -148,9 +169,11 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
         steps=job.steps,
         calibration_rows=rows,
         precision=job.precision,
+        batch_rows=job.batch_rows,
         distillation=teacher_of(job),
     )
-    with RunProgress(total, start=state.tokens, description=job.folder.path.name) as progress:
+    name = job.folder.path.name
+    with RunProgress(total, start=state.tokens, description=name, stream=job.stream) as progress:
         before, warned = state.tokens, False
         for record in records:
             if record.compaction:
@@ -166,7 +189,7 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             due = last or crossed(validate_every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
-            stopping = stop.signum  # read once: a signal from here on is for the next step, whose line is written first
+            stopping = agreed(job, stop)  # once: a signal from here on is for the next step, whose line comes first
             saving = last or rung or stopping is not None or crossed(checkpoint_every, before, state.tokens)
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
@@ -184,6 +207,11 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
             before = state.tokens
 
 
+def agreed(job: Job, stop: StopRequest) -> int | None:
+    """The signal that asked any of the processes to stop, the same on all of them."""
+    return job.ranks.most(stop.signum or 0, job.device) or None
+
+
 def after_divergence(job: Job) -> str:
     saved = checkpoints(job.folder.checkpoints)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
@@ -197,14 +225,18 @@ SKIPPED = (
 
 
 def validate_unless_stopped(job: Job, state: TrainState, progress: RunProgress, stop: StopRequest) -> float | None:
-    """None where a signal came before it was done: saving comes first, since the time left may be short."""
+    """None where a signal came before it was done: saving comes first, since the time left may be short.
+
+    Several processes agree before they begin, and then bring it to its end.
+    """
+    if agreed(job, stop) is not None:
+        return None
 
     def check() -> None:
-        if stop.signum is not None:
+        if stop.signum is not None and job.ranks.world == 1:
             raise Interrupted("", stop.signum)
 
     try:
-        check()
         return validate(job, state, progress, check)
     except Interrupted:
         return None
@@ -237,7 +269,7 @@ def compaction_line(record: StepRecord) -> str:
 
 def checkpoint(job: Job, state: TrainState) -> None:
     """Saves, with the records that lead up to it on the disk before it."""
-    for journal in job.folder.journals:
-        journal.sync()
-    save(job.folder.checkpoints, capture(state))
-    retain(job.folder.checkpoints, job.recipe.run.keep)
+    job.ranks.from_first(job.folder.sync)
+    save(job.folder.checkpoints, capture(state), job.ranks)
+    if job.ranks.leads:
+        retain(job.folder.checkpoints, job.recipe.run.keep)

@@ -30,24 +30,37 @@ FREE_KEYS = {
     "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
     "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
     "distill": {"chunk_tokens"},
+    "distributed": {"shard", "replicate", "timeout"},
 }
 
 
 class RunFolder:
-    def __init__(self, path: str | Path) -> None:
+    """writes: whether this process leaves anything here; of several processes only the leading one does."""
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.source = self.path / "source.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.summary = self.path / "summary.json"
-        self.metrics = Journal(self.path / "metrics.jsonl")
-        self.events = Journal(self.path / "events.jsonl")
-        self.compactions = Journal(self.path / "compactions.jsonl")
+        self.metrics = Journal(self.path / "metrics.jsonl", writes=writes)
+        self.events = Journal(self.path / "events.jsonl", writes=writes)
+        self.compactions = Journal(self.path / "compactions.jsonl", writes=writes)
 
     @property
     def journals(self) -> tuple[Journal, Journal, Journal]:
         return self.metrics, self.events, self.compactions
+
+    def rewind(self, step: int) -> None:
+        """Takes all journals back to a step."""
+        for journal in self.journals:
+            journal.rewind(step)
+
+    def sync(self) -> None:
+        """Forces all journals to the disk."""
+        for journal in self.journals:
+            journal.sync()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -23,11 +23,13 @@ def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable
             check()
 
         return validation_loss(
-            state.forward,
+            state.model,
             job.validation,
             micro_batch=recipe.train.micro_batch,
             limit=limit,
             device=job.device,
             precision=job.precision,
+            run=state.run,
+            ranks=state.ranks,
             tick=tick,
         )

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from efficientllm.pruning.groups import Event, Live, Space, group_slices
 from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.shards import Alone, Reduction, local
 
+ALONE = Alone()
 GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
@@ -50,23 +52,30 @@ class Solution:
     iterations: int
 
 
-def solve_coefficients(inputs: Tensor, removed: Tensor, kept: Tensor, options: SolverOptions) -> Solution:
+def solve_coefficients(
+    inputs: Tensor, removed: Tensor, kept: Tensor, options: SolverOptions, reduction: Reduction = ALONE
+) -> Solution:
     """Jacobi-preconditioned conjugate gradients for B, all layers and right-hand sides at once.
 
     inputs: X, fp32 (layers, tokens, inputs). removed: int64 (layers, |P|). kept: bool (layers, inputs), K.
-    A layer whose solve does not reach the tolerance, or is not finite, is marked as not converged.
+    A layer whose solve does not reach the tolerance, or is not finite, is marked as not converged. With several
+    processes each holds tokens of its own: products with X^T are summed over them, and all solve alike.
     """
     kept_inputs = inputs * kept[:, None, :]
     lost = torch.gather(inputs, 2, removed[:, None, :].expand(-1, inputs.shape[1], -1))
-    target = kept_inputs.transpose(1, 2) @ lost  # (layers, inputs, |P|)
-    diagonal = kept_inputs.square().sum(1)
+    target = reduction.over_batch(kept_inputs.transpose(1, 2) @ lost)  # (layers, inputs, |P|)
+    diagonal = reduction.over_batch(kept_inputs.square().sum(1))
     damping = options.damping * diagonal.sum(1) / kept.sum(1).clamp(min=1)
     preconditioner = 1.0 / (diagonal + damping[:, None]).clamp(min=torch.finfo(inputs.dtype).tiny)
 
-    gram = kept_inputs.transpose(1, 2) @ kept_inputs if inputs.shape[2] <= GRAM else None
+    small = inputs.shape[2] <= GRAM
+    gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if small else None
 
     def normal(vectors: Tensor) -> Tensor:
-        image = kept_inputs.transpose(1, 2) @ (kept_inputs @ vectors) if gram is None else gram @ vectors
+        if gram is not None:
+            image = gram @ vectors
+        else:
+            image = reduction.over_batch(kept_inputs.transpose(1, 2) @ (kept_inputs @ vectors))
         return image + damping[:, None, None] * vectors
 
     solution = torch.zeros_like(target)
@@ -146,9 +155,15 @@ def solve_flops(shape: Sequence[int], removed: int, iterations: int) -> int:
 
 @torch.no_grad()
 def correct(
-    params: Mapping[str, Tensor], readers: Sequence[Reader], inputs: Mapping[str, Tensor], options: SolverOptions
+    params: Mapping[str, Tensor],
+    readers: Sequence[Reader],
+    inputs: Mapping[str, Tensor],
+    options: SolverOptions,
+    reduction: Reduction = ALONE,
 ) -> Corrections:
     """Corrects the readers' weights in place; one whose solve fails is left untouched, and counted.
+
+    Rows of a weight (outputs) are corrected independently, so of a sharded one each process corrects its own.
 
     inputs: X of each reader by name, (tokens, inputs); readers that share one tensor (q, k, v) share its solve. A
     reader without inputs (a fused kernel has bypassed its module) counts as skipped.
@@ -166,7 +181,7 @@ def correct(
     for (tokens, width, _), same in shapes.items():
         at_once = max(1, CHUNK // (tokens * width))
         for first in range(0, len(same), at_once):
-            _correct_sites(params, same[first : first + at_once], held, options, report)
+            _correct_sites(params, same[first : first + at_once], held, options, reduction, report)
     return report
 
 
@@ -175,20 +190,23 @@ def _correct_sites(
     sites: Sequence[Sequence[Reader]],
     inputs: Mapping[str, Tensor],
     options: SolverOptions,
+    reduction: Reduction,
     report: Corrections,
 ) -> None:
     """Sites of equal shape, solved as one batch."""
     stacked = torch.stack([inputs[site[0].name].float() for site in sites])
     removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
-    solution = solve_coefficients(stacked, removed, kept, options)
-    report.flops += solve_flops(stacked.shape, removed.shape[1], solution.iterations)
+    solution = solve_coefficients(stacked, removed, kept, options, reduction)
+    layers, tokens, width = stacked.shape
+    together = (layers, tokens * reduction.processes, width)
+    report.flops += solve_flops(together, removed.shape[1], solution.iterations)
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
         for reader in site:
-            weight = params[reader.name].detach()
+            weight = local(params[reader.name])
             if good:
                 weight.copy_(corrected(weight, indices, coefficients))
-                report.flops += 2 * weight.numel() * len(indices)
+                report.flops += 2 * params[reader.name].numel() * len(indices)
         report.done += len(site) * good
         report.skipped += len(site) * (not good)

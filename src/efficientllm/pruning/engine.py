@@ -27,6 +27,7 @@ from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.saliency import MovingAverage, drawn_scores, input_scores, reader_specs, unit_scores
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Calibration, Candidate, Ranking, candidates, least_damage, next_on_path
+from efficientllm.pruning.shards import Alone, Reduction, fill, local, local_indices
 
 CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true cost is measured
 
@@ -34,11 +35,12 @@ CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true co
 class PruningEngine:
     """Decides and carries out pruning events on a fixed set of tensors.
 
-    params: the model's weights by name, updated in place. moments: optimizer state tensors of a weight by key,
-    each with the weight's shape (empty before the first update). second_moment: its running mean of g^2, free of
-    bias, or None. `space.widths` are the allocated widths, in
-    which units are counted; `live` says which of them are left. After a compaction a new PruningEngine is made for the
-    new tensors and given the old one's state, sliced. landings: the ladder's shapes, largest first, the target's last.
+    params: the model's weights by name, whole or sharded (DTensor), updated in place. moments: optimizer state tensors
+    of a weight by key, each with the weight's shape (empty before the first update). second_moment: its running mean
+    of g^2, free of bias, or None. `space.widths` are the allocated widths, in which units are counted; `live` says
+    which of them are left. After a compaction a new PruningEngine is made for the new tensors and given the old one's
+    state, sliced. landings: the ladder's shapes, largest first, the target's last. reduction: how processes that train
+    the same model bring their parts together; each decides for itself, and all alike.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class PruningEngine:
         schedule: Schedule,
         options: PrunerOptions,
         live: Live | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
         self._second_moment = second_moment
+        self._reduction: Reduction = reduction or Alone()
         self.landings, self.schedule, self.options = tuple(landings), schedule, options
         self.live = live or Live.full(space.widths)
         self.criterion = criterion(options.saliency)
@@ -94,12 +98,15 @@ class PruningEngine:
         for part in self._frozen:
             gradient = self.params[part.name].grad
             if gradient is not None:
-                gradient.index_fill_(part.dim, part.indices, 0.0)
+                fill(gradient, part.dim, part.indices)
         if self.finished or self.criterion.needs != "gradient":
             return
         if all(weight.grad is None for weight in self.params.values()):
             raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
-        self.average.update(unit_scores(self.space, self.criterion, self._weights(), self._device))
+        self.average.update(self._unit_scores())
+
+    def _unit_scores(self) -> dict[str, Tensor]:
+        return unit_scores(self.space, self.criterion, self._weights(), self._device, self._reduction)
 
     def _look(self, probe: Probe, report: PruneReport) -> None:
         """Brings the scores up to date before a bundle. The gradient of the step itself has been observed already."""
@@ -113,19 +120,28 @@ class PruningEngine:
             if not self.average.sums:
                 raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         elif needs == "weights":
-            self.average.update(unit_scores(self.space, self.criterion, self._weights(), self._device))
+            self.average.update(self._unit_scores())
         elif needs == "inputs":
             readers = reader_specs(self.space)
             inputs = probe.inputs([spec.name for spec in readers])
-            self.average.update(input_scores(self.space, self.criterion, readers, self.params, inputs, self._device))
+            scores = input_scores(
+                self.space, self.criterion, readers, self.params, inputs, self._device, self._reduction
+            )
+            self.average.update(scores)
             distinct = {id(inputs[spec.name]): inputs[spec.name].shape for spec in readers}
-            report.flops += sum(self.criterion.statistic_flops(*shape) for shape in distinct.values())
+            processes = self._reduction.processes
+            report.flops += sum(
+                self.criterion.statistic_flops(tokens * processes, width) for tokens, width in distinct.values()
+            )
         elif not self.average.sums:
             scores = drawn_scores(self.space, self.options.seed)
             self.average.update({name: score.to(self._device) for name, score in scores.items()})
 
     def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor, Tensor | None]]:
-        """(spec, w, g, F) of every weight, without those that want a gradient; F where the criterion looks at it."""
+        """(spec, w, g, F) of every weight, without those that want a gradient; F where the criterion looks at it.
+
+        Sharded weights come as they are; whoever reads them takes the local part.
+        """
         for spec in self.space.params:
             weight = self.params[spec.name]
             gradient = weight.grad if self.criterion.needs == "gradient" else weight
@@ -209,7 +225,7 @@ class PruningEngine:
         assert self.options.correction is not None
         readers = list(losing_readers(self.space, bundle, self.live))
         names = list(dict.fromkeys(reader.name for reader in readers))  # both attention types lose inputs of o_proj
-        done = correct(self.params, readers, probe.inputs(names), self.options.correction)
+        done = correct(self.params, readers, probe.inputs(names), self.options.correction, self._reduction)
         report.done += done.done
         report.flops += done.flops
         report.skipped += done.skipped
@@ -217,9 +233,8 @@ class PruningEngine:
     def zero(self, events: Sequence[Event]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         for part in group_slices(self.space, events):
-            indices = part.indices.to(self._device)
             for tensor in (self.params[part.name], *self.moments(part.name).values()):
-                tensor.detach().index_fill_(part.dim, indices, 0.0)
+                fill(tensor, part.dim, part.indices)
         if any(event.type in (ATTENTION_QUERY, DEPTH) for event in events):
             self._frozen = self._slices_to_hold()
 
@@ -256,19 +271,20 @@ class PruningEngine:
             saved = self._cut_out(events)
             measured = probe.loss() - unpruned
             for part, values in saved:
-                self.params[part.name].detach().index_copy_(part.dim, part.indices, values)
+                local(self.params[part.name]).index_copy_(part.dim, part.indices, values)
             self.calibration.update(pruning_type, measured, predicted)
         self._uncalibrated = 0.0
 
     def _cut_out(self, events: Sequence[Event]) -> list[tuple[Slice, Tensor]]:
-        """Zeroes the weights (not the moments) of the events' groups; returns what was there."""
+        """Zeroes the weights (not the moments) of the events' groups; returns what was there, with indices into the
+        local parts."""
         saved = []
         for part in group_slices(self.space, events):
-            weight = self.params[part.name].detach()
-            part = Slice(part.name, part.dim, part.indices.to(self._device))
-            saved.append((part, weight.index_select(part.dim, part.indices)))
+            weight = self.params[part.name]
+            part = Slice(part.name, part.dim, local_indices(weight, part.dim, part.indices))
+            saved.append((part, local(weight).index_select(part.dim, part.indices)))
         for part, _ in saved:
-            self.params[part.name].detach().index_fill_(part.dim, part.indices, 0.0)
+            local(self.params[part.name]).index_fill_(part.dim, part.indices, 0.0)
         return saved
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

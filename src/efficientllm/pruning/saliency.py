@@ -24,6 +24,9 @@ from efficientllm.pruning.groups import (
     ParamSpec,
     Space,
 )
+from efficientllm.pruning.shards import Alone, Reduction, first_row, local
+
+ALONE = Alone()
 
 
 class AxisSums:
@@ -42,16 +45,24 @@ class AxisSums:
         }
         self.sums[DEPTH] = torch.zeros(layers, device=device)
 
-    def add(self, spec: ParamSpec, scores: Tensor) -> None:
-        """Adds one weight's element scores (its shape)."""
+    def add(self, spec: ParamSpec, scores: Tensor, first: int = 0) -> None:
+        """Adds one weight's element scores: its shape, or some of its rows, from row `first` on."""
         if spec.layer is not None:
             self.sums[DEPTH][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
             if isinstance(axis, str):
                 others = [other for other in range(scores.ndim) if other != dim]
                 vector = scores.sum(others) if others else scores
-                target = self.sums[axis]
-                (target if axis == HIDDEN else target[spec.layer or 0]).add_(vector)
+                target = self.sums[axis] if axis == HIDDEN else self.sums[axis][spec.layer or 0]
+                (target[first : first + len(scores)] if dim == 0 else target).add_(vector)
+
+    def reduce(self, reduction: Reduction) -> None:
+        """Adds what the processes with other rows of the weights have: all axes as one packed vector."""
+        if reduction.processes == 1:
+            return
+        packed = reduction.over_shards(torch.cat([total.flatten() for total in self.sums.values()]))
+        parts = packed.split([total.numel() for total in self.sums.values()])
+        self.sums = {axis: part.view(total.shape) for (axis, total), part in zip(self.sums.items(), parts, strict=True)}
 
     def add_columns(self, spec: ParamSpec, scores: Tensor) -> None:
         """Adds the scores of one linear layer's inputs, (inputs,). A layer's own are those of its heads and FFN."""
@@ -81,12 +92,18 @@ def unit_scores(
     chosen: Criterion,
     weights: Iterable[tuple[ParamSpec, Tensor, Tensor, Tensor | None]],
     device: torch.device,
+    reduction: Reduction = ALONE,
 ) -> dict[str, Tensor]:
-    """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g, F)."""
+    """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g, F).
+
+    Of sharded weights each process scores the rows it holds; the sums along the axes are then added up.
+    """
     assert chosen.element is not None
     sums = AxisSums(space, device)
     for spec, weight, grad, second_moment in weights:
-        sums.add(spec, chosen.element(weight, grad, second_moment).float())
+        fisher = None if second_moment is None else local(second_moment)
+        sums.add(spec, chosen.element(local(weight), local(grad), fisher).float(), first_row(weight))
+    sums.reduce(reduction)
     scores = sums.units()
     return {name: score.abs() for name, score in scores.items()} if chosen.signed else scores
 
@@ -107,6 +124,7 @@ def input_scores(
     params: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     device: torch.device,
+    reduction: Reduction = ALONE,
 ) -> dict[str, Tensor]:
     """Saliency by a criterion that needs inputs, as `unit_scores`. inputs: X of each reader, (tokens, inputs)."""
     assert chosen.statistic is not None
@@ -116,11 +134,13 @@ def input_scores(
         shared = inputs[spec.name]
         known = id(shared) in statistics
         if not known:
-            statistics[id(shared)] = chosen.statistic(shared.float())
+            statistics[id(shared)] = chosen.statistic(reduction.all_tokens(shared).float())
         if chosen.column:
-            sums.add_columns(spec, chosen.column(params[spec.name].detach().float(), statistics[id(shared)]))
+            sums.add_columns(spec, chosen.column(local(params[spec.name]).float(), statistics[id(shared)]))
         elif not known:
             sums.add_columns(spec, statistics[id(shared)])
+    if chosen.column:  # over the rows that each process holds; a statistic alone is whole everywhere
+        sums.reduce(reduction)
     scores = sums.units()
     return {name: score.sqrt() for name, score in scores.items()} if chosen.root else scores
 

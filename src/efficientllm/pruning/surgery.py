@@ -28,6 +28,7 @@ from efficientllm.pruning.groups import (
     Space,
     Widths,
 )
+from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
 
 MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "momentum_buffer": -1.0}
 
@@ -91,13 +92,17 @@ def cut_live(live: Live, kept: Kept) -> Live:
 def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space) -> Tensor:
     """One weight, or one of its moments, at the new widths; a new contiguous tensor on the same device.
 
-    layer: place of its layer among those that stay.
+    layer: place of its layer among those that stay. A sharded weight is gathered, cut and laid out anew as it was:
+    the one place where a whole weight stands on a process, one at a time.
     """
+    pattern, tensor = tensor, whole(tensor)
     for dim, axis in enumerate(spec.axes):
         if isinstance(axis, str):
             entries = kept.entries(axis, layer, space.widths, space.head_dim)
             if len(entries) != tensor.shape[dim]:
                 tensor = tensor.index_select(dim, entries.to(tensor.device))
+    if is_sharded(pattern):
+        return laid_out_like(tensor.contiguous(), pattern)
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

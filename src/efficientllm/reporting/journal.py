@@ -18,11 +18,13 @@ from efficientllm.errors import UsageError
 class Journal:
     """A file of JSON lines that survives being killed at any byte.
 
-    The file and its folder are made by the first `append`. Only one process may write a journal.
+    The file and its folder are made by the first `append`. Only one process may write a journal; with `writes` False
+    nothing is ever written.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, writes: bool = True) -> None:
         self.path = Path(path)
+        self._writes = writes
         self._tail_is_whole = False
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -30,6 +32,8 @@ class Journal:
 
         Raises UsageError when the disk refuses the line, TypeError when a value is not JSON.
         """
+        if not self._writes:
+            return
         line = json.dumps(without_nonfinite(record), allow_nan=False, separators=(",", ":")) + "\n"
         try:
             if not self._tail_is_whole:
@@ -49,13 +53,14 @@ class Journal:
         The file is replaced atomically, and left alone when there is nothing to drop.
         Raises UsageError for a line that is torn elsewhere or has no whole "step".
         """
-        self._rewrite(step)
-        self._tail_is_whole = True
+        if self._writes:
+            self._rewrite(step)
+            self._tail_is_whole = True
 
     def sync(self) -> None:
         """Force what was appended to the disk; call it before a checkpoint that stands for these records."""
         try:
-            if self.path.exists():
+            if self._writes and self.path.exists():
                 with self.path.open("rb") as file:
                     os.fsync(file.fileno())
         except OSError as error:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from efficientllm.distributed.layout import Runner
+from efficientllm.distributed.ranks import ALONE, Ranks
+
 Forward = Callable[..., object]
+PLAIN = Runner()
 SummedLoss = Callable[[Tensor], Tensor]  # of rows (rows, length), over every next token
 
 
@@ -63,42 +70,84 @@ def predicted_tokens(rows: Tensor) -> int:
     return rows.shape[0] * (rows.shape[1] - 1)
 
 
-def accumulate_gradient(loss_of: SummedLoss, batch: Tensor, micro_batch: int) -> Tensor:
+def accumulate_gradient(
+    loss_of: SummedLoss, batch: Tensor, micro_batch: int, run: Runner = PLAIN, ranks: Ranks = ALONE
+) -> Tensor:
     """Adds the gradient of the batch's mean loss to .grad, a micro-batch at a time; returns that loss (detached).
 
-    Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should.
+    Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should. With
+    several processes `batch` is this one's share of it, as large as every other's: gradient and loss are means over
+    them.
     """
     total = predicted_tokens(batch)
     loss = torch.zeros((), device=batch.device)
-    for rows in batch.split(micro_batch):
-        part = loss_of(rows) / total
+    parts = batch.split(micro_batch)
+    for place, rows in enumerate(parts, start=1):
+        run.last(place == len(parts))
+        part = run(partial(_scaled_loss, loss_of, rows, total))
         part.backward()
         loss += part.detach()
-    return loss
+        ranks.beat()
+    return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss
+
+
+def _scaled_loss(loss_of: SummedLoss, rows: Tensor, total: int) -> Tensor:
+    return loss_of(rows) / total
+
+
+def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -> float:
+    """Mean loss per predicted token over micro-batches of rows, in nats; summed in fp64."""
+    return shared_mean_loss(model, ((rows, True) for rows in batches), precision, PLAIN, ALONE)
 
 
 @torch.no_grad()
-def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -> float:
-    """Mean loss per predicted token over micro-batches of rows, in nats; summed in fp64."""
+def shared_mean_loss(
+    model: Forward, batches: Iterable[tuple[Tensor, bool]], precision: Precision, run: Runner, ranks: Ranks
+) -> float:
+    """As mean_loss, over the micro-batches of all processes. Those marked False are passed through the model only so
+    that every process makes as many passes, and do not count."""
     total, tokens = 0.0, 0
-    for rows in batches:
-        total += float(summed_loss(model, rows, precision))
-        tokens += predicted_tokens(rows)
+    for rows, counts in batches:
+        loss = float(run(partial(summed_loss, model, rows, precision)))
+        total += loss if counts else 0.0
+        tokens += predicted_tokens(rows) if counts else 0
+        ranks.beat()
+    if ranks.world > 1:
+        total, tokens = ranks.over_batch(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     return total / tokens
 
 
+def shared_micro_batches(own: Tensor, rows: int, micro_batch: int, ranks: Ranks) -> Iterator[tuple[Tensor, bool]]:
+    """This process's rows of so many in micro-batches, filled up to the number of passes that every process makes."""
+    parts = own.split(micro_batch) if len(own) else ()
+    yield from ((part, True) for part in parts)
+    yield from ((own[:1], False) for _ in range(ranks.rounds(rows, micro_batch) - len(parts)))
+
+
 def gradient_norm(weights: Iterable[nn.Parameter]) -> float:
-    """Global L2 norm of the gradient."""
-    return float(torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+    """Global L2 norm of the gradient, over all shards."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def update(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], *, lr: float, clip: float) -> float:
+def update(
+    optimizer: torch.optim.Optimizer,
+    weights: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    clip: float,
+    norm: float | None = None,
+) -> float:
     """Clips to a global L2 norm of `clip`, steps, clears the gradient; returns the norm before clipping.
 
-    A norm that is not finite leaves weights and moments as they were.
+    norm: of the gradient, where it is known already. One that is not finite leaves weights and moments as they were.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, clip if clip > 0 else float("inf")))
-    if norm == norm and norm != float("inf"):
+    weights = list(weights)
+    norm = gradient_norm(weights) if norm is None else norm
+    if math.isfinite(norm):
+        if clip > 0:
+            total = torch.tensor(norm, device=weights[0].device)
+            torch.nn.utils.clip_grads_with_norm_(weights, clip, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -23,17 +23,20 @@ from efficientllm.training.gradient import (
     SummedLoss,
     accumulate_gradient,
     gradient_norm,
-    mean_loss,
+    shared_mean_loss,
+    shared_micro_batches,
     summed_loss,
     update,
 )
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
 
+FirstRows = Callable[[int, bool], Tensor]  # of so many rows; whether for calibration
+
 
 class Batches(Protocol):
-    def batch(self, step: int) -> Tensor:
-        """The batch of a step, int64 (rows, length): a pure function of (seed, step)."""
+    def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
+        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
         ...
 
 
@@ -68,7 +71,11 @@ class StepRecord:
 
 
 class BatchProbe:
-    """Answers the pruner's questions about the current batch (pruning.engine.Probe)."""
+    """Answers the pruner's questions about the current batch (pruning.engine.Probe).
+
+    batch: this process's share. rows_of: this process's share of the first so many rows of the whole batch, or of the
+    one on which bundles are measured. Counts of tokens and FLOPs are those of all processes together.
+    """
 
     def __init__(
         self,
@@ -78,40 +85,52 @@ class BatchProbe:
         precision: Precision,
         loss_of: SummedLoss,
         *,
-        calibration: Callable[[], Tensor],
+        first_rows: FirstRows,
+        calibration_rows: int,
         correction_tokens: int,
         flops_of_step: int,
     ) -> None:
         self._state, self._batch, self._train = state, batch, train
-        self._precision, self._loss_of = precision, loss_of
-        self._calibration, self._correction_tokens = calibration, correction_tokens
-        self._flops_of_step = flops_of_step
+        self._precision, self._loss_of, self._first_rows = precision, loss_of, first_rows
+        self._calibration_rows, self._flops_of_step = calibration_rows, flops_of_step
+        self._correction_rows = max(1, correction_tokens // batch.shape[1])
         self._rows: Tensor | None = None
 
     def loss(self) -> float:
         """On the calibration's rows, the same at every call."""
+        state, rows = self._state, max(self._calibration_rows, self._state.ranks.world)
         if self._rows is None:
-            self._rows = self._calibration().to(self._batch.device)
-        self._state.flops += forward_flops(self._state.space, *self._rows.shape).total
-        return mean_loss(self._state.forward, self._rows.split(self._train.micro_batch), self._precision)
+            self._rows = self._first_rows(rows, True).to(self._batch.device)
+        state.flops += forward_flops(state.space, rows, self._batch.shape[1]).total
+        parts = shared_micro_batches(self._rows, rows, self._train.micro_batch, state.ranks)
+        return shared_mean_loss(state.model, parts, self._precision, state.run, state.ranks)
 
     def refresh(self) -> None:
-        self._state.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self._loss_of, self._batch, self._train.micro_batch)
-        self._state.refresh_tokens += self._batch.numel()
-        self._state.flops += self._flops_of_step
+        state = self._state
+        state.optimizer.zero_grad(set_to_none=True)
+        accumulate_gradient(self._loss_of, self._batch, self._train.micro_batch, state.run, state.ranks)
+        state.refresh_tokens += self._batch.numel() * state.ranks.world
+        state.flops += self._flops_of_step
 
     @torch.no_grad()
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """On the batch's first tokens, a micro-batch at a time; the vocabulary's logits only where they are needed."""
-        model: Any = self._state.model
+        state, length = self._state, self._batch.shape[1]
+        model: Any = state.model
         forward = model if "lm_head.weight" in names else model.model
-        rows = self._batch[: max(1, self._correction_tokens // self._batch.shape[1])]
-        with captured_inputs(model, names) as inputs, self._precision.context():
-            for part in rows.split(self._train.micro_batch):
-                forward(input_ids=part, use_cache=False)
-        passed = forward_flops(self._state.space, *rows.shape)
-        self._state.flops += passed.base if forward is not model else passed.total
+        rows = min(max(self._correction_rows, state.ranks.world), len(self._batch) * state.ranks.world)
+        own = self._first_rows(rows, False).to(self._batch.device)
+        parts = list(shared_micro_batches(own, rows, self._train.micro_batch, state.ranks))
+        eager = torch.compiler.set_stance("force_eager")  # a compiled block does not see the hooks
+        with captured_inputs(model, names) as inputs, self._precision.context(), eager:
+            for part in (part for part, counts in parts if counts):
+                state.run(partial(forward, input_ids=part, use_cache=False))
+        with self._precision.context():
+            for part in (part for part, counts in parts if not counts):
+                state.run(partial(forward, input_ids=part, use_cache=False))
+        state.ranks.beat()
+        passed = forward_flops(state.space, rows, length)
+        state.flops += passed.base if forward is not model else passed.total
         return inputs
 
 
@@ -135,20 +154,24 @@ def train_steps(
     steps: int,
     calibration_rows: int,
     precision: Precision,
+    batch_rows: int = 0,
     distillation: Distillation | None = None,
 ) -> Iterator[StepRecord]:
     """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
 
     A step whose loss or gradient is not finite is skipped: its batch is read, weights, moments and scores stay as they
-    were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row.
+    were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row. batch_rows: of a whole batch, where
+    several processes share it.
     """
-    device = next(state.model.parameters()).device
+    device, ranks = next(state.model.parameters()).device, state.ranks
+    part = slice(None) if ranks.world == 1 else ranks.share(batch_rows)
     while state.step < steps:
         began = time.perf_counter()
-        batch = batches.batch(state.step).to(device)
+        batch = batches.batch(state.step, part).to(device)
+        tokens = batch.numel() * ranks.world
         loss_of = training_loss(state, precision, distillation)
-        loss = accumulate_gradient(loss_of, batch, train.micro_batch)
-        flops = step_flops(state.space, batch.shape, train, distillation)
+        loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks)
+        flops = ranks.world * step_flops(state.space, batch.shape, train, distillation)
         state.flops += flops
         norm = gradient_norm(state.model.parameters())
         healthy = _count_health(state, float(loss), norm)
@@ -156,13 +179,13 @@ def train_steps(
             state.pruner.observe()
         share = lr_share(state, plan)
         lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
-        state.lowered_tokens += batch.numel() if share < 1.0 else 0
+        state.lowered_tokens += tokens if share < 1.0 else 0
         if lr and healthy:
-            update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip)
+            update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip, norm=norm)
         else:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.tokens += batch.numel()
+        state.tokens += tokens
         report = None
         if healthy and state.pruner and not state.pruner.finished:
             assert plan is not None
@@ -172,7 +195,8 @@ def train_steps(
                 train,
                 precision,
                 loss_of,
-                calibration=partial(_rows_to_calibrate_on, state.step, batch, batches, plan, calibration_rows),
+                first_rows=partial(_first_rows, state, batch, batches, plan),
+                calibration_rows=calibration_rows,
                 correction_tokens=plan.correction_tokens,
                 flops_of_step=flops,
             )
@@ -199,17 +223,26 @@ def _count_health(state: TrainState, loss: float, norm: float) -> bool:
     return False
 
 
-def _rows_to_calibrate_on(step: int, batch: Tensor, batches: Batches, plan: PruningPlan, rows: int) -> Tensor:
-    """The first rows of this batch, or of the one to come. `step` counts the steps done, so it is the next one's."""
-    return (batches.batch(step) if plan.calibrate_on_next else batch)[:rows]
+def _first_rows(
+    state: TrainState, batch: Tensor, batches: Batches, plan: PruningPlan, rows: int, calibration: bool
+) -> Tensor:
+    """This process's share of the first rows of the step's batch, or for calibration of the one that the plan wants.
+
+    batch: what this process has of the step's. The state counts the step as done, so its number is the next one's.
+    """
+    following = calibration and plan.calibrate_on_next
+    if state.ranks.world == 1:
+        return (batches.batch(state.step) if following else batch)[:rows]
+    return batches.batch(state.step - (not following), state.ranks.share(rows))
 
 
 def training_loss(state: TrainState, precision: Precision, distillation: Distillation | None) -> SummedLoss:
     """Next-token cross-entropy, or its mixture with what a teacher says."""
     if distillation is None:
-        return lambda rows: summed_loss(state.forward, rows, precision)
+        return lambda rows: summed_loss(state.model, rows, precision)
+    base: Any = state.model.model
     head: Any = state.model.get_output_embeddings()
-    return lambda rows: distillation.summed_loss(state.base, head, rows, precision)
+    return lambda rows: distillation.summed_loss(base, head, rows, precision)
 
 
 def lr_share(state: TrainState, plan: PruningPlan | None) -> float:

@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.config import TrainConfig
+from efficientllm.distributed.layout import Runner, sharded, wrap
+from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Live, Space, Widths
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import Schedule
+from efficientllm.pruning.shards import whole
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
 
 # What a run counts; Snapshot and TrainState have a field of each name.
@@ -61,11 +65,11 @@ class Snapshot:
     """A run between two steps, as plain tensors and JSON values.
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
-    facts (None where nothing is pruned). config: the transformers config as a dict. Counts: optimizer steps done,
-    tokens read in steps, those of them at a lowered learning rate or none, tokens whose gradient was taken anew.
-    flops: floating-point operations of training so far (models/flops.py), pruning and teacher included; NaN where the
-    run began before they were counted. skipped_steps: those whose loss or gradient was not finite, in all and up to now
-    without a good one between.
+    facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
+    transformers config as a dict. Counts: optimizer steps done, tokens read in steps, those of them at a lowered
+    learning rate or none, tokens whose gradient was taken anew. flops: floating-point operations of training so far
+    (models/flops.py), pruning and teacher included; NaN where the run began before they were counted. skipped_steps:
+    those whose loss or gradient was not finite, in all and up to now without a good one between.
     """
 
     config: dict[str, Any]
@@ -84,15 +88,15 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """A live run: everything that changes while it trains. forward: the model, compiled if asked; base: the same
-    without its LM head."""
+    """A live run: everything that changes while it trains. Whatever calls the model does so inside `run`, which
+    gathers sharded weights for as long as the call lasts; ranks: this process among those that share the run."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     space: Space
     pruner: PruningEngine | None
-    forward: Any
-    base: Any
+    run: Runner
+    ranks: Ranks
     step: int = 0
     tokens: int = 0
     refresh_tokens: int = 0
@@ -114,13 +118,28 @@ class TrainState:
         return self.pruner.widths if self.pruner else self.space.widths
 
 
-def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None) -> TrainState:
-    """A run at step 0 on a freshly loaded model."""
-    return _assemble(model, train, plan)
+def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, ranks: Ranks = ALONE) -> TrainState:
+    """A run at step 0 on a freshly loaded model, the same on every process; it may still lie on the CPU."""
+    run = _wrapped(model, train, ranks, next(model.parameters()).device)
+    return _assemble(model, train, plan, run, ranks)
 
 
-def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None) -> TrainState:
-    """Optimizer, pruner, checkpointing and compiled forward around a model."""
+def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: Ranks, device: torch.device | str) -> Runner:
+    model.train()
+    kind = ranks.mesh.device_type if ranks.mesh else str(device)
+    return wrap(
+        model,
+        ranks,
+        gradient_checkpointing=train.gradient_checkpointing,
+        compile_blocks=train.compile,
+        bf16=Precision.choose(train.precision, torch.device(kind)).bf16,
+    )
+
+
+def _assemble(
+    model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, run: Runner, ranks: Ranks
+) -> TrainState:
+    """Optimizer and pruner around a model that has its weights."""
     space = space_of(model.config)
     optimizer = build_optimizer(model, train)
     pruner = None
@@ -134,17 +153,9 @@ def _assemble(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | No
             landings=plan.landings,
             schedule=plan.schedule,
             options=plan.options,
+            reduction=ranks,
         )
-    model.train()
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if train.compile:
-        torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
-    forward: Any = model
-    base: Any = model.model
-    if train.compile:  # lazily: what is never called is never compiled
-        forward, base = (torch.compile(each, dynamic=False) for each in (model, model.model))
-    return TrainState(model, optimizer, space, pruner, forward, base)
+    return TrainState(model, optimizer, space, pruner, run, ranks)
 
 
 def capture(state: TrainState) -> Snapshot:
@@ -202,13 +213,21 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
 
-def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, device: torch.device | str) -> TrainState:
+def restore(
+    snapshot: Snapshot,
+    train: TrainConfig,
+    plan: PruningPlan | None,
+    device: torch.device | str,
+    ranks: Ranks = ALONE,
+) -> TrainState:
     """A live run from a snapshot: the model built anew at its widths, around the snapshot's own tensors.
 
     The snapshot is empty afterwards; a run that it was captured from must be dropped, since the tensors are the same.
     """
-    model = model_of(snapshot, device)
-    state = _assemble(model, train, plan)
+    model = empty_model(config_of(snapshot), device)
+    run = _wrapped(model, train, ranks, device)
+    fill_model(model, {name: weight.detach().to(device) for name, weight in snapshot.weights.items()})
+    state = _assemble(model, train, plan, run, ranks)
     load_moments(state.optimizer, model, snapshot.moments)
     snapshot.weights, snapshot.moments = {}, {}  # they belong to the run now
     if state.pruner and snapshot.pruner_facts is not None:
@@ -221,12 +240,46 @@ def restore(snapshot: Snapshot, train: TrainConfig, plan: PruningPlan | None, de
 def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:
     """A new model of the snapshot's widths around its weights, which are not copied unless the device differs."""
     model = empty_model(config_of(snapshot), device)
-    weights = {name: weight.detach().to(device) for name, weight in snapshot.weights.items()}
+    fill_model(model, {name: weight.detach().to(device) for name, weight in snapshot.weights.items()})
+    return model
+
+
+def fill_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Puts weights in the places of an empty model's, uncopied; tied ones stay tied."""
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     holes = [name for name, weight in model.named_parameters() if weight.is_meta]
     assert not holes, f"the snapshot lacks {holes[0]}"
+
+
+def whole_model(state: TrainState) -> PreTrainedModel | None:
+    """The run's model for export: itself on one process; with several a copy on rank 0's CPU, None elsewhere.
+
+    A collective: each weight is gathered in turn, and only rank 0 keeps it.
+    """
+    if state.ranks.world == 1:
+        return state.model
+    weights = {}
+    for name, weight in state.model.named_parameters():
+        full = whole(weight)
+        if state.ranks.leads:
+            weights[name] = full.cpu()
+        del full
+    if not state.ranks.leads:
+        return None
+    model = empty_model(state.model.config)
+    fill_model(model, weights)
     return model
+
+
+def laid_out(snapshot: Snapshot, ranks: Ranks, device: torch.device | str) -> Snapshot:
+    """A snapshot of whole tensors as this run's processes keep it."""
+    weights = {name: sharded(weight.to(device), ranks) for name, weight in snapshot.weights.items()}
+    moments = {
+        name: {key: sharded(value.to(device) if value.ndim else value, ranks) for key, value in each.items()}
+        for name, each in snapshot.moments.items()
+    }
+    return replace(snapshot, weights=weights, moments=moments)
 
 
 def load_moments(
@@ -266,8 +319,8 @@ def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: Pruning
     """Narrows the run in place. Every old tensor is released as soon as it is cut."""
     device = next(state.model.parameters()).device
     snapshot = capture(state)
-    for name in ("model", "optimizer", "pruner", "forward", "base"):
+    for name in ("model", "optimizer", "pruner", "run"):
         setattr(state, name, None)
-    narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device)
-    for name in ("model", "optimizer", "space", "pruner", "forward", "base"):
+    narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks)
+    for name in ("model", "optimizer", "space", "pruner", "run"):
         setattr(state, name, getattr(narrower, name))

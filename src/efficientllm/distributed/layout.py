@@ -1,0 +1,148 @@
+"""How weights lie over the processes, and the one function that wraps a model for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from efficientllm.config import DistributedConfig
+from efficientllm.distributed.ranks import Ranks
+from efficientllm.errors import UsageError
+from efficientllm.pruning.shards import laid_out_like
+
+T = TypeVar("T")
+
+
+BYTES_WHOLE = 18  # a parameter's fp32 weight, gradient and two moments, and its bf16 copy while it computes
+ROOM_FOR_MODEL = 0.6  # of a device's memory; the rest is for activations
+
+
+def fits_whole(parameters: int, memory: int) -> bool:
+    """Whether a device of so many bytes can keep a model of so many parameters whole, with room for activations."""
+    return parameters * BYTES_WHOLE <= ROOM_FOR_MODEL * memory
+
+
+def mesh_shape(wanted: DistributedConfig, world: int, local_world: int, *, fits: bool) -> tuple[int, int]:
+    """(replicas, shards) of each weight; their product is the number of processes.
+
+    auto: copies where a model fits whole beside its moments; else shards within a node and copies over nodes. Raises
+    UsageError for a mesh that does not fit the processes.
+    """
+    nodes = max(1, world // local_world)
+    kind = wanted.shard
+    if kind == "auto":
+        kind = "none" if fits else "hybrid" if nodes > 1 else "full"
+    if kind == "none" or kind == "full":
+        replicas = world if kind == "none" else 1
+        if wanted.replicate not in ("auto", replicas):
+            raise UsageError(
+                f"distributed.replicate {wanted.replicate} does not go with shard {kind} on {world} processes, which "
+                f"keeps {replicas} copies; leave it out, or set distributed.shard to hybrid"
+            )
+        return replicas, world // replicas
+    replicas = (nodes if nodes > 1 else 2) if wanted.replicate == "auto" else wanted.replicate
+    if world % replicas or world == replicas:
+        raise UsageError(
+            f"distributed.replicate {replicas} does not divide {world} processes into shards; choose a divisor of "
+            f"{world} below it, or distributed.shard none or full"
+        )
+    return replicas, world // replicas
+
+
+def with_mesh(ranks: Ranks, wanted: DistributedConfig, device: torch.device, *, fits: bool) -> Ranks:
+    """The ranks with the mesh that the recipe asks for."""
+    if ranks.world == 1:
+        return ranks
+    shape = mesh_shape(wanted, ranks.world, ranks.local_world, fits=fits)
+    return replace(ranks, mesh=init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")))
+
+
+class Root(nn.Module):
+    """Runs whatever touches the model inside its own forward, where sharded weights are there to be read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, body: Callable[[], T]) -> T:
+        return body()
+
+
+class Runner:
+    """Calls a body that uses the model: as it is on one process, inside the wrapped root on several."""
+
+    def __init__(self, root: FSDPModule | None = None, blocks: Sequence[FSDPModule] = ()) -> None:
+        self._root, self._blocks = root, blocks
+
+    def __call__(self, body: Callable[[], T]) -> T:
+        if self._root is None:
+            return body()
+        result: T = self._root(body)  # type: ignore[operator]
+        if not torch.is_grad_enabled():  # some keep their weights gathered, for a backward pass that never comes
+            for unit in (*self._blocks, self._root):
+                unit.reshard()
+        return result
+
+    def last(self, is_last: bool) -> None:
+        """Whether the coming backward pass is the step's last: copies of a shard sum their gradients then, at once."""
+        if self._root is not None:
+            self._root.set_requires_all_reduce(is_last)
+
+
+def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_blocks: bool, bf16: bool) -> Runner:
+    """Activation checkpointing, compile, sharding: in that order, on a model whose weights may have no memory yet.
+
+    On one process nothing is sharded. With several, each block and the root (embedding, last norm, LM head) are a unit
+    of FSDP2: weights are kept in fp32 and gathered in the dtype of computation, gradients are reduced in fp32.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compile_blocks:
+        torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
+        for block in model.model.layers:  # its forward alone: hooks that gather weights stay outside the graph
+            block.forward = torch.compile(block.forward, dynamic=False)
+    if ranks.mesh is None:
+        return Runner()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    whole_copies = ranks.shards == 1
+    options: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": policy}
+    blocks = [fully_shard(block, reshard_after_forward=not whole_copies, **options) for block in model.model.layers]
+    return Runner(fully_shard(Root(model), **options), blocks)
+
+
+def sharded(full: Tensor, ranks: Ranks) -> Tensor:
+    """A whole tensor, the same on every process, as FSDP2 lays out weights on this mesh; itself on one process."""
+    if ranks.mesh is None or not full.ndim:
+        return full
+    return laid_out_like(full.contiguous(), _pattern(full.shape, full.dtype, full.device, ranks))
+
+
+def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> Tensor:
+    """A tensor of this whole shape without content, laid out as FSDP2 lays out weights; plain on one process."""
+    if ranks.mesh is None or not len(shape):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _pattern(shape, dtype, device, ranks)
+
+
+def _pattern(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> DTensor:
+    mesh = ranks.mesh
+    assert mesh is not None
+    piece = -(-shape[0] // ranks.shards)
+    mine = mesh.get_local_rank(mesh.ndim - 1)
+    rows = max(0, min(piece, shape[0] - mine * piece))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        torch.empty((rows, *shape[1:]), dtype=dtype, device=device),
+        mesh,
+        (Replicate(), Shard(0)),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )

@@ -1,0 +1,180 @@
+"""This process among those of the run: its share of the rows, and how parts come together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from efficientllm.errors import ElsewhereError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Ranks:
+    """A process's place, and the collectives that the loop and the pruner use (pruning.shards.Reduction).
+
+    mesh: None for a single process; else one dimension ("shard") or two ("replicate", "shard"), over all ranks. slow:
+    a group of its own for waits without a deadline. communicated: bytes that this process has put into the
+    reductions below.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    mesh: DeviceMesh | None = None
+    store: Any = None
+    slow: Any = None
+    communicated: int = field(default=0, compare=False)
+    beats: int = field(default=0, compare=False)  # how far this process has come (distributed.watch)
+    patient: bool = field(default=False, compare=False)  # in a wait that may take as long as it takes
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def processes(self) -> int:
+        return self.world
+
+    @property
+    def shards(self) -> int:
+        """Pieces into which every weight is cut."""
+        return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
+
+    def share(self, rows: int) -> slice:
+        """This process's rows of so many: contiguous, the first processes take one more where they do not divide."""
+        each, more = divmod(rows, self.world)
+        first = self.rank * each + min(self.rank, more)
+        return slice(first, first + each + (self.rank < more))
+
+    def rounds(self, rows: int, micro_batch: int) -> int:
+        """Micro-batches that the process with the most of so many rows needs: as many forward passes as every
+        process makes, because sharded weights are gathered in each."""
+        return math.ceil(math.ceil(rows / self.world) / micro_batch)
+
+    def error(self, message: str) -> UsageError:
+        """An error that every process meets alike, of which the leading one tells the user."""
+        return UsageError(message) if self.leads else ElsewhereError(message)
+
+    def beat(self) -> None:
+        """Says that this process has come further."""
+        self.beats += 1
+
+    def over_shards(self, tensor: Tensor) -> Tensor:
+        if self.mesh is None or self.shards == 1:
+            return tensor
+        return self._sum(tensor, self.mesh.get_group(self.mesh.ndim - 1))
+
+    def over_batch(self, tensor: Tensor) -> Tensor:
+        return tensor if self.world == 1 else self._sum(tensor, None)
+
+    def _sum(self, tensor: Tensor, group: Any) -> Tensor:
+        tensor = tensor.contiguous()
+        self.communicated += tensor.numel() * tensor.element_size()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def all_tokens(self, tensor: Tensor) -> Tensor:
+        """Rows may differ in number between processes (by the rows of one sequence)."""
+        if self.world == 1:
+            return tensor
+        count = torch.zeros(self.world, dtype=torch.int64, device=tensor.device)
+        count[self.rank] = len(tensor)
+        counts: list[int] = self._sum(count, None).tolist()
+        padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        self.communicated += padded.numel() * padded.element_size()
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def most(self, number: int, device: torch.device) -> int:
+        """The largest of the processes' numbers."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor([number], dtype=torch.int64, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def wait(self) -> None:
+        """Until every process has come here, however long that takes."""
+        if self.world > 1:
+            with self._patience():
+                dist.barrier(group=self.slow)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
+            self.beat()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank. Its UsageError is raised on every rank."""
+        if self.world == 1:
+            return make()
+        box: list[Any] = [None, None]
+        error: UsageError | None = None
+        if self.leads:
+            try:
+                with self._patience():
+                    box[0] = make()
+            except UsageError as caught:
+                error, box[1] = caught, str(caught)
+        with self._patience():
+            dist.broadcast_object_list(box, src=0, group=self.slow)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise ElsewhereError(box[1])
+        result: T = box[0]
+        return result
+
+    def gathered(self, part: T) -> list[T]:
+        """What each rank has given, by rank."""
+        parts: list[Any] = [part] * self.world
+        if self.world > 1:
+            with self._patience():
+                dist.all_gather_object(parts, part, group=self.slow)
+        return parts
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Every rank's own `do()`; where one raises UsageError, all do, and the lowest rank has the words.
+
+        `do` must not speak to the other processes.
+        """
+        if self.world == 1:
+            return do()
+        error: UsageError | None = None
+        result: Any = None
+        try:
+            with self._patience():
+                result = do()
+        except UsageError as caught:
+            error = caught
+        said: list[Any] = [None] * self.world
+        with self._patience():
+            dist.all_gather_object(said, None if error is None else str(error), group=self.slow)
+        failed = [rank for rank, message in enumerate(said) if message is not None]
+        if failed:
+            if self.leads:
+                raise error or UsageError(f"rank {failed[0]}: {said[failed[0]]}")
+            raise ElsewhereError(said[failed[0]])
+        done: T = result
+        return done
+
+
+ALONE = Ranks()

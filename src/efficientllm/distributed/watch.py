@@ -1,0 +1,65 @@
+"""A watch over a run of several processes: one that no longer answers is named, and the run ends so that torchrun may
+start it again, instead of waiting in a collective for a day."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from efficientllm.distributed.ranks import Ranks
+
+EXIT_HUNG = 75  # EX_TEMPFAIL: try again
+
+
+@contextmanager
+def watched(ranks: Ranks, seconds: float) -> Iterator[None]:
+    """While the body runs, a process that has not come further (Ranks.beat) for `seconds` ends this run.
+
+    Each process tells the others through the store how far it is. One that waits too long names the rank that is
+    furthest behind, and leaves with exit code EXIT_HUNG.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(ranks, seconds, stop), name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch(ranks: Ranks, seconds: float, stop: threading.Event) -> None:
+    store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+    seen, since = -1, time.monotonic()
+    while not stop.wait(min(1.0, seconds / 5)):
+        if ranks.patient or ranks.beats != seen:
+            seen, since = ranks.beats, time.monotonic()
+            store.set(f"beat/{ranks.rank}", f"{seen} {time.time()}")
+        elif time.monotonic() - since > seconds:
+            _leave(ranks, store, seconds)
+
+
+def _leave(ranks: Ranks, store: object, seconds: float) -> None:
+    places = {}
+    for rank in range(ranks.world):
+        places[rank] = int(store.get(f"beat/{rank}").split()[0])  # type: ignore[attr-defined]
+    behind = min(places, key=lambda rank: (places[rank], rank))
+    ahead = [rank for rank, place in places.items() if place == max(places.values())]
+    if ranks.rank == ahead[0]:
+        host = store.get(f"host/{behind}").decode()  # type: ignore[attr-defined]
+        print(
+            f"error: rank {behind} ({host}) has not answered for {seconds:.0f} seconds (distributed.timeout); what is "
+            "saved is not lost: start the same command again, or let torchrun do so with --max-restarts",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        time.sleep(1.0)  # torchrun ends all others with the first: let the sentence come before
+    os._exit(EXIT_HUNG)

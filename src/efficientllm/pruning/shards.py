@@ -1,0 +1,114 @@
+"""A weight as this process holds it: whole, or the rows of it that a DTensor keeps here.
+
+Shards are cut along dimension 0, in pieces of ceil(rows / processes) (FSDP2's layout). Whatever acts on rows or columns
+of a weight acts on the local piece; what is summed over rows is summed over the other processes by a Reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+class Reduction(Protocol):
+    """How processes that share a step bring their parts together. Every process calls the same methods in the same
+    order and gets the same bits back."""
+
+    @property
+    def processes(self) -> int:
+        """Number of processes, each with its own share of the batch."""
+        ...
+
+    def over_shards(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes that hold other rows of the weights. May write into the given tensor."""
+        ...
+
+    def over_batch(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes that read other rows of the batch. May write into the given tensor."""
+        ...
+
+    def all_tokens(self, tensor: Tensor) -> Tensor:
+        """Inputs of all processes joined, (all tokens, ...), from each one's (tokens, ...)."""
+        ...
+
+
+class Alone:
+    """The Reduction of a single process: nothing to do."""
+
+    processes = 1
+
+    def over_shards(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def over_batch(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_tokens(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is laid out over several processes (a DTensor), be it in copies alone."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here, detached; writing into it writes into the tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The row of the whole tensor at which its local part begins. Raises ValueError for shards of another kind."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    first = 0
+    for place, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        if not (isinstance(placement, Shard) and placement.dim == 0):
+            raise ValueError(f"a weight is laid out as {placement}; only shards along dimension 0 are understood")
+        pieces = tensor.device_mesh.size(place)
+        piece = -(-tensor.shape[0] // pieces)
+        first = min(tensor.device_mesh.get_local_rank(place) * piece, tensor.shape[0])
+    return first
+
+
+def local_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Those of the indices along a dimension of the whole tensor that lie here, counted from the local part's first,
+    on its device."""
+    part = local(tensor)
+    if dim == 0 and isinstance(tensor, DTensor):
+        indices = indices - first_row(tensor)
+        indices = indices[(indices >= 0) & (indices < len(part))]
+    return indices.to(part.device)
+
+
+def fill(tensor: Tensor, dim: int, indices: Tensor, value: float = 0.0) -> None:
+    """index_fill_ on the whole tensor, carried out on the part that lies here."""
+    local(tensor).index_fill_(dim, local_indices(tensor, dim, indices), value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on every process: a collective for one that is sharded, the tensor itself otherwise."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(full: Tensor, pattern: Tensor) -> Tensor:
+    """A whole contiguous tensor, the same on every process, laid out as the DTensor `pattern` is: this process keeps a
+    copy of its own rows, and nothing is communicated."""
+    assert isinstance(pattern, DTensor)
+    pieces, mine = 1, 0
+    for place, placement in enumerate(pattern.placements):
+        if not placement.is_replicate():
+            pieces, mine = pattern.device_mesh.size(place), pattern.device_mesh.get_local_rank(place)
+    piece = -(-full.shape[0] // pieces)
+    first = min(mine * piece, full.shape[0])
+    rows = full[first : min(first + piece, full.shape[0])].clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        rows, pattern.device_mesh, pattern.placements, run_check=False, shape=full.shape, stride=full.stride()
+    )

@@ -1,0 +1,120 @@
+"""What the processes of the distributed tests do: small runs whose outcome is written down by rank 0.
+
+    torchrun --nproc-per-node N scenario.py FOLDER
+
+A single process takes the same path by `play(case, ALONE, FOLDER)`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import tiny_model
+from efficientllm.checkpoint.store import checkpoints, load, save
+from efficientllm.config import DistributedConfig, PruneConfig, TrainConfig
+from efficientllm.distributed.launch import joined
+from efficientllm.distributed.layout import with_mesh
+from efficientllm.distributed.ranks import Ranks
+from efficientllm.models.space import space_of
+from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.pruning.shards import whole
+from efficientllm.training.gradient import Precision
+from efficientllm.training.loop import train_steps
+from efficientllm.training.planning import options_and_landings
+from efficientllm.training.state import PruningPlan, TrainState, capture, restore, start
+
+ROWS, LENGTH = 12, 16
+PRECISION = Precision("cpu", False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """steps: of the run; begin: folder of checkpoints to go on from; leave: folder to leave one in, after the steps."""
+
+    name: str
+    family: str = "llama-gqa"
+    shard: str = "full"
+    steps: int = 5
+    criterion: str = "taylor-element"
+    correction: str = "second-order"
+    target: str = "60%"
+    begin: str = ""
+    leave: str = ""
+
+
+class Batches:
+    """The batch of a step is a function of the step alone."""
+
+    def batch(self, step: int, part: slice = slice(None), /) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 + step)
+        return torch.randint(0, 61, (ROWS, LENGTH), generator=generator)[part]
+
+
+def play(case: Case, ranks: Ranks, folder: Path) -> None:
+    """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""
+    tokens = 8 * ROWS * LENGTH
+    train = TrainConfig.model_validate(
+        {"tokens": tokens, "lr": 1e-3, "micro_batch": 2, "batch_tokens": ROWS * LENGTH, "warmup": 0, "eps": 1e-3}
+    )
+    choices = {"saliency": case.criterion, "correction": case.correction, "target": case.target, "align": 1}
+    prune = PruneConfig.model_validate(choices | {"compact_at": 0.05, "bound": 0.02, "floors": {"intermediate": 4}})
+    model = tiny_model(case.family)
+    options, landings = options_and_landings(prune, space_of(model.config))
+    source = landings[-1].space.num_params()
+    schedule = SpanSchedule(0, 6 * ROWS * LENGTH, source, landings[-1].target)
+    plan = PruningPlan(model.config, landings, schedule, options, prune.compact_at, correction_tokens=5 * LENGTH)
+    ranks = with_mesh(ranks, DistributedConfig(shard=case.shard), torch.device("cpu"), fits=True)
+    if case.begin:
+        snapshot = load(checkpoints(folder / case.begin)[-1], ranks)
+        state = restore(snapshot, train, plan, "cpu", ranks)
+    else:
+        state = start(model, train, plan, ranks)
+    events, losses, compactions = [], [], 0
+    for record in train_steps(
+        state, Batches(), train, plan, steps=case.steps, calibration_rows=5, precision=PRECISION, batch_rows=ROWS
+    ):
+        losses.append(record.loss)
+        compactions += record.compaction is not None
+        for applied in record.prune.events if record.prune else ():
+            events.append([state.step, applied.event.type, applied.event.units.tolist()])
+    if case.leave:
+        save(folder / case.leave, capture(state), ranks)
+    write_down(folder / case.name, state, events, losses, compactions)
+
+
+def write_down(path: Path, state: TrainState, events: list[object], losses: list[float], compactions: int) -> None:
+    snapshot = capture(state)
+    tensors = {name: whole(weight).clone() for name, weight in snapshot.weights.items()}
+    for name, moments in snapshot.moments.items():
+        tensors |= {f"{key}|{name}": whole(value).clone() for key, value in moments.items()}
+    tensors |= {name: value.clone() for name, value in snapshot.pruner_tensors.items()}
+    facts = {
+        "events": events,
+        "losses": losses,
+        "compactions": compactions,
+        "counts": [state.step, state.tokens, state.refresh_tokens, state.flops],
+        "widths": asdict(state.space.widths),
+    }
+    if state.ranks.leads:
+        save_file(tensors, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    with joined() as ranks:
+        for case in json.loads((folder / "cases.json").read_text()):
+            play(Case(**case), ranks, folder)
+
+
+if __name__ == "__main__":
+    main()
