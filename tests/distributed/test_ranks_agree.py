@@ -20,19 +20,13 @@ from efficientllm.distributed.ranks import ALONE
 SCENARIO = Path(__file__).with_name("scenario.py")
 TWO = [
     Case("full-correction"),
-    Case("full-tied-mha", family="llama-mha-tied", criterion="taylor-element2"),
-    Case("full-signed", family="qwen3-gqa", criterion="taylor-vector", correction="none"),
-    Case("full-wanda", family="qwen2-gqa-tied", criterion="wanda"),
-    Case("full-flap", criterion="flap", correction="none", steps=3),
-    Case("full-activation", criterion="activation", correction="none", steps=3),
+    Case("full-wanda", family="llama-mha-tied", criterion="wanda"),
     Case("full-sparsegpt", criterion="sparsegpt", correction="none", steps=3),
-    Case("full-magnitude", criterion="magnitude", correction="none", steps=3),
-    Case("none-correction", shard="none"),
-    Case("none-tied", family="qwen2-gqa-tied", shard="none", criterion="fisher"),
+    Case("full-activation", family="qwen3-gqa", criterion="activation", correction="none", steps=3),
+    Case("none-element2", family="qwen2-gqa-tied", shard="none", criterion="taylor-element2", correction="none"),
 ]
 FOUR = [
-    Case("hybrid-correction", shard="hybrid"),
-    Case("hybrid-tied", family="qwen2-gqa-tied", shard="hybrid", correction="none"),
+    Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector"),
 ]
 
 
@@ -77,13 +71,17 @@ def test_as_on_one_process(played: Path, name: str) -> None:
     assert len(alone["events"]) > 10  # type: ignore[arg-type]
     assert facts["compactions"] == alone["compactions"] != 0
     assert facts["widths"] == alone["widths"]
-    assert facts["counts"] == alone["counts"]
+    assert facts["counts"][:3] == alone["counts"][:3]  # type: ignore[index]
+    # Solves of the correction may take an iteration more or less.
+    assert facts["counts"][3] == pytest.approx(alone["counts"][3], rel=0.02)  # type: ignore[index]
     assert facts["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert tensors.keys() == expected.keys()
     for key, value in expected.items():
         scale = float(value.float().abs().max()) or 1.0
         assert torch.equal(tensors[key] == 0, value == 0) or key.startswith("saliency"), f"{key}: other zeros"
-        torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=2e-3 * scale, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            tensors[key], value, rtol=1e-3, atol=2e-3 * scale, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["two-find-of-four", "copies-find-of-four", "one-finds-of-two"])
@@ -97,7 +95,10 @@ def test_a_checkpoint_serves_any_number_of_processes(played: Path, name: str) ->
 
 
 def test_two_processes_go_on_where_one_has_stopped(played: Path) -> None:
-    (facts, tensors), (alone, expected) = outcome(played, "two-go-on-from-one"), outcome(played, "full-correction-alone")
+    (facts, tensors), (alone, expected) = (
+        outcome(played, "two-go-on-from-one"),
+        outcome(played, "full-correction-alone"),
+    )
     first, _ = outcome(played, "one-leaves")
     assert [*first["events"], *facts["events"]] == alone["events"]  # type: ignore[misc]
     for key, value in expected.items():

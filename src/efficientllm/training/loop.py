@@ -164,10 +164,10 @@ def train_steps(
     several processes share it.
     """
     device, ranks = next(state.model.parameters()).device, state.ranks
-    part = slice(None) if ranks.world == 1 else ranks.share(batch_rows)
     while state.step < steps:
         began = time.perf_counter()
-        batch = batches.batch(state.step, part).to(device)
+        part = () if ranks.world == 1 else (ranks.share(batch_rows),)
+        batch = batches.batch(state.step, *part).to(device)
         tokens = batch.numel() * ranks.world
         loss_of = training_loss(state, precision, distillation)
         loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks)
