@@ -30,12 +30,13 @@ ALLOWED = {
     "comparison": {
         "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
     },
+    "benching": {"errors", "models", "export"},
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
     "cli": {
         "errors", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning", "jobs",
-        "distributed", "comparison", "demo", "",
+        "distributed", "comparison", "demo", "benching", "",
     },
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},

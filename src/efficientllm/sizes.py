@@ -52,6 +52,15 @@ def format_count(count: int) -> str:
     return f"{_plain(Decimal(rounded) / unit)}{name}"
 
 
+def format_bytes(count: float) -> str:
+    """Three significant digits in units of 1000, whole gigabytes from 100 on: 1234567 -> "1.23 MB"."""
+    for unit in ("B", "KB", "MB"):
+        if count < 999.5:  # what rounds to 1000 belongs to the next unit
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB" if count < 100 else f"{count:,.0f} GB"
+
+
 def exact_count(count: int) -> int | str:
     """A readable spelling that parse_count reads back to exactly `count`: 469000000 -> "469M", 65536 -> "64Ki"."""
     if count >= _PLAIN_BELOW:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from conftest import tiny_config, tiny_model
 from efficientllm.config import Recipe
-from efficientllm.models.flops import forward_flops, training_flops
+from efficientllm.models.flops import decode_flops, forward_flops, prefill_flops, training_flops
 from efficientllm.models.space import build, space_of
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
@@ -59,6 +59,18 @@ def test_a_pass_and_a_training_step(family: str, checkpointing: bool) -> None:
     with counting() as counter:
         summed_loss(model, rows, CPU).backward()
     assert training_flops(passed, gradient_checkpointing=checkpointing) == counter.get_total_flops()
+
+
+def test_generation(family: str) -> None:
+    """Prefill with logits for the last position alone, then one token from the cache of those before it."""
+    model, tokens = tiny_model(family).eval(), torch.randint(0, 61, (3, 17))
+    space = space_of(model.config)
+    with counting() as counter, torch.no_grad():
+        out = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    assert prefill_flops(space, 3, 17) == counter.get_total_flops()
+    with counting() as counter, torch.no_grad():
+        model(input_ids=tokens[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    assert 3 * decode_flops(space, 2 * 18) == counter.get_total_flops()
 
 
 def test_narrower_widths_are_those_of_a_narrower_model(family: str) -> None:

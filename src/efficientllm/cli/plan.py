@@ -53,7 +53,7 @@ def plan(
 
 
 def _rows(plan: Plan, gpu: Gpu | None, hours: float | None, utilisation: float, *, bf16: bool) -> list[tuple[str, str]]:
-    from efficientllm.sizes import format_count
+    from efficientllm.sizes import format_bytes, format_count
 
     kind = "bf16 autocast" if bf16 else "fp32"
     before, pruning, after = (format_count(tokens) for tokens in plan.phases)
@@ -66,25 +66,18 @@ def _rows(plan: Plan, gpu: Gpu | None, hours: float | None, utilisation: float, 
         ("tokens", f"{before} before, {pruning} while, {after} after pruning; {plan.steps:,} steps of "
          f"{format_count(plan.batch_tokens)}"),
         ("FLOPs", f"{plan.flops:.3g} in all; {plan.step_flops:.3g} a step at full shape"),
-        ("memory, weights", _bytes(memory.weights)),
-        ("memory, gradients", _bytes(memory.gradients)),
-        ("memory, AdamW", _bytes(memory.optimizer)),
-        ("memory, activations", f"{_bytes(memory.activations)} (one micro-batch, {kind})"),
-        ("memory, temporary", _bytes(memory.temporary)),
-        ("memory, in all", _bytes(memory.total)),
-        ("disk", f"{_bytes(plan.checkpoint)} a checkpoint, {_bytes(plan.corpus)} for as many tokens as the run reads"),
+        ("memory, weights", format_bytes(memory.weights)),
+        ("memory, gradients", format_bytes(memory.gradients)),
+        ("memory, AdamW", format_bytes(memory.optimizer)),
+        ("memory, activations", f"{format_bytes(memory.activations)} (one micro-batch, {kind})"),
+        ("memory, temporary", format_bytes(memory.temporary)),
+        ("memory, in all", format_bytes(memory.total)),
+        ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, "
+         f"{format_bytes(plan.corpus)} for as many tokens as the run reads"),
     ]  # fmt: skip
     if gpu is not None and hours is not None:
         fits = memory.total <= 0.92 * gpu.memory
         mend = "" if fits else ": lower train.micro_batch or set train.gradient_checkpointing=true"
-        rows.append((gpu.name, f"{'fits' if fits else 'does not fit'} in {_bytes(gpu.memory)}{mend}"))
+        rows.append((gpu.name, f"{'fits' if fits else 'does not fit'} in {format_bytes(gpu.memory)}{mend}"))
         rows.append(("hours", f"{hours:,.1f} at {utilisation:.0%} of {gpu.flops:.3g} FLOP/s ({gpu.sheet})"))
     return rows
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.2f} GB" if count < 100 else f"{count:,.0f} GB"

@@ -80,3 +80,19 @@ def teacher_flops(forward: ForwardFlops, *, keeps: bool = False) -> int:
     the figure does not depend on what earlier runs have left there.
     """
     return forward.total if keeps else forward.total + forward.head
+
+
+def prefill_flops(space: Space, rows: int, length: int) -> int:
+    """Processing `rows` prompts of `length` tokens, with logits for the last position of each alone."""
+    forward = forward_flops(space, rows, length)
+    return forward.base + forward.head // length
+
+
+def decode_flops(space: Space, attended: int) -> int:
+    """One more token of one sequence, from the cache of those before it.
+
+    attended: positions that the token attends to, itself included, summed over the layers (layers x context where no
+    layer has a sliding window).
+    """
+    forward = forward_flops(space, 1, 1)
+    return forward.linear + 4 * space.widths.heads * space.head_dim * attended + forward.head

@@ -50,9 +50,10 @@ def load_model(
     *,
     random_seed: int | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The source in fp32 with SDPA attention; with `random_seed` its architecture with fresh weights.
+    """The source in `dtype` with SDPA attention; with `random_seed` its architecture with fresh weights, in fp32.
 
     Raises UsageError when files are missing, damaged, not safetensors, or do not fill the architecture.
     """
@@ -60,7 +61,7 @@ def load_model(
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return build(config, device)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options

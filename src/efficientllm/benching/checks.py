@@ -1,0 +1,93 @@
+"""Settings from what the user wrote: every mistake in one sentence, nothing replaced in silence."""
+
+from __future__ import annotations
+
+import torch
+
+from efficientllm.benching.contract import Settings
+from efficientllm.errors import UsageError
+
+BACKENDS = ("transformers", "llamacpp")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend} is not known; choose {' or '.join(BACKENDS)}")
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Batch sizes from "1,4", each once. Raises UsageError for what is no positive number."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batch {text} is not a list of positive numbers such as 1,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def torch_device(wanted: str) -> str:
+    """`cpu` or `cuda:N`; auto takes the GPU where there is one. Raises UsageError for what is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"--device {wanted} is not known; choose auto, cpu or cuda") from error
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise UsageError(f"--device {wanted} cannot be measured; choose auto, cpu or cuda")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return f"cuda:{index}"
+
+
+def torch_dtype(wanted: str, device: str) -> str:
+    """auto: float32 on a CPU, bfloat16 (float16 where there is none) on a GPU; the same for all models."""
+    cuda = device.startswith("cuda")
+    bf16 = not cuda or torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted == "auto":
+        return ("bfloat16" if bf16 else "float16") if cuda else "float32"
+    if wanted not in DTYPES:
+        raise UsageError(f"--dtype {wanted} is not known; choose auto, {', '.join(DTYPES)}")
+    if wanted == "bfloat16" and not bf16:
+        raise UsageError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} has none; choose float16 or float32")
+    return wanted
+
+
+def llamacpp_device(wanted: str) -> str:
+    """`cpu` or `gpu`. Raises UsageError where this build of llama.cpp knows no accelerator."""
+    import llama_cpp
+
+    offloads = bool(llama_cpp.llama_supports_gpu_offload())
+    if wanted not in ("auto", "cpu", "gpu"):
+        raise UsageError(f"--device {wanted} is not llama.cpp's; choose auto, cpu or gpu (all layers)")
+    if wanted == "gpu" and not offloads:
+        raise UsageError("--device gpu: this build of llama.cpp computes on the CPU alone")
+    return "gpu" if offloads and wanted != "cpu" else "cpu"
+
+
+def llamacpp_dtype(wanted: str, models: list[str]) -> str:
+    """The GGUF type that folders are exported to, f16 where it is left open. A .gguf file keeps its own."""
+    from efficientllm.export.gguf_tensors import K_QUANTS, WRITTEN
+
+    if wanted == "auto":
+        return "f16"
+    if any(model.endswith(".gguf") for model in models):
+        raise UsageError(f"--dtype {wanted} cannot change a .gguf file; leave it out (folders become f16 files)")
+    if wanted in K_QUANTS:
+        raise UsageError(f"--dtype {wanted} is written by llama-quantize alone; name the .gguf file that it made")
+    if wanted not in WRITTEN:
+        raise UsageError(f"--dtype {wanted} is no GGUF type; choose auto, {', '.join(WRITTEN)}")
+    return wanted
+
+
+def check_numbers(settings: Settings) -> None:
+    for option, value, least in (
+        ("--prompt", settings.prompt, 1),
+        ("--generate", settings.generate, 2),
+        ("--repeats", settings.repeats, 1),
+        ("--threads", settings.threads, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{option} {value} is too few; at least {least}")

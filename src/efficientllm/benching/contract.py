@@ -1,0 +1,87 @@
+"""What is asked of a measurement, what one run of it gives, and what a runtime must be able to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One measurement, the same for every model.
+
+    prompt, generate: tokens of a sequence, in and out. The first generated token comes from prefill, the others from
+    generate - 1 decode steps. batches: sequences at once, one after another. repeats: counted runs of each batch.
+    dtype: of weights and activations (transformers), or the GGUF type of the weights (llama.cpp).
+    """
+
+    prompt: int
+    generate: int
+    batches: tuple[int, ...]
+    repeats: int
+    backend: str
+    device: str
+    dtype: str
+    threads: int
+
+    @property
+    def context(self) -> int:
+        """Positions of a whole sequence."""
+        return self.prompt + self.generate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One counted run: seconds from the prompt to the first token, seconds of all decode steps, and joules of both.
+
+    joules: None where they cannot be measured.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_joules: float | None = None
+    decode_joules: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What follows from a model's shape and types alone.
+
+    parameters: tied ones once. weight_bytes: as they lie in memory. prefill_flops: of a prompt token, the mean over
+    the prompt. decode_flops: of one token that attends to `context` positions. cache_bytes: keys and values of one
+    sequence of `context` positions. positions: most that the model takes.
+    """
+
+    parameters: int
+    weight_bytes: int
+    prefill_flops: float
+    decode_flops: int
+    cache_bytes: int
+    context: int
+    positions: int
+
+
+class Backend(Protocol):
+    """A loaded model in one runtime. Calls come in the order begin, prefill, decode, end; only the middle ones are
+    timed, and each of these returns when the device has finished.
+    """
+
+    def begin(self, batch: int) -> None:
+        """Make ready for `batch` sequences: prompts of random tokens, an empty cache."""
+        ...
+
+    def prefill(self) -> None:
+        """Process the prompts and choose the first token of each sequence, the most likely one."""
+        ...
+
+    def decode(self, steps: int) -> None:
+        """Append `steps` tokens to each sequence, one at a time; a token that ends a text does not end the run."""
+        ...
+
+    def end(self) -> None:
+        """Free what `begin` took."""
+        ...
+
+    def device_peak(self) -> int | None:
+        """Most bytes of accelerator memory that were taken since the model began to load; None where unknown."""
+        ...

@@ -1,0 +1,82 @@
+"""What is measured: from the names on the command line to sources that a runtime loads, checked before any is."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from efficientllm.benching.contract import Facts, Settings
+from efficientllm.benching.facts import facts_of_config, facts_of_gguf
+from efficientllm.errors import UsageError
+
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model: as the user names it, what the runtime loads, and what its shape says."""
+
+    name: str
+    source: str
+    facts: Facts
+
+
+def check_extra(backend: str) -> None:
+    """Raises UsageError where the packages of llama.cpp are missing."""
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if backend == "llamacpp" and missing:
+        raise UsageError(
+            '--backend llamacpp needs llama-cpp-python and gguf: pip install "efficientllm[llamacpp]" '
+            f"({missing[0]} is not installed)"
+        )
+
+
+def candidates(names: list[str], settings: Settings, temporary: Path, say: Callable[[str], None]) -> list[Candidate]:
+    """Raises UsageError for the first name that cannot be measured. temporary: an empty folder for GGUF exports."""
+    found = []
+    for index, name in enumerate(names):
+        if settings.backend == "llamacpp":
+            source = _gguf_of(name, settings, temporary / str(index), say)
+            facts = facts_of_gguf(source, settings.prompt, settings.context)
+            candidate = Candidate(name, str(source), facts)
+        else:
+            candidate = _transformers_candidate(name, settings)
+        if settings.context > candidate.facts.positions:
+            raise UsageError(
+                f"{name} takes {candidate.facts.positions} positions at most; --prompt {settings.prompt} and "
+                f"--generate {settings.generate} make {settings.context}: lower one of them"
+            )
+        found.append(candidate)
+    return found
+
+
+def _transformers_candidate(name: str, settings: Settings) -> Candidate:
+    from efficientllm.export.subject import subject_of
+    from efficientllm.models.loading import load_config
+
+    path = Path(name)
+    if path.suffix == GGUF:
+        raise UsageError(f"{name} is for llama.cpp; add --backend llamacpp")
+    if path.is_file():
+        raise UsageError(f"{name} is a file; name a run, a transformers folder or a hub id")
+    source = str(subject_of(path).folder) if path.is_dir() else name
+    config = load_config(source)
+    facts = facts_of_config(config, settings.prompt, settings.context, getattr(torch, settings.dtype))
+    return Candidate(name, source, facts)
+
+
+def _gguf_of(name: str, settings: Settings, folder: Path, say: Callable[[str], None]) -> Path:
+    """The file itself, or a folder's model exported to one."""
+    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.subject import subject_of
+
+    path = Path(name)
+    if path.suffix == GGUF:
+        if not path.is_file():
+            raise UsageError(f"there is no file {name}")
+        return path
+    return export_gguf(GGUFRequest(subject_of(path), settings.dtype, folder / "model.gguf"), say)

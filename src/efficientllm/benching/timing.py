@@ -1,0 +1,48 @@
+"""One run with its clock and its energy counter around it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from efficientllm.benching.contract import Backend, Sample
+
+
+class Counter(Protocol):
+    """Energy since some moment, in joules; it only grows."""
+
+    def joules(self) -> float: ...
+
+
+def measure(
+    backend: Backend,
+    batch: int,
+    steps: int,
+    counter: Counter | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sample:
+    """Prefill, then `steps` decode steps of `batch` sequences. clock: seconds."""
+
+    def energy() -> float | None:
+        return None if counter is None else counter.joules()
+
+    gc.collect()
+    backend.begin(batch)
+    try:
+        first_energy, first = energy(), clock()
+        backend.prefill()
+        second, second_energy = clock(), energy()
+        third = clock()
+        backend.decode(steps)
+        fourth, fourth_energy = clock(), energy()
+    finally:
+        backend.end()
+    return Sample(
+        second - first, fourth - third, _rise(first_energy, second_energy), _rise(second_energy, fourth_energy)
+    )
+
+
+def _rise(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before

@@ -1,0 +1,84 @@
+"""The command that measures models where they are to run: bench."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from efficientllm.cli.app import app, one_sentence, say
+from efficientllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from efficientllm.benching.contract import Settings
+
+
+@app.command()
+@one_sentence()
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Run folders, transformers folders, hub ids; .gguf files (llamacpp)."),
+    ],
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to generate; the first one ends the prefill.")] = 64,
+    batch: Annotated[str, typer.Option(help="Sequences at once, comma-separated, each measured.")] = "1,4",
+    repeats: Annotated[int, typer.Option(help="Counted runs of each batch, after one that is not.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1; llamacpp: auto, cpu, gpu.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU. llamacpp: a GGUF type; auto: f16.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="transformers or llamacpp.")] = "transformers",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="File for every sample, in seconds and joules.")] = None,
+) -> None:
+    """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first."""
+    import torch
+
+    from efficientllm.benching.checks import check_numbers, parse_batches
+    from efficientllm.benching.contract import Settings
+    from efficientllm.benching.results import result_of
+    from efficientllm.benching.runner import measure_all, runs
+    from efficientllm.benching.subjects import candidates
+    from efficientllm.jobs.interruption import Interrupted
+    from efficientllm.reporting.bench_table import bench_page
+    from efficientllm.reporting.journal import without_nonfinite, write_atomically
+    from efficientllm.reporting.progress import track
+
+    count = torch.get_num_threads() if threads is None else threads
+    asked = Settings(prompt, generate, parse_batches(batch), repeats, backend, device, dtype, count)
+    check_numbers(asked)
+    settings = _resolved(asked, models)
+    if out is not None and out.is_dir():
+        raise UsageError(f"--json {out} is a folder; name a file")
+    try:
+        with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
+            subjects = candidates(models, settings, Path(temporary), say)
+            with track("bench", runs(len(subjects), settings)) as bar:
+                result = result_of(subjects, settings, measure_all(subjects, settings, bar.advance))
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing of this measurement is kept", signal.SIGINT) from None
+    print(bench_page(result))
+    if out is not None:
+        write_atomically(out, (json.dumps(without_nonfinite(result), indent=1) + "\n").encode())
+
+
+def _resolved(asked: Settings, models: list[str]) -> Settings:
+    """Device and dtype as they will be. Raises UsageError for what is not here."""
+    from dataclasses import replace
+
+    from efficientllm.benching import checks
+    from efficientllm.benching.subjects import check_extra
+
+    checks.check_backend(asked.backend)
+    check_extra(asked.backend)
+    if asked.backend == "llamacpp":
+        device, dtype = checks.llamacpp_device(asked.device), checks.llamacpp_dtype(asked.dtype, models)
+    else:
+        device = checks.torch_device(asked.device)
+        dtype = checks.torch_dtype(asked.dtype, device)
+    return replace(asked, device=device, dtype=dtype)

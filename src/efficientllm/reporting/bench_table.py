@@ -1,0 +1,98 @@
+"""The Markdown of a measurement: what each model is, how fast it runs, and how the figures came about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from efficientllm.reporting.eval_table import markdown
+from efficientllm.sizes import format_bytes, format_count
+
+NOT_HERE = "not measurable here"
+
+
+def bench_page(result: Mapping[str, Any]) -> str:
+    """Two tables and a paragraph. result: what goes into the JSON file."""
+    parts = (markdown(list(_facts(result))), markdown(list(_speeds(result))), "\n".join(_notes(result)))
+    return "\n\n".join(parts)
+
+
+def _facts(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    context = result["settings"]["prompt"] + result["settings"]["generate"]
+    head = ["model", "parameters", "FLOPs/token, prefill", f"FLOPs/token, decode at {context}"]
+    yield [*head, "weights", f"KV cache at {context}", "peak memory (above the empty process)"]
+    for model in result["models"]:
+        facts = model["facts"]
+        yield [
+            model["model"],
+            format_count(facts["parameters"]),
+            format_count(round(facts["prefill_flops"])),
+            format_count(facts["decode_flops"]),
+            format_bytes(facts["weight_bytes"]),
+            format_bytes(facts["cache_bytes"]),
+            _memory(model["memory"]),
+        ]
+
+
+def _memory(memory: Mapping[str, int | None]) -> str:
+    device, peak, before = memory["device_peak"], memory["peak"], memory["before"]
+    if device is not None:
+        return f"{format_bytes(device)} of the GPU"
+    if peak is None or before is None:
+        return NOT_HERE
+    return f"{format_bytes(peak)} ({format_bytes(peak - before)})"
+
+
+def _speeds(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    compared = len(result["models"]) > 1
+    energy = any(model["energy"]["measurable"] for model in result["models"])
+    head = ["model", "batch", "time to first token, ms", "prefill, tokens/s", "decode, tokens/s"]
+    head += ["J/token, prefill", "J/token, decode"] if energy else []
+    yield head + (["prefill, x the first", "decode, x the first"] if compared else [])
+    for batch in map(str, result["settings"]["batches"]):
+        for index, model in enumerate(result["models"]):
+            found = model["batches"][batch]
+            row = [model["model"], batch, _spread(found["time_to_first_token"], 1e3)]
+            row += [_spread(found["prefill_tokens_per_second"]), _spread(found["decode_tokens_per_second"])]
+            if energy:
+                row += [_joules(found["prefill_joules_per_token"]), _joules(found["decode_joules_per_token"])]
+            if compared:
+                row += [_ratio(found["prefill_ratio"], index), _ratio(found["decode_ratio"], index)]
+            yield row
+
+
+def _spread(values: Mapping[str, float], scale: float = 1.0) -> str:
+    return (
+        f"{_number(values['median'] * scale)} ({_number(values['low'] * scale)} to {_number(values['high'] * scale)})"
+    )
+
+
+def _ratio(values: Mapping[str, float], index: int) -> str:
+    return f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})" if index else "1"
+
+
+def _number(value: float) -> str:
+    """Three significant digits; all of them above 1000."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _joules(value: float | None) -> str:
+    return NOT_HERE if value is None else f"{value:.3g}"
+
+
+def _notes(result: Mapping[str, Any]) -> Iterator[str]:
+    settings, machine = result["settings"], result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "device")
+    yield (
+        f"{settings['backend']} on {settings['device']} ({machine['device']}), {settings['dtype']}, "
+        f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}; {versions}. Prompts of "
+        f"{settings['prompt']} tokens, {settings['generate']} generated."
+    )
+    order = "models in turn within each repeat, " if len(result["models"]) > 1 else ""
+    yield (
+        f"Median (lowest to highest) of {settings['repeats']} repeats after {settings['warm_ups']} warm-up; {order}"
+        "each model in a process of its own, whose peak memory includes loading."
+    )
+    for about in dict.fromkeys(model["energy"]["about"] for model in result["models"]):
+        known = any(model["energy"]["measurable"] for model in result["models"] if model["energy"]["about"] == about)
+        yield f"Energy: {about}." if known else f"Energy: {NOT_HERE}, {about}."

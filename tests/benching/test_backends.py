@@ -1,0 +1,134 @@
+"""Both runtimes compute what the model says, and facts from shapes equal what is really there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_config, tiny_model
+from efficientllm.benching.contract import Settings
+from efficientllm.benching.facts import facts_of_config, facts_of_gguf
+from efficientllm.benching.transformers_backend import TransformersBackend
+
+SETTINGS = Settings(11, 6, (1, 3), 2, "transformers", "cpu", "float32", 1)
+
+
+def greedy(folder: Path, prompts: torch.Tensor, count: int) -> torch.Tensor:
+    """The most likely continuation without any cache: (batch, count)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = prompts
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokens[:, prompts.shape[1] :]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cache_and_weights_take_what_facts_say(family: str, dtype: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    asked = Settings(**(SETTINGS.__dict__ | {"dtype": dtype}))
+    backend = TransformersBackend(str(tmp_path), asked)
+    backend.begin(3)
+    backend.prefill()
+    backend.decode(asked.generate)  # one more than a run: every position of the context is then in the cache
+    kept = [tensor for layer in backend.cache.layers for tensor in (layer.keys, layer.values)]
+    facts = facts_of_config(backend.model.config, asked.prompt, asked.context, getattr(torch, dtype))
+    assert 3 * facts.cache_bytes == sum(tensor.nbytes for tensor in kept)
+    weights = list(backend.model.parameters())
+    assert facts.weight_bytes == sum(weight.nbytes for weight in weights)
+    assert facts.parameters == sum(weight.numel() for weight in weights)
+    assert facts.context == 17
+    backend.end()
+    assert backend.cache is None
+
+
+def test_a_sliding_window_bounds_cache_and_attention(tmp_path: Path) -> None:
+    tiny_model("mistral-gqa-tied", sliding_window=5).save_pretrained(tmp_path)
+    backend = TransformersBackend(str(tmp_path), SETTINGS)
+    backend.begin(1)
+    backend.prefill()
+    backend.decode(6)
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in backend.cache.layers)
+    config = backend.model.config
+    facts = facts_of_config(config, 11, 17, torch.float32)
+    assert facts.cache_bytes == kept
+    assert facts.decode_flops == facts_of_config(config, 11, 5, torch.float32).decode_flops
+
+
+def test_transformers_generates_greedily(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    backend = TransformersBackend(str(tmp_path), SETTINGS)
+    backend.begin(3)
+    prompts = backend._tokens
+    want = greedy(tmp_path, prompts, 6)
+    backend.prefill()
+    assert torch.equal(backend._tokens, want[:, :1])
+    backend.decode(5)
+    assert torch.equal(backend._tokens, want[:, -1:])
+    backend.begin(3)
+    assert torch.equal(backend._tokens, prompts)  # every run of a batch has the same work
+
+
+@pytest.fixture
+def make_gguf(world: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A model folder of a family with the world's tokenizer, and its f32 GGUF file."""
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.subject import subject_of
+
+    def make(family: str) -> tuple[Path, Path]:
+        folder = tmp_path / "source"
+        tiny_model(family, vocab_size=300).save_pretrained(folder)
+        for file in (world.folder / "tokenizer").glob("tokenizer*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        out = tmp_path / "model.gguf"
+        return folder, export_gguf(GGUFRequest(subject_of(folder), "f32", out), lambda note: None)
+
+    return make
+
+
+def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) -> None:
+    _, file = make_gguf(family)
+    of_config = facts_of_config(tiny_config(family, vocab_size=300), 11, 17, torch.float32)
+    of_file = facts_of_gguf(file, 11, 17)
+    assert of_file.prefill_flops == pytest.approx(of_config.prefill_flops, rel=1e-12)
+    assert (of_file.parameters, of_file.weight_bytes, of_file.decode_flops, of_file.positions) == (
+        of_config.parameters,
+        of_config.weight_bytes,
+        of_config.decode_flops,
+        of_config.positions,
+    )
+    assert of_file.cache_bytes == of_config.cache_bytes // 2  # f16
+
+
+@pytest.mark.parametrize("chunk", [2048, 7])
+def test_llamacpp_generates_greedily(make_gguf: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Three sequences at once, their prompts in one call or cut anywhere."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from efficientllm.benching import llamacpp_backend
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain_kernels() -> Any:
+        """No repacking of weights for AMX: virtual machines that announce those tiles may fault on them."""
+        options = defaults()
+        options.use_extra_bufts = False
+        return options
+
+    monkeypatch.setattr(llama_cpp, "llama_model_default_params", plain_kernels)
+    monkeypatch.setattr(llamacpp_backend, "LOGICAL_BATCH", chunk)
+    folder, file = make_gguf("llama-gqa")
+    backend = llamacpp_backend.LlamaCppBackend(str(file), SETTINGS)
+    want = greedy(folder, torch.tensor(backend.prompts(3)), 6)
+    for _ in range(2):
+        backend.begin(3)
+        backend.prefill()
+        assert backend.last == want[:, 0].tolist()
+        backend.decode(5)
+        assert backend.last == want[:, -1].tolist()
+        backend.end()

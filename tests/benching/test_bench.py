@@ -1,0 +1,161 @@
+"""The command: order of the runs, a whole measurement in processes of their own, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from conftest import World, tiny_model
+from efficientllm.benching import runner
+from efficientllm.benching.contract import Facts, Settings
+from efficientllm.benching.subjects import Candidate
+from efficientllm.cli import main
+
+SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Recorded:
+        def __init__(self, candidate: Candidate, settings: Settings) -> None:
+            self.name = candidate.name
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def ask(self, **request: Any) -> dict[str, Any]:
+            if "batch" not in request:
+                return {}
+            asked.append((self.name, request["batch"]))
+            return {"prefill_seconds": float(len(asked)), "decode_seconds": 1.0}
+
+    monkeypatch.setattr(runner, "Worker", Recorded)
+    settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
+    facts = Facts(1, 1, 1.0, 1, 1, 12, 64)
+    found = runner.measure_all([Candidate(name, name, facts) for name in "ab"], settings, lambda: None)
+    assert asked == [
+        ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
+        ("a", 1), ("b", 1), ("a", 4), ("b", 4),
+        ("b", 1), ("a", 1), ("b", 4), ("a", 4),
+    ]  # fmt: skip
+    assert len(asked) == runner.runs(2, settings)
+    assert [each.prefill_seconds for each in found[0]["samples"][1]] == [5.0, 10.0]
+    assert [each.prefill_seconds for each in found[1]["samples"][4]] == [8.0, 11.0]
+
+
+def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny model beside one of 32 MB: each process's memory is that of its own model."""
+    large = tmp_path / "large"
+    tiny_model("llama-gqa", hidden_size=256, intermediate_size=4096, head_dim=64).save_pretrained(large)
+    small, out = world.folder / "source", tmp_path / "bench.json"
+    assert call("bench", small, large, *SHORT, "--batch", "1,2", "--repeats", "2", "--json", out) == 0
+    page = capsys.readouterr().out
+    assert [line.split(" | ")[:2] for line in page.splitlines() if f"| {large} | 2" in line] == [[f"| {large}", "2"]]
+    assert "transformers on cpu" in page
+    result = json.loads(out.read_text())
+    assert [model["model"] for model in result["models"]] == [str(small), str(large)]
+    taken = [model["memory"]["peak"] - model["memory"]["before"] for model in result["models"]]
+    weights = result["models"][1]["facts"]["weight_bytes"]
+    assert weights > 25e6
+    assert taken[0] < weights < taken[1]
+    for model in result["models"]:
+        for batch in ("1", "2"):
+            found = model["batches"][batch]
+            assert len(found["samples"]) == 2
+            rates = [int(batch) * 9 / sample["prefill_seconds"] for sample in found["samples"]]
+            assert found["prefill_tokens_per_second"]["low"] == pytest.approx(min(rates))
+            rates = [int(batch) * 3 / sample["decode_seconds"] for sample in found["samples"]]
+            assert found["decode_tokens_per_second"]["high"] == pytest.approx(max(rates))
+    assert result["models"][0]["batches"]["1"]["decode_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
+    with runner.Worker(Candidate("mine", "nowhere", Facts(1, 1, 1.0, 1, 1, 12, 64)), settings) as worker:
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(runner.UsageError, match=r"that measured mine has died \(killed by the system"):
+            worker.ask(batch=1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--batch", "0"], "--batch 0 is not a list of positive numbers"),
+        (["--batch", "1,x"], "--batch 1,x is not a list"),
+        (["--generate", "1"], "--generate 1 is too few; at least 2"),
+        (["--prompt", "0"], "--prompt 0 is too few"),
+        (["--repeats", "0"], "--repeats 0 is too few"),
+        (["--threads", "0"], "--threads 0 is too few"),
+        (["--prompt", "61"], "takes 64 positions at most; --prompt 61 and --generate 4 make 65"),
+        (["--dtype", "int3"], "--dtype int3 is not known"),
+        (["--device", "cuda:99"], "--device cuda:99 is not here"),
+        (["--device", "mps"], "--device mps cannot be measured"),
+        (["--device", "abacus"], "--device abacus is not known"),
+        (["--backend", "onnx"], "--backend onnx is not known; choose transformers or llamacpp"),
+        (["--json", "."], "--json . is a folder"),
+    ],
+)
+def test_bad_requests(world: World, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("bench", world.folder / "source", *SHORT, *argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_bad_models(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("no model")
+    (tmp_path / "model.gguf").write_text("no model")
+    for model, sentence in (
+        (tmp_path, "holds neither a run nor a model"),
+        (tmp_path / "text.txt", "is a file"),
+        (tmp_path / "model.gguf", "add --backend llamacpp"),
+        (tmp_path / "not" / "there", "is neither a folder nor a hub id"),
+    ):
+        assert call("bench", world.folder / "source", model, *SHORT) == 2
+        assert sentence in capsys.readouterr().err
+    assert call("bench", *SHORT) == 2
+    assert "Missing argument" in capsys.readouterr().err
+
+
+def test_llamacpp_is_refused_where_it_is_missing(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert call("bench", world.folder / "source", "--backend", "llamacpp") == 2
+    assert 'pip install "efficientllm[llamacpp]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--dtype", "q4_k_m"], "written by llama-quantize alone"),
+        (["--dtype", "float32"], "is no GGUF type"),
+        (["--device", "cuda"], "choose auto, cpu or gpu"),
+        (["--prompt", "61"], "takes 64 positions at most"),
+    ],
+)
+def test_bad_llamacpp_requests(
+    world: World, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    options = ("--backend", "llamacpp", *SHORT)
+    assert call("bench", world.folder / "source", *options, *argv) == 2
+    assert sentence in capsys.readouterr().err
+    (world.folder / "broken.gguf").write_text("no model")
+    assert call("bench", world.folder / "broken.gguf", *options) == 2
+    assert "cannot be read as the GGUF file of a decoder" in capsys.readouterr().err
+    assert call("bench", world.folder / "broken.gguf", *options, "--dtype", "f16") == 2
+    assert "cannot change a .gguf file" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Ratios take out what both sides suffer; every model gets every place in the order; energy is not invented."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efficientllm.benching.statistics import energy_per_token, ratios, spread, turn
+
+SECONDS = st.floats(1e-4, 1e3)
+
+
+@given(st.lists(st.tuples(SECONDS, st.floats(1.0, 50.0)), min_size=1, max_size=9), st.floats(0.1, 10.0))
+def test_noise_of_a_whole_repeat_falls_out_of_the_ratio(repeats: list[tuple[float, float]], factor: float) -> None:
+    first = [seconds * noise for seconds, noise in repeats]
+    own = [seconds * factor * noise for seconds, noise in repeats]
+    found = ratios(own, first)
+    assert (found.low, found.median, found.high) == pytest.approx((factor,) * 3)
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=9))
+def test_spread_is_that_of_the_sorted_values(values: list[float]) -> None:
+    found = spread(values)
+    ordered, middle = sorted(values), len(values) // 2
+    median = ordered[middle] if len(values) % 2 else statistics.fmean(ordered[middle - 1 : middle + 1])
+    assert (found.low, found.high) == (ordered[0], ordered[-1])
+    assert found.median == pytest.approx(median)
+
+
+def test_ratios_are_paired() -> None:
+    assert ratios([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]).median == 2.0
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0], [1.0, 2.0])
+
+
+@given(st.integers(1, 6), st.integers(-1, 20))
+def test_each_model_has_each_place_once(models: int, start: int) -> None:
+    orders = [turn(models, start + repeat) for repeat in range(models)]
+    for each in (*orders, *zip(*orders, strict=True)):
+        assert sorted(each) == list(range(models))
+
+
+def test_energy_per_token() -> None:
+    assert energy_per_token([1.0, 3.0], 8) == 0.25
+    assert energy_per_token([None, None], 8) is None
+    assert energy_per_token([0.0, 0.0], 8) is None  # the counter never moved
