@@ -9,5 +9,5 @@ class UsageError(Exception):
     """
 
 
-class ElsewhereError(UsageError):
-    """A UsageError of all the processes of a run, or of another one, which tells the user of it."""
+class SharedError(UsageError):
+    """A UsageError that all processes of a run have met; one of them tells the user of it."""

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from efficientllm.errors import ElsewhereError, UsageError
+from efficientllm.errors import SharedError, UsageError
 
 USAGE_ERROR = 2
 
@@ -44,7 +44,7 @@ def one_sentence() -> Iterator[None]:
     rank = int(os.environ.get("RANK", "0"))
     try:
         yield
-    except ElsewhereError:
+    except SharedError:  # said already (distributed.launch)
         raise SystemExit(USAGE_ERROR) from None
     except UsageError as error:
         say(f"error: rank {rank}: {error}" if rank else f"error: {error}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.errors import SharedError
 
 DEADLINE = timedelta(minutes=30)  # of a collective; the watch (watch.py) speaks earlier and names the rank
 PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among them
@@ -21,7 +24,8 @@ PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among th
 def joined() -> Iterator[Ranks]:
     """This process's Ranks: those of torchrun's environment, or a single process.
 
-    NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank.
+    NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank. An error that
+    all of them have met is told by rank 0 before any of them leaves.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -32,6 +36,8 @@ def joined() -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(local_rank)
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=DEADLINE)))
+    # torchrun's store outlives its workers: what they wrote into it before a restart must not be read after it.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=DEADLINE
     )
@@ -40,5 +46,11 @@ def joined() -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world, local_rank, local_world, store=store, slow=slow)
         dist.barrier(group=slow)  # rank 0 may hold the store that the others still ask
+    except SharedError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier(group=slow)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the others as soon as the first has left
+        raise
     finally:
         dist.destroy_process_group()

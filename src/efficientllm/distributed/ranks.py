@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from efficientllm.errors import ElsewhereError, UsageError
+from efficientllm.errors import SharedError, UsageError
 
 T = TypeVar("T")
 
@@ -64,8 +64,8 @@ class Ranks:
         return math.ceil(math.ceil(rows / self.world) / micro_batch)
 
     def error(self, message: str) -> UsageError:
-        """An error that every process meets alike, of which the leading one tells the user."""
-        return UsageError(message) if self.leads else ElsewhereError(message)
+        """An error that every process meets alike."""
+        return UsageError(message) if self.world == 1 else SharedError(message)
 
     def beat(self) -> None:
         """Says that this process has come further."""
@@ -127,19 +127,16 @@ class Ranks:
         if self.world == 1:
             return make()
         box: list[Any] = [None, None]
-        error: UsageError | None = None
         if self.leads:
             try:
                 with self._patience():
                     box[0] = make()
             except UsageError as caught:
-                error, box[1] = caught, str(caught)
+                box[1] = str(caught)
         with self._patience():
             dist.broadcast_object_list(box, src=0, group=self.slow)
-        if error is not None:
-            raise error
         if box[1] is not None:
-            raise ElsewhereError(box[1])
+            raise SharedError(box[1])
         result: T = box[0]
         return result
 
@@ -158,21 +155,17 @@ class Ranks:
         """
         if self.world == 1:
             return do()
-        error: UsageError | None = None
+        message: str | None = None
         result: Any = None
         try:
             with self._patience():
                 result = do()
         except UsageError as caught:
-            error = caught
-        said: list[Any] = [None] * self.world
-        with self._patience():
-            dist.all_gather_object(said, None if error is None else str(error), group=self.slow)
-        failed = [rank for rank, message in enumerate(said) if message is not None]
+            message = str(caught)
+        said = self.gathered(message)
+        failed = [rank for rank, each in enumerate(said) if each is not None]
         if failed:
-            if self.leads:
-                raise error or UsageError(f"rank {failed[0]}: {said[failed[0]]}")
-            raise ElsewhereError(said[failed[0]])
+            raise SharedError(f"rank {failed[0]}: {said[failed[0]]}" if failed[0] else said[0])
         done: T = result
         return done
 
