@@ -12,8 +12,13 @@ from efficientllm.cli.app import Overrides, RecipeFile, app, one_sentence, say
 from efficientllm.errors import UsageError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from efficientllm.config import Recipe
     from efficientllm.planning.gpus import Gpu
+    from efficientllm.planning.memory import StepMemory
     from efficientllm.planning.plan import Plan
+    from efficientllm.planning.sharding import Sharding
 
 
 @app.command()
@@ -22,6 +27,8 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="Such as h100-80gb; default: no hours, memory in fp32.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of them, one process each.")] = 1,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the GPU's peak that is reached.")
     ] = 0.4,
@@ -42,23 +49,88 @@ def plan(
         found = plan_of(loaded, config, bf16=bf16)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
     hours = found.flops / (machine.flops * utilisation) / 3600 if machine else None
     if as_json:
-        print(
-            json.dumps(asdict(found) | {"hours": hours, "gpu": gpu, "utilisation": utilisation, "bf16": bf16}, indent=1)
-        )
+        more: dict[str, object] = {
+            "gpu_hours": hours,
+            "gpu": gpu,
+            "gpus": gpus,
+            "utilisation": utilisation,
+            "bf16": bf16,
+        }
+        more |= {"hours": hours / gpus if hours is not None else None, "sharding": asdict(spread) if spread else None}
+        print(json.dumps(asdict(found) | more, indent=1))
         return
-    for name, value in _rows(found, machine, hours, utilisation, bf16=bf16):
+    rows = _rows(found, spread.memory if spread else found.memory, bf16=bf16)
+    if spread:
+        rows += _sharding_rows(spread, gpus)
+    if machine is not None and hours is not None:
+        total = spread.total if spread else found.memory.total
+        rows += _gpu_rows(machine, total, hours, gpus, utilisation)
+    for name, value in rows:
         print(f"{name:<22}{value}")
 
 
-def _rows(plan: Plan, gpu: Gpu | None, hours: float | None, utilisation: float, *, bf16: bool) -> list[tuple[str, str]]:
+def _sharding(
+    recipe: Recipe, plan: Plan, config: PretrainedConfig, gpu: Gpu | None, gpus: int, per_node: int, *, bf16: bool
+) -> Sharding | None:
+    from efficientllm.models.space import space_of
+    from efficientllm.planning.sharding import sharding_of
+
+    if gpus == 1:
+        return None
+    if gpu is None:
+        raise UsageError("--gpus needs to know which: add --gpu, such as h100-80gb")
+    rows = plan.batch_tokens // recipe.data.sequence_length
+    if rows % gpus:
+        raise UsageError(
+            f"a step of {rows} rows (train.batch_tokens) does not divide over {gpus} GPUs; make it a multiple of "
+            f"{gpus}, or plan for another number"
+        )
+    return sharding_of(
+        space_of(config),
+        plan.memory,
+        recipe.distributed,
+        gpus=gpus,
+        per_node=per_node,
+        device_memory=int(gpu.memory),
+        micro_batches=-(-rows // gpus // recipe.train.micro_batch),
+        bf16=bf16,
+    )
+
+
+def _sharding_rows(spread: Sharding, gpus: int) -> list[tuple[str, str]]:
+    from efficientllm.sizes import format_bytes
+
+    pieces = "whole" if spread.shards == 1 else f"in {spread.shards} shards"
+    copies = "1 copy" if spread.replicas == 1 else f"{spread.replicas} copies"
+    return [
+        ("memory, gathered", f"{format_bytes(spread.gathered)} of weights while they compute"),
+        ("memory, each GPU", format_bytes(spread.total)),
+        ("sharding", f"{copies}, each weight {pieces}: {spread.why}"),
+        ("communication", f"each of {gpus} GPUs sends {format_bytes(spread.sent)} a step at full shape"),
+    ]
+
+
+def _gpu_rows(gpu: Gpu, memory: float, hours: float, gpus: int, utilisation: float) -> list[tuple[str, str]]:
+    from efficientllm.sizes import format_bytes
+
+    fits = memory <= 0.92 * gpu.memory
+    mend = "" if fits else ": lower train.micro_batch or set train.gradient_checkpointing=true"
+    together = f" ({hours:,.0f} GPU-hours)" if gpus > 1 else ""
+    return [
+        (gpu.name, f"{'fits' if fits else 'does not fit'} in {format_bytes(gpu.memory)}{mend}"),
+        ("hours", f"{hours / gpus:,.1f}{together} at {utilisation:.0%} of {gpu.flops:.3g} FLOP/s ({gpu.sheet})"),
+    ]
+
+
+def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
     from efficientllm.sizes import format_bytes, format_count
 
     kind = "bf16 autocast" if bf16 else "fp32"
     before, pruning, after = (format_count(tokens) for tokens in plan.phases)
-    memory = plan.memory
-    rows = [
+    return [
         ("source", f"{format_count(plan.parameters)} parameters: {plan.widths}"),
         ("result", f"{format_count(plan.target)} parameters at most; in the source's proportions {plan.proportional}"),
         ("", "(saliency chooses widths of its own, of the same size)"),
@@ -75,9 +147,3 @@ def _rows(plan: Plan, gpu: Gpu | None, hours: float | None, utilisation: float, 
         ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, "
          f"{format_bytes(plan.corpus)} for as many tokens as the run reads"),
     ]  # fmt: skip
-    if gpu is not None and hours is not None:
-        fits = memory.total <= 0.92 * gpu.memory
-        mend = "" if fits else ": lower train.micro_batch or set train.gradient_checkpointing=true"
-        rows.append((gpu.name, f"{'fits' if fits else 'does not fit'} in {format_bytes(gpu.memory)}{mend}"))
-        rows.append(("hours", f"{hours:,.1f} at {utilisation:.0%} of {gpu.flops:.3g} FLOP/s ({gpu.sheet})"))
-    return rows

@@ -24,8 +24,8 @@ PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among th
 def joined() -> Iterator[Ranks]:
     """This process's Ranks: those of torchrun's environment, or a single process.
 
-    NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank. An error that
-    all of them have met is told by rank 0 before any of them leaves.
+    NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank. An error
+    that all of them have met is told by rank 0 before any of them leaves.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -1,0 +1,83 @@
+"""Memory of one of several GPUs: what sharding divides, and what each of them gathers to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efficientllm.config import DistributedConfig
+from efficientllm.distributed.layout import fits_whole, mesh_shape
+from efficientllm.planning.memory import StepMemory
+from efficientllm.pruning.groups import Space
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Copies of the model and shards of each copy, why, and the bytes that each process sends in a step's gradient
+    reduction and weight gathering (ring algorithms: (n - 1) / n of the data a pass)."""
+
+    replicas: int
+    shards: int
+    why: str
+    memory: StepMemory
+    gathered: int
+    sent: int
+
+    @property
+    def total(self) -> int:
+        return self.memory.total + self.gathered
+
+
+def sharding_of(
+    space: Space,
+    step: StepMemory,
+    wanted: DistributedConfig,
+    *,
+    gpus: int,
+    per_node: int,
+    device_memory: int,
+    micro_batches: int,
+    bf16: bool,
+) -> Sharding:
+    """What the run will choose on so many GPUs. step: of one process alone. Raises UsageError for a mesh that does not
+    fit."""
+    parameters = int(space.num_params())
+    fits = fits_whole(parameters, device_memory)
+    replicas, shards = mesh_shape(wanted, gpus, min(per_node, gpus), fits=fits)
+    if wanted.shard == "auto":
+        why = "18 bytes a parameter fit" if fits else "18 bytes a parameter do not fit"
+        why += f" in 60 % of {device_memory / 1e9:.0f} GB"
+    else:
+        why = f"distributed.shard {wanted.shard}"
+    width = 2 if bf16 else 4
+    return Sharding(
+        replicas,
+        shards,
+        why,
+        StepMemory(
+            step.weights // shards, step.gradients // shards, step.optimizer // shards, step.activations, step.temporary
+        ),
+        0 if gpus == 1 else width * (parameters if shards == 1 else _gathered(space)),
+        _sent(parameters, replicas, shards, micro_batches, width),
+    )
+
+
+def _gathered(space: Space) -> int:
+    """Parameters that stand whole at once: those outside the blocks, a block and the one that is fetched ahead."""
+    layered = sum(_count(space, spec.axes) for spec in space.params if spec.layer is not None)
+    outside = int(space.num_params()) - layered
+    return outside + 2 * layered // space.widths.layers
+
+
+def _count(space: Space, axes: tuple[str | int, ...]) -> int:
+    count = 1
+    for axis in axes:
+        count *= space.axis_length(axis, space.widths)
+    return count
+
+
+def _sent(parameters: int, replicas: int, shards: int, micro_batches: int, width: int) -> int:
+    """Bytes that one process sends in a step: weights gathered for forward and backward and gradients scattered in
+    fp32 in every micro-batch, copies of a shard summed once."""
+    scattered = parameters * (shards - 1) // shards * (2 * width + 4) * micro_batches
+    summed = 2 * (parameters // shards) * 4 * (replicas - 1) // replicas
+    return scattered + summed

@@ -1,0 +1,52 @@
+"""Shares of rows, meshes, and local parts of sharded weights, without starting processes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efficientllm.config import DistributedConfig
+from efficientllm.distributed.layout import mesh_shape
+from efficientllm.distributed.ranks import Ranks
+from efficientllm.errors import UsageError
+
+
+@given(rows=st.integers(0, 200), world=st.integers(1, 16), micro_batch=st.integers(1, 9))
+def test_shares_cover_every_row_once(rows: int, world: int, micro_batch: int) -> None:
+    shares = [range(rows)[Ranks(rank, world).share(rows)] for rank in range(world)]
+    assert [row for share in shares for row in share] == list(range(rows))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    passes = {Ranks(rank, world).rounds(rows, micro_batch) for rank in range(world)}
+    assert passes == {max(-(-len(share) // micro_batch) for share in shares)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "world", "local", "fits", "shape"),
+    [
+        ({}, 8, 8, True, (8, 1)),
+        ({}, 8, 8, False, (1, 8)),
+        ({}, 32, 8, False, (4, 8)),
+        ({"shard": "hybrid"}, 4, 4, True, (2, 2)),
+        ({"shard": "hybrid", "replicate": 4}, 16, 8, True, (4, 4)),
+        ({"shard": "full", "replicate": 1}, 6, 6, True, (1, 6)),
+        ({"shard": "none"}, 6, 6, False, (6, 1)),
+    ],
+)
+def test_meshes(wanted: dict[str, object], world: int, local: int, fits: bool, shape: tuple[int, int]) -> None:
+    assert mesh_shape(DistributedConfig.model_validate(wanted), world, local, fits=fits) == shape
+
+
+@pytest.mark.parametrize(
+    ("wanted", "world"),
+    [
+        ({"shard": "hybrid", "replicate": 3}, 8),
+        ({"shard": "hybrid"}, 2),
+        ({"shard": "hybrid", "replicate": 8}, 8),
+        ({"shard": "full", "replicate": 2}, 8),
+        ({"shard": "none", "replicate": 2}, 8),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(wanted: dict[str, object], world: int) -> None:
+    with pytest.raises(UsageError, match=r"distributed\.(replicate|shard)"):
+        mesh_shape(DistributedConfig.model_validate(wanted), world, world, fits=True)
