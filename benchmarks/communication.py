@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 benchmarks/communication.py
 
-A Llama of 9 M parameters from its config (hidden 256, 8 layers, FFN 1,024, vocabulary 4,096, untied), fp32, every weight
-in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward and
+A Llama of 10 M parameters from its config (hidden 256, 8 layers, FFN 1,024, vocabulary 4,096, untied), fp32, every
+weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward and
 backward, gradients scattered in fp32, (n - 1) / n of the data each. The rest is counted where it is reduced
 (Ranks.communicated).
 """
@@ -46,9 +46,8 @@ def main() -> None:
         for correction in ("none", "second-order"):
             lines += measured(ranks, correction)
         if ranks.leads:
-            print(
-                "| run | per step, reductions of pruning | per event, beside that | plain step |\n| --- | --- | --- | --- |"
-            )
+            print("| run | per step, reductions of pruning | per event, beside that | plain step |")
+            print("| --- | --- | --- | --- |")
             print("\n".join(lines))
 
 
