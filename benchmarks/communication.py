@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/communication.py
 
 A Llama of 10 M parameters from its config (hidden 256, 8 layers, FFN 1,024, vocabulary 4,096, untied), fp32, every
-weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward and
-backward, gradients scattered in fp32, (n - 1) / n of the data each. The rest is counted where it is reduced
+weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward
+and backward, gradients scattered in fp32, (n - 1) / n of the data each. The rest is counted where it is reduced
 (Ranks.communicated).
 """
 
