@@ -10,4 +10,9 @@ class UsageError(Exception):
 
 
 class SharedError(UsageError):
-    """A UsageError that all processes of a run have met; one of them tells the user of it."""
+    """A UsageError that all processes of a run have met; one of them tells the user of it.
+
+    agreed: that every process leaves by this exception, so that they can part in order (distributed.launch).
+    """
+
+    agreed = True

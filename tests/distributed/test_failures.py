@@ -93,12 +93,12 @@ def test_a_killed_rank_and_a_preemption_change_no_bit(world: World) -> None:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of ranks through /proc")
 def test_a_rank_that_hangs_is_named(world: World) -> None:
     recipe = world.write("two-hung", **LONG)
-    torchrun = begin(recipe, "distributed.timeout=4")
+    torchrun = begin(recipe, "distributed.timeout=6")
     wait_for(lambda: steps_done(world.folder / "runs" / "two-hung") >= 3, torchrun, recipe)
     os.kill(process_of(torchrun, 1), signal.SIGSTOP)
     assert torchrun.wait(timeout=90) != 0
     assert "error: rank 1 (" in said(recipe)
-    assert "has not answered for 4 seconds" in said(recipe)
+    assert "has not answered for 6 seconds" in said(recipe)
 
 
 def test_bad_input_is_said_once(world: World) -> None:

@@ -27,19 +27,23 @@ WHOLE = ("live.", "saliency.")  # tensors of the pruner: every process has them 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
     """Writes this process's part of the tensors into a folder that every process sees; returns size and CRC of all
     files. A collective. Raises OSError where a process's disk refuses, on all of them."""
-    writer = _storage().HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        dcp.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:
-        raise OSError(_cause(error)) from error
-    files = sorted(folder.glob("*.safetensors"))
-    mine = {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
+    writer = storage().HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with ranks.patience():  # a slow disk is no hung rank
+        try:
+            dcp.save(dict(tensors), storage_writer=writer)
+        except CheckpointException as error:
+            raise OSError(_cause(error)) from error
+        files = sorted(folder.glob("*.safetensors"))
+        mine = {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
+    seen = ranks.gathered([file.name for file in files])
+    if any(names != seen[0] for names in seen):
+        raise OSError("the processes do not see the same files: the run folder must lie on a disk that all nodes share")
     return {name: each for part in ranks.gathered(mine) for name, each in part.items()}
 
 
 def read_shards(folder: Path, ranks: Ranks, device: torch.device | str) -> dict[str, Tensor]:
     """All tensors of a checkpoint's files as this run's processes keep them. A collective. Raises OSError."""
-    reader = _storage().HuggingFaceStorageReader(str(folder))
+    reader = storage().HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Any] = {}
     for name, facts in reader.read_metadata().state_dict_metadata.items():
         whole = name.startswith(WHOLE) or not len(facts.size)
@@ -54,7 +58,8 @@ def read_shards(folder: Path, ranks: Ranks, device: torch.device | str) -> dict[
     return tensors
 
 
-def _storage() -> Any:
+def storage() -> Any:
+    """PyTorch's storage of safetensors. Raises UsageError where this torch has none."""
     try:
         from torch.distributed.checkpoint import hf_storage
     except ImportError as error:

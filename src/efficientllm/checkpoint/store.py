@@ -45,8 +45,9 @@ def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
     Several processes write their own shards side by side; the folder takes its name once all of them have.
     """
     path = folder / f"step-{snapshot.step:08d}"
-    with _disk_errors(path), ExitStack() as stack:
-        partial = ranks.from_first(lambda: _said(path, lambda: stack.enter_context(appearing(path))))
+    what = f"checkpoint {path}"
+    with disk_errors(what, ranks), ExitStack() as stack:
+        partial = ranks.from_first(lambda: _said(what, lambda: stack.enter_context(appearing(path))))
         files = _write_files(partial, snapshot) if ranks.world == 1 else write_shards(partial, _flat(snapshot), ranks)
 
         def finish() -> None:
@@ -54,23 +55,24 @@ def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
             stack.close()
 
-        ranks.from_first(lambda: _said(path, finish))
+        ranks.from_first(lambda: _said(what, finish))
     return path
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(what: str, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Turns what the disk refuses, to all of these ranks at once, into a UsageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"cannot write checkpoint {path} ({error}); earlier checkpoints are whole: free disk space or mend "
-            "permissions, then run the same command again"
+        raise ranks.error(
+            f"cannot write {what} ({error}); earlier checkpoints are whole: free disk space or mend permissions, then "
+            "run the same command again"
         ) from error
 
 
-def _said(path: Path, do: Callable[[], T]) -> T:
-    with _disk_errors(path):
+def _said(what: str, do: Callable[[], T]) -> T:
+    with disk_errors(what):
         return do()
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import SharedError
 
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 DEADLINE = timedelta(minutes=30)  # of a collective; the watch (watch.py) speaks earlier and names the rank
 PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among them
 
@@ -27,13 +29,12 @@ def joined() -> Iterator[Ranks]:
     NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank. An error
     that all of them have met is told by rank 0 before any of them leaves.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if not os.environ.keys() >= TORCHRUN or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     cuda = torch.cuda.is_available()
-    if cuda:
+    if cuda and local_rank < torch.cuda.device_count():  # else it may still train on the CPU
         torch.cuda.set_device(local_rank)
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=DEADLINE)))
     # torchrun's store outlives its workers: what they wrote into it before a restart must not be read after it.
@@ -45,12 +46,17 @@ def joined() -> Iterator[Ranks]:
     store.set(f"host/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
     try:
         yield Ranks(rank, world, local_rank, local_world, store=store, slow=slow)
-        dist.barrier(group=slow)  # rank 0 may hold the store that the others still ask
-    except SharedError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        dist.barrier(group=slow)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the others as soon as the first has left
+    except BaseException as error:
+        # An error of one rank alone leaves at once: to part in order is to wait for ranks that wait in a collective.
+        if getattr(error, "agreed", False):
+            if rank == 0 and isinstance(error, SharedError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the others as soon as the first has left
+            _part(slow)
         raise
-    finally:
-        dist.destroy_process_group()
+    _part(slow)
+
+
+def _part(slow: Any) -> None:
+    dist.barrier(group=slow)  # rank 0 may hold the store that the others still ask
+    dist.destroy_process_group()

@@ -100,7 +100,8 @@ def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_bloc
     """Activation checkpointing, compile, sharding: in that order, on a model whose weights may have no memory yet.
 
     On one process nothing is sharded. With several, each block and the root (embedding, last norm, LM head) are a unit
-    of FSDP2: weights are kept in fp32 and gathered in the dtype of computation, gradients are reduced in fp32.
+    of FSDP2: weights are kept in fp32, gradients are reduced in fp32. Blocks are gathered in the dtype of computation;
+    the root in fp32 and inputs as they are, so that under autocast the stem stays in fp32, as on one process.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -110,11 +111,15 @@ def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_bloc
             block.forward = torch.compile(block.forward, dynamic=False)
     if ranks.mesh is None:
         return Runner()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    whole_copies = ranks.shards == 1
-    options: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": policy}
-    blocks = [fully_shard(block, reshard_after_forward=not whole_copies, **options) for block in model.model.layers]
-    return Runner(fully_shard(Root(model), **options), blocks)
+    compute = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    keeps = ranks.shards == 1  # copies stay gathered from forward to backward
+    blocks = [
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not keeps)
+        for block in model.model.layers
+    ]
+    return Runner(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), blocks)
 
 
 def sharded(full: Tensor, ranks: Ranks) -> Tensor:

@@ -72,17 +72,21 @@ class Ranks:
         self.beats += 1
 
     def over_shards(self, tensor: Tensor) -> Tensor:
-        if self.mesh is None or self.shards == 1:
+        """Over all processes, divided by the copies: within each group of shards alone, two copies could add up in
+        another order, and choose other units."""
+        if self.shards == 1:
             return tensor
-        return self._sum(tensor, self.mesh.get_group(self.mesh.ndim - 1))
+        return self._sum(tensor).div_(self.world // self.shards)
 
     def over_batch(self, tensor: Tensor) -> Tensor:
-        return tensor if self.world == 1 else self._sum(tensor, None)
+        return tensor if self.world == 1 else self._sum(tensor)
 
-    def _sum(self, tensor: Tensor, group: Any) -> Tensor:
+    def _sum(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         self.communicated += tensor.numel() * tensor.element_size()
-        dist.all_reduce(tensor, group=group)
+        self.beat()
+        dist.all_reduce(tensor)
+        self.beat()
         return tensor
 
     def all_tokens(self, tensor: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class Ranks:
             return tensor
         count = torch.zeros(self.world, dtype=torch.int64, device=tensor.device)
         count[self.rank] = len(tensor)
-        counts: list[int] = self._sum(count, None).tolist()
+        counts: list[int] = self._sum(count).tolist()
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in counts]
@@ -99,22 +103,24 @@ class Ranks:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def most(self, number: int, device: torch.device) -> int:
+    def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.world == 1:
             return number
-        tensor = torch.tensor([number], dtype=torch.int64, device=device)
+        tensor = torch.tensor([number], dtype=torch.int64)  # on the CPU: through gloo, beside the GPU's work
+        self.beat()
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        self.beat()
         return int(tensor)
 
     def wait(self) -> None:
         """Until every process has come here, however long that takes."""
         if self.world > 1:
-            with self._patience():
+            with self.patience():
                 dist.barrier(group=self.slow)
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def patience(self) -> Iterator[None]:
         before, self.patient = self.patient, True
         try:
             yield
@@ -129,11 +135,11 @@ class Ranks:
         box: list[Any] = [None, None]
         if self.leads:
             try:
-                with self._patience():
+                with self.patience():
                     box[0] = make()
             except UsageError as caught:
                 box[1] = str(caught)
-        with self._patience():
+        with self.patience():
             dist.broadcast_object_list(box, src=0, group=self.slow)
         if box[1] is not None:
             raise SharedError(box[1])
@@ -144,7 +150,7 @@ class Ranks:
         """What each rank has given, by rank."""
         parts: list[Any] = [part] * self.world
         if self.world > 1:
-            with self._patience():
+            with self.patience():
                 dist.all_gather_object(parts, part, group=self.slow)
         return parts
 
@@ -158,7 +164,7 @@ class Ranks:
         message: str | None = None
         result: Any = None
         try:
-            with self._patience():
+            with self.patience():
                 result = do()
         except UsageError as caught:
             message = str(caught)

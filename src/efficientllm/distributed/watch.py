@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from efficientllm.distributed.ranks import Ranks
 
@@ -41,19 +42,21 @@ def _watch(ranks: Ranks, seconds: float, stop: threading.Event) -> None:
     while not stop.wait(min(1.0, seconds / 5)):
         if ranks.patient or ranks.beats != seen:
             seen, since = ranks.beats, time.monotonic()
-            store.set(f"beat/{ranks.rank}", f"{seen} {time.time()}")
-        elif time.monotonic() - since > seconds:
+        store.set(f"beat/{ranks.rank}", f"{seen} {time.time()}")
+        if time.monotonic() - since > seconds:
             _leave(ranks, store, seconds)
 
 
-def _leave(ranks: Ranks, store: object, seconds: float) -> None:
-    places = {}
+def _leave(ranks: Ranks, store: Any, seconds: float) -> None:
+    """Names the rank that has come least far; of several the one that was heard of last the longest ago."""
+    places: dict[int, tuple[int, float]] = {}
     for rank in range(ranks.world):
-        places[rank] = int(store.get(f"beat/{rank}").split()[0])  # type: ignore[attr-defined]
-    behind = min(places, key=lambda rank: (places[rank], rank))
-    ahead = [rank for rank, place in places.items() if place == max(places.values())]
+        place, heard = store.get(f"beat/{rank}").split() if store.check([f"beat/{rank}"]) else (-1, 0.0)
+        places[rank] = int(place), float(heard)
+    behind = min(places, key=lambda rank: places[rank])
+    ahead = [rank for rank in places if rank != behind]
     if ranks.rank == ahead[0]:
-        host = store.get(f"host/{behind}").decode()  # type: ignore[attr-defined]
+        host = store.get(f"host/{behind}").decode()
         print(
             f"error: rank {behind} ({host}) has not answered for {seconds:.0f} seconds (distributed.timeout); what is "
             "saved is not lost: start the same command again, or let torchrun do so with --max-restarts",

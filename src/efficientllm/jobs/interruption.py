@@ -10,7 +10,12 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to stop; it has been saved. `signum` is the signal."""
+    """The user or the system asked the run to stop; it has been saved. `signum` is the signal.
+
+    agreed: that all processes of a run leave by it.
+    """
+
+    agreed = True
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

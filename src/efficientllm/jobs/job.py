@@ -12,6 +12,7 @@ from typing import TextIO
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from efficientllm.checkpoint.sharded import storage
 from efficientllm.config import Recipe
 from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
 from efficientllm.distributed.ranks import ALONE, Ranks
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks
 
     The first process of each node tokenises; the others find the text in its cache.
     """
+    ranks.together(lambda: _check_processes(folder, ranks))
     first = ranks.together(lambda: _prepared(recipe, folder, say, ranks) if ranks.local_rank == 0 else None)
     job = ranks.together(lambda: first or _prepared(recipe, folder, say, ranks))
     if ranks.world == 1:
@@ -157,6 +159,15 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks
     pieces = f"in {job.ranks.shards} shards" if job.ranks.shards > 1 else "whole"
     say(f"{ranks.world} processes, each weight {pieces} on {ranks.world // job.ranks.shards} of them")
     return job
+
+
+def _check_processes(folder: RunFolder, ranks: Ranks) -> None:
+    """Raises UsageError where several processes could train but not save."""
+    if ranks.world == 1:
+        return
+    storage()
+    if not (folder.path / ".lock").exists():
+        raise UsageError(f"run folder {folder.path} is not seen from every node; choose a run.dir on a disk they share")
 
 
 def _fits(job: Job) -> bool:

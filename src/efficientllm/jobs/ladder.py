@@ -17,7 +17,7 @@ from typing import Any
 
 from efficientllm.checkpoint.export import export_model
 from efficientllm.checkpoint.files import appearing
-from efficientllm.checkpoint.store import checkpoints, save
+from efficientllm.checkpoint.store import checkpoints, disk_errors, save
 from efficientllm.config import Recipe, dump_recipe, load_recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.finish import generation_settings
@@ -48,7 +48,12 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
     }
     model = whole_model(state)
     with ExitStack() as stack:
-        partial = job.ranks.from_first(lambda: stack.enter_context(appearing(folder)))
+
+        def begin() -> Path:
+            with disk_errors(str(folder)):
+                return stack.enter_context(appearing(folder))
+
+        partial = job.ranks.from_first(begin)
         snapshot = capture(state)
         snapshot.pruner_tensors, snapshot.pruner_facts = {}, None
         path = save(partial / "state", snapshot, job.ranks)
@@ -56,9 +61,10 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         def complete() -> None:
             assert model is not None
             export_model(model, job.tokenizer, partial / "model", generation=generation_settings(job))
-            (partial / RECIPE).write_text(dump_recipe(_continuation(job, folder, path.name)))
-            (partial / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
-            stack.close()
+            with disk_errors(str(folder)):
+                (partial / RECIPE).write_text(dump_recipe(_continuation(job, folder, path.name)))
+                (partial / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+                stack.close()
 
         job.ranks.from_first(complete)
     progress.note(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from efficientllm.checkpoint.store import checkpoints, load, retain, save
 from efficientllm.config import Recipe
@@ -26,6 +27,7 @@ from efficientllm.models.loading import load_model
 from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
+from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, train_steps
 from efficientllm.training.planning import calibration_rows
 from efficientllm.training.state import TrainState, capture, restore, start
@@ -57,16 +59,18 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
             with stop_signals() as stop:
                 if ranks.leads:
                     job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
+                teacher = ranks.together(lambda: teacher_of(job))
                 try:
                     with watched(job.ranks, recipe.distributed.timeout):
-                        train(job, state, stop)
+                        train(job, state, stop, teacher)
                 except Diverged as error:
                     raise ranks.error(f"{error}; {after_divergence(job)}") from error
                 finally:
                     job.trackers.close()
                 summary = finish(job, state, source, say)
-        if stop.signum is not None:
-            raise Interrupted(f"stopped after {folder.path} had finished", stop.signum)
+            stopped = agreed(job, stop)
+        if stopped is not None:
+            raise Interrupted(f"stopped after {folder.path} had finished", stopped)
         return summary
 
 
@@ -94,18 +98,10 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
         return restore(snapshot, recipe.train, job.plan, job.device, ranks), source
     ranks.from_first(lambda: job.folder.rewind(0))
-    seed = recipe.train.seed if recipe.init == "random" else None
-    model = ranks.together(
-        lambda: load_model(
-            recipe.source,
-            random_seed=seed,
-            device=job.device if ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
-            trust_remote_code=recipe.trust_remote_code,
-        )
-    )
-    state = start(model, recipe.train, job.plan, ranks)
     if recipe.resume:
         state = restore(load(Path(recipe.resume), ranks, job.device), recipe.train, job.plan, job.device, ranks)
+    else:
+        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.plan, ranks)
     with RunProgress(0, description="source", stream=job.stream) as progress:
         loss = validate(job, state, progress)
     facts: dict[str, Any] = {
@@ -120,6 +116,16 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return state, facts
+
+
+def _source_model(job: Job) -> PreTrainedModel:
+    recipe = job.recipe
+    return load_model(
+        recipe.source,
+        random_seed=recipe.train.seed if recipe.init == "random" else None,
+        device=job.device if job.ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
@@ -154,7 +160,7 @@ def crossed(every: int, before: int, after: int) -> bool:
     return after // every > before // every
 
 
-def train(job: Job, state: TrainState, stop: StopRequest) -> None:
+def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation | None) -> None:
     """All steps that are left, each followed by its records, its validation and its checkpoint where due."""
     recipe = job.recipe
     total = job.steps * job.batch_rows * recipe.data.sequence_length
@@ -170,7 +176,7 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
         calibration_rows=rows,
         precision=job.precision,
         batch_rows=job.batch_rows,
-        distillation=teacher_of(job),
+        distillation=teacher,
     )
     name = job.folder.path.name
     with RunProgress(total, start=state.tokens, description=name, stream=job.stream) as progress:
@@ -209,7 +215,7 @@ def train(job: Job, state: TrainState, stop: StopRequest) -> None:
 
 def agreed(job: Job, stop: StopRequest) -> int | None:
     """The signal that asked any of the processes to stop, the same on all of them."""
-    return job.ranks.most(stop.signum or 0, job.device) or None
+    return job.ranks.largest(stop.signum or 0) or None
 
 
 def after_divergence(job: Job) -> str:

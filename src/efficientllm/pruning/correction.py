@@ -179,7 +179,7 @@ def correct(
         tokens, width = held[site[0].name].shape
         shapes[tokens, width, len(site[0].removed)].append(site)
     for (tokens, width, _), same in shapes.items():
-        at_once = max(1, CHUNK // (tokens * width))
+        at_once = max(1, CHUNK // (reduction.largest(tokens) * width))  # alike on all processes
         for first in range(0, len(same), at_once):
             _correct_sites(params, same[first : first + at_once], held, options, reduction, report)
     return report

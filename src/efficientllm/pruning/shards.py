@@ -30,6 +30,10 @@ class Reduction(Protocol):
         """Sum over the processes that read other rows of the batch. May write into the given tensor."""
         ...
 
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        ...
+
     def all_tokens(self, tensor: Tensor) -> Tensor:
         """Inputs of all processes joined, (all tokens, ...), from each one's (tokens, ...)."""
         ...
@@ -45,6 +49,9 @@ class Alone:
 
     def over_batch(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def largest(self, number: int) -> int:
+        return number
 
     def all_tokens(self, tensor: Tensor) -> Tensor:
         return tensor

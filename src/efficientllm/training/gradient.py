@@ -83,6 +83,7 @@ def accumulate_gradient(
     loss = torch.zeros((), device=batch.device)
     parts = batch.split(micro_batch)
     for place, rows in enumerate(parts, start=1):
+        ranks.beat()  # before the collectives: one that does not come this far is the one that the others wait for
         run.last(place == len(parts))
         part = run(partial(_scaled_loss, loss_of, rows, total))
         part.backward()

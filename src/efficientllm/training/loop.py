@@ -240,9 +240,12 @@ def training_loss(state: TrainState, precision: Precision, distillation: Distill
     """Next-token cross-entropy, or its mixture with what a teacher says."""
     if distillation is None:
         return lambda rows: summed_loss(state.model, rows, precision)
-    base: Any = state.model.model
-    head: Any = state.model.get_output_embeddings()
-    return lambda rows: distillation.summed_loss(base, head, rows, precision)
+
+    def loss(rows: Tensor) -> Tensor:
+        model: Any = state.model  # asked for anew: what is kept here would outlive a compaction
+        return distillation.summed_loss(model.model, model.get_output_embeddings(), rows, precision)
+
+    return loss
 
 
 def lr_share(state: TrainState, plan: PruningPlan | None) -> float:
