@@ -173,3 +173,14 @@ def test_the_mean_is_that_of_the_paper() -> None:
         assert common_sense_mean(PAPER[name]) == pytest.approx(average, abs=0.006)
     assert common_sense_mean(dict.fromkeys(list(COMMON_SENSE)[:6], 0.5)) is None
     assert set(TASKS) == {"mmlu", *COMMON_SENSE}
+
+
+def test_results_measured_in_another_way_are_not_mixed() -> None:
+    from efficientllm.evaluation.harness import joined_with
+
+    way = {"harness": "0.4.13", "limit": 4, "data": "local", "num_fewshot": 0}
+    known = way | {"results": {"piqa": {"acc": 0.5}}, "versions": {"piqa": 1}, "records": {"piqa": 4}}
+    found = way | {"results": {"boolq": {"acc": 0.6}}, "versions": {"boolq": 2}, "records": {"boolq": 4}}
+    assert joined_with(known, found)["results"] == {"piqa": {"acc": 0.5}, "boolq": {"acc": 0.6}}
+    assert joined_with(known | {"data": "hub"}, found) == found
+    assert joined_with({}, found) == found

@@ -28,7 +28,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="File for all results and versions.")] = None,
 ) -> None:
     """Zero-shot accuracy by lm-evaluation-harness, beside the paper's Table 2; `n`: normalised by length, `a`: not."""
-    from efficientllm.evaluation.harness import EvalRequest, check_tasks
+    from efficientllm.evaluation.harness import EvalRequest, check_tasks, joined_with, known_results
     from efficientllm.evaluation.harness import evaluate as evaluate_model
     from efficientllm.evaluation.tasks import PAPER, TASKS
     from efficientllm.jobs.job import choose_device
@@ -48,7 +48,9 @@ def evaluate(
         found[model] = evaluate_model(loaded, tokenizers[model], request, manager, say)
         if home is not None and found[model]["results"]:
             (home / "eval").mkdir(exist_ok=True)
-            write_atomically(home / "eval" / "results.json", (json.dumps(found[model], indent=1) + "\n").encode())
+            file = home / "eval" / "results.json"
+            kept = joined_with(known_results(file), found[model])
+            write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
     columns = {task: f"{TASKS.get(task, task)}" for task in names}
     rows = list(eval_rows(found, columns, PAPER))
     print(markdown(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ def _tune_and_run(
         mine = [(lr, outcome) for (other, lr), outcome in zip(tried, outcomes, strict=True) if other is result]
         for lr, outcome in mine:
             loss = None if outcome.summary is None else float(outcome.summary["result"]["validation_loss"])
-            result.rates[lr] = loss if loss is not None and loss == loss else None
+            result.rates[lr] = loss if loss is not None and math.isfinite(loss) else None
         done = {lr: loss for lr, loss in result.rates.items() if loss is not None}
         if not done:
             result.problem = next((o.problem for _, o in mine if o.problem), "its loss diverged at every rate")
@@ -143,10 +144,11 @@ def _tune_and_run(
 
 
 def _keep(result: ArmResult, seed: int, outcome: Outcome, say: Say) -> None:
-    if outcome.summary is not None:
+    loss = None if outcome.summary is None else outcome.summary["result"]["validation_loss"]
+    if loss is not None and math.isfinite(loss):
         result.runs[seed] = outcome
     elif result.problem is None:
-        result.problem = f"seed {seed}: {outcome.problem}"
+        result.problem = f"seed {seed}: {outcome.problem or 'its loss diverged'}"
         say(f"{result.arm.name} is left out: {result.problem}")
 
 

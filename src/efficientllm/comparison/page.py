@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -123,9 +124,19 @@ def _verdict(arms: Mapping[str, Any]) -> Iterator[str]:
         "Not told apart from the loop": lambda d: not d["resolved"],
     }
     for title, holds in words.items():
-        names = [name for name, each in differences.items() if holds(each)]
-        if names:
-            yield f"* {title}: {', '.join(f'`{name}`' for name in names)}."
+        claims = [f"`{name}` {difference_cell(each)}" for name, each in differences.items() if holds(each)]
+        if claims:
+            yield f"* {title}: {'; '.join(claims)}."
+    edge = [name for name, arm in arms.items() if at_edge(arm)]
+    if edge:
+        names = ", ".join(f"`{name}`" for name in edge)
+        yield f"* Best at the edge of the tried rates, so perhaps better still beyond it: {names}."
+
+
+def at_edge(arm: Mapping[str, Any]) -> bool:
+    """Whether the best learning rate is the lowest or the highest of those tried."""
+    rates = [float(lr) for lr in arm["losses_by_lr"]]
+    return len(rates) > 1 and bool(arm["lr"]) and any(math.isclose(arm["lr"], end) for end in (min(rates), max(rates)))
 
 
 def _structure(results: Mapping[str, Any]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from efficientllm.comparison.statistics import Interval, over_seeds, over_window
 from efficientllm.comparison.structure import kept_units, overlaps
 from efficientllm.comparison.tasks import accuracies
 from efficientllm.config import dump_recipe
+from efficientllm.errors import UsageError
 from efficientllm.pruning.groups import Widths
 from efficientllm.reporting.journal import read_journal
 
@@ -32,6 +33,7 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
     source = next(iter(loop.runs.values())).summary
     assert source is not None
     tasks = tuple(comparison.tasks.tasks) if comparison.tasks else ()
+    check_same_text([run for arms in results.values() for arm in arms.values() for run in arm.runs.values()])
     return {
         "settings": {
             "recipe": dump_recipe(comparison.recipe),
@@ -55,6 +57,21 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
             if arm.arm.prunes and len(arm.runs) > 1 and (figures := structure(arm))
         },
     }
+
+
+def check_same_text(outcomes: Sequence[Outcome]) -> None:
+    """Raises UsageError naming a run that was measured on other text, or more of it, than the first."""
+    kinds = []
+    for outcome in outcomes:
+        assert outcome.summary is not None
+        assert outcome.windows is not None
+        kinds.append((outcome.summary["source"]["corpora"], len(outcome.windows["losses"])))
+        if kinds[-1] != kinds[0]:
+            folder = Path(outcome.summary["result"]["path"]).parent
+            raise UsageError(
+                f"{folder} was trained or measured on other text than the rest of the comparison; delete it, and the "
+                "same command runs it anew"
+            )
 
 
 def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -> dict[str, Any]:

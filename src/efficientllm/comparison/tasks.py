@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from efficientllm.comparison.runner import Outcome
 from efficientllm.errors import UsageError
-from efficientllm.evaluation.harness import EvalRequest, accuracy, check_tasks, evaluate
+from efficientllm.evaluation.harness import (
+    EvalRequest,
+    accuracy,
+    check_tasks,
+    evaluate,
+    joined_with,
+    known_results,
+    same_way,
+    way_of,
+)
 from efficientllm.jobs.job import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.reporting.journal import write_atomically
 
 
 def measure_tasks(outcomes: Iterable[Outcome], request: EvalRequest, device: str, say: Callable[[str], None]) -> None:
-    """Writes eval/results.json into each run folder that does not have these tasks with this limit yet."""
+    """Writes eval/results.json into each run folder that does not have these tasks, measured in this way, yet."""
     manager = check_tasks(request)
     for outcome in outcomes:
         assert outcome.summary is not None
         model = Path(outcome.summary["result"]["path"])
         file = model.parent / "eval" / "results.json"
-        known = _known(file)
-        if known.get("limit") == request.limit and set(request.tasks) <= set(known.get("results", ())):
+        known = known_results(file)
+        if same_way(known, way_of(request)) and set(request.tasks) <= set(known.get("results", ())):
             continue
         loaded = load_model(str(model), device=choose_device(device)).eval()
         found = evaluate(loaded, load_tokenizer(str(model)), request, manager, say)
@@ -31,18 +39,11 @@ def measure_tasks(outcomes: Iterable[Outcome], request: EvalRequest, device: str
             task, why = next(iter(found["problems"].items()))
             raise UsageError(f"task {task} cannot be measured: {why}")
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps(joined_with(known, found), indent=1) + "\n").encode())
 
 
 def accuracies(outcome: Outcome, tasks: Iterable[str]) -> dict[str, float]:
     """Task -> accuracy in [0, 1] of one run, normalised by length where the harness reports that."""
     assert outcome.summary is not None
-    known = _known(Path(outcome.summary["result"]["path"]).parent / "eval" / "results.json").get("results", {})
+    known = known_results(Path(outcome.summary["result"]["path"]).parent / "eval" / "results.json").get("results", {})
     return {task: accuracy(known[task])[0] for task in tasks if task in known}
-
-
-def _known(file: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        return {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -58,10 +59,7 @@ def evaluate(
     limits: dict[str, Any] = {"batch_size": request.batch_size, "device": str(model.device)}
     with redirect_stdout(sys.stderr):
         runner = HFLM(pretrained=model, tokenizer=tokenizer, **limits)
-    found: dict[str, Any] = {
-        "results": {}, "problems": {}, "versions": {}, "records": {}, "harness": version("lm_eval"),
-        "limit": request.limit, "data": "local" if request.data_dir else "hub", "num_fewshot": 0,
-    }  # fmt: skip
+    found: dict[str, Any] = {"results": {}, "problems": {}, "versions": {}, "records": {}} | way_of(request)
     with local_data(request.data_dir):
         for task in request.tasks:
             try:
@@ -103,6 +101,33 @@ def _belongs(name: str, task: str, output: dict[str, Any]) -> bool:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: float(value) for key, value in values.items() if isinstance(value, int | float) and "," in key}
+
+
+def known_results(file: Path) -> dict[str, Any]:
+    """What an earlier evaluation has left; nothing where there is none or it cannot be read."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def joined_with(known: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Results with those of other tasks that were measured before in the same way: limit, data and harness."""
+    if not same_way(known, found):
+        return found
+    tasks = ("results", "versions", "records")
+    return found | {key: {**known.get(key, {}), **found[key]} for key in tasks}
+
+
+def same_way(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two sets of results may stand in one table."""
+    return all(one.get(key) == other.get(key) for key in ("limit", "data", "harness", "num_fewshot"))
+
+
+def way_of(request: EvalRequest) -> dict[str, Any]:
+    """What makes results comparable."""
+    data = "local" if request.data_dir else "hub"
+    return {"harness": version("lm_eval"), "limit": request.limit, "data": data, "num_fewshot": 0}
 
 
 def _sentence(error: Exception, request: EvalRequest) -> str:

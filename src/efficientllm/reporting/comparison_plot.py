@@ -47,10 +47,10 @@ def _draw(axes: Axes, arms: Mapping[str, Sequence[Path | str]], key: str) -> lis
     finals = []
     for index, (name, folders) in enumerate(arms.items()):
         curves = [_curve(Path(folder), key) for folder in folders]
-        length = min(len(curve) for curve in curves)
-        if not length:
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))  # a stopped run may have left one out
+        if not shared:
             continue
-        table = np.array([curve[:length] for curve in curves])  # (seeds, points, 2)
+        table = np.array([[curve[tokens] for tokens in shared] for curve in curves])  # (seeds, points, 2)
         at, losses = table[:, :, 0].mean(axis=0), table[:, :, 1]
         colour, line = RUN_COLOURS[index % len(RUN_COLOURS)], LINES[index // len(RUN_COLOURS) % len(LINES)]
         axes.plot(at, losses.mean(axis=0), color=colour, linestyle=line, marker=".", linewidth=1.5, label=name)
@@ -59,6 +59,11 @@ def _draw(axes: Axes, arms: Mapping[str, Sequence[Path | str]], key: str) -> lis
     return finals
 
 
-def _curve(folder: Path, key: str) -> list[tuple[float, float]]:
+def _curve(folder: Path, key: str) -> dict[int, tuple[float, float]]:
+    """Tokens -> (tokens or FLOPs, validation loss)."""
     lines = read_journal(folder / "metrics.jsonl")
-    return [(line[key], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+    return {
+        line["tokens"]: (line[key], line["validation_loss"])
+        for line in lines
+        if line.get("validation_loss") is not None
+    }
