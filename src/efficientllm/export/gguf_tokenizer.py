@@ -198,7 +198,7 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
                 )
     if any(max(ranks) - min(ranks) >= len(ranks) for ranks in made.values()):
         raise UsageError("the tokenizer's order of merges is not one of tokens, which llama.cpp needs; use --to hf")
-    return [float(made[token][0]) if token in made else 0.0 for token in tokens]
+    return [-float(made[token][0]) if token in made else 0.0 for token in tokens]
 
 
 def _special_tokens(
