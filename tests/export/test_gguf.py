@@ -342,3 +342,15 @@ def test_an_unknown_type_lists_the_known_ones(make_model: Any) -> None:
     folder, _ = make_model("llama-gqa")
     with pytest.raises(UsageError, match=r"no type q9_0; written are f32, f16, .*q4_k_m"):
         write(folder, "q9_0")
+
+
+def test_scores_put_merges_in_the_order_of_the_list() -> None:
+    """llama.cpp merges the pair whose product scores highest; the list's first merge must be that."""
+    from efficientllm.export.gguf_tokenizer import _scores
+
+    tokens = ["<unk>", "a", "b", "c", "ab", "bc", "abc"]
+    pairs = [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
+    scores = dict(zip(tokens, _scores(tokens, pairs), strict=True))
+    assert scores["bc"] > scores["ab"] > scores["abc"]
+    with pytest.raises(UsageError, match="never merges 'ab' and 'c'"):
+        _scores(tokens, pairs[:3])
