@@ -26,17 +26,17 @@ from efficientllm.models.space import build
 def held(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-shape, rows, length, recompute = json.loads(sys.argv[1])
-train = TrainConfig(tokens=10**9, lr=1e-3, micro_batch=rows, batch_tokens=2 * rows * length,
-                    gradient_checkpointing=recompute)
+shape, rows, length, options = json.loads(sys.argv[1])
+train = TrainConfig(tokens=10**9, lr=1e-3, micro_batch=rows, batch_tokens=2 * rows * length, **options)
 config = LlamaConfig(**shape)
 precision = Precision("cpu", False)
+chunked = train.loss == "chunked"
 
 def steps(config, rows, length):
     state = start(build(config), train, None)
     for seed in range(3):
         batch = torch.randint(config.vocab_size, (2 * rows, length), generator=torch.Generator().manual_seed(seed))
-        accumulate_gradient(lambda part: summed_loss(state.model, part, precision), batch, rows)
+        accumulate_gradient(lambda part: summed_loss(state.model, part, precision, chunked=chunked), batch, rows)
         update(state.optimizer, state.model.parameters(), lr=1e-3, clip=1.0)
 
 tiny = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -45,45 +45,51 @@ before = held("VmRSS")
 steps(config, rows, length)
 print(held("VmHWM") - before)
 """
+WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 49152}
 SHAPES = {
-    "8 M, 8 x 256": ({"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 8, 256, False),
-    "8 M, 8 x 256, recomputed": ({"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 8, 256, True),
+    "8 M, 8 x 256": ({"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 8, 256, {}),
+    "8 M, 8 x 256, recomputed": (
+        {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 8, 256,
+        {"gradient_checkpointing": True},
+    ),
     "40 M, 4 x 512, untied": (
         {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384,
-         "tie_word_embeddings": False, "num_key_value_heads": 2}, 4, 512, False,
+         "tie_word_embeddings": False, "num_key_value_heads": 2}, 4, 512, {},
     ),
     "40 M, 1 x 128": (
-        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384}, 1, 128, False,
+        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384}, 1, 128, {},
     ),
+    "3 M, 4 x 1024, vocabulary 49,152, plain loss": (WIDE, 4, 1024, {"loss": "plain"}),
+    "the same, chunked loss": (WIDE, 4, 1024, {"loss": "chunked"}),
 }  # fmt: skip
 COMMON = {"vocab_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
 
 
-def measured(shape: dict[str, object], rows: int, length: int, recompute: bool) -> int:
+def measured(shape: dict[str, object], rows: int, length: int, options: dict[str, object]) -> int:
     """Bytes that three training steps add to a fresh process at most."""
-    argument = json.dumps([shape, rows, length, recompute])
+    argument = json.dumps([shape, rows, length, options])
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", CHILD, argument], capture_output=True, text=True, check=True, env=env)
     return int(done.stdout)
 
 
-def predicted(shape: dict[str, object], rows: int, length: int, recompute: bool) -> int:
+def predicted(shape: dict[str, object], rows: int, length: int, options: dict[str, object]) -> int:
     from transformers import LlamaConfig
 
     from efficientllm.config import TrainConfig
     from efficientllm.planning.memory import step_memory
 
     tokens = {"tokens": 10**9, "batch_tokens": 2 * rows * length}
-    train = TrainConfig(lr=1e-3, micro_batch=rows, gradient_checkpointing=recompute, **tokens)
+    train = TrainConfig(lr=1e-3, micro_batch=rows, **options, **tokens)
     return step_memory(LlamaConfig(**shape), train, length, bf16=False).total
 
 
 def main() -> None:
     print("| model, micro-batch | predicted, MB | measured, MB | predicted / measured |")
     print("| --- | --- | --- | --- |")
-    for name, (shape, rows, length, recompute) in SHAPES.items():
+    for name, (shape, rows, length, options) in SHAPES.items():
         full = COMMON | shape
-        ours, real = predicted(full, rows, length, recompute), measured(full, rows, length, recompute)
+        ours, real = predicted(full, rows, length, options), measured(full, rows, length, options)
         print(f"| {name} | {ours / 1e6:.0f} | {real / 1e6:.0f} | {ours / real:.3f} |", flush=True)
 
 

@@ -46,6 +46,7 @@ class Case:
     criterion: str = "taylor-element"
     correction: str = "second-order"
     target: str = "60%"
+    loss: str = "plain"
     begin: str = ""
     leave: str = ""
 
@@ -62,7 +63,15 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
     """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""
     tokens = 8 * ROWS * LENGTH
     train = TrainConfig.model_validate(
-        {"tokens": tokens, "lr": 1e-3, "micro_batch": 2, "batch_tokens": ROWS * LENGTH, "warmup": 0, "eps": 1e-3}
+        {
+            "tokens": tokens,
+            "lr": 1e-3,
+            "loss": case.loss,
+            "micro_batch": 2,
+            "batch_tokens": ROWS * LENGTH,
+            "warmup": 0,
+            "eps": 1e-3,
+        }
     )
     choices = {"saliency": case.criterion, "correction": case.correction, "target": case.target, "align": 1}
     choices |= {"correction_tolerance": 1e-6} if case.correction != "none" else {}  # exact: no stop that rounding moves

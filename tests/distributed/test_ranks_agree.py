@@ -20,6 +20,7 @@ from efficientllm.distributed.ranks import ALONE
 SCENARIO = Path(__file__).with_name("scenario.py")
 TWO = [
     Case("full-correction"),
+    Case("full-chunked", family="mistral-gqa-tied", correction="none", loss="chunked"),
     Case("full-wanda", family="llama-mha-tied", criterion="wanda"),
     Case("full-sparsegpt", criterion="sparsegpt", correction="none", steps=3),
     Case("full-activation", family="qwen3-gqa", criterion="activation", correction="none", steps=3),

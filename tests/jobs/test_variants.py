@@ -40,6 +40,7 @@ def calm(world: World) -> Path:
     [
         ({"gradient_checkpointing": True}, 1e-4),
         ({"micro_batch": 2}, 1e-4),
+        ({"loss": "chunked"}, 1e-4),
         ({"precision": "bf16"}, 0.05),
         pytest.param(
             {"compile": True}, 1e-3, marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

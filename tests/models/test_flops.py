@@ -14,6 +14,7 @@ from conftest import tiny_config, tiny_model
 from efficientllm.config import Recipe
 from efficientllm.models.flops import decode_flops, forward_flops, prefill_flops, training_flops
 from efficientllm.models.space import build, space_of
+from efficientllm.training import gradient
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.loop import train_steps
@@ -43,7 +44,12 @@ def counting() -> Iterator[FlopCounterMode]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_a_pass_and_a_training_step(family: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
+def test_a_pass_and_a_training_step(
+    family: str, checkpointing: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunked loss counts as the plain one does; 51 tokens are six chunks of 8 and a ragged one."""
+    monkeypatch.setattr(gradient, "chunk_tokens", lambda vocabulary: 8)
     model = tiny_model(family)
     model.train()
     if checkpointing:
@@ -51,13 +57,13 @@ def test_a_pass_and_a_training_step(family: str, checkpointing: bool) -> None:
     rows = torch.randint(0, 61, (3, 17))
     passed = forward_flops(space_of(model.config), 3, 17)
     with counting() as counter, torch.no_grad():
-        summed_loss(model, rows, CPU)
+        summed_loss(model, rows, CPU, chunked=chunked)
     assert passed.total == counter.get_total_flops()
     with counting() as counter, torch.no_grad():
         model.model(input_ids=rows, use_cache=False)
     assert passed.base == counter.get_total_flops()
     with counting() as counter:
-        summed_loss(model, rows, CPU).backward()
+        summed_loss(model, rows, CPU, chunked=chunked).backward()
     assert training_flops(passed, gradient_checkpointing=checkpointing) == counter.get_total_flops()
 
 
@@ -91,15 +97,17 @@ class RandomRows:
     [
         ({}, False),
         ({"types": ["ffn", "stem"]}, True),
+        ({"curve": "linear"}, False),
         ({"saliency": "wanda", "correction": "none", "selection": "raw"}, False),
         ({"mode": "one-shot", "end": None, "bound": None, "calibration_batches": 2}, False),
     ],
-    ids=["loop", "distilled", "inputs", "one-shot"],
+    ids=["loop", "distilled", "chunked", "inputs", "one-shot"],
 )
 def test_a_run_counts_all_that_it_computes(prune: dict[str, Any], distilled: bool) -> None:
     """Steps at every width, calibration, refreshes, captured inputs, corrections and the teacher: to the operation."""
     options = {"target": "50%", "end": "60%", "floors": {"intermediate": 8}, "bound": 0.05} | prune
     train = {"tokens": 8 * 256, "batch_tokens": 256, "micro_batch": 3, "lr": 1e-2, "gradient_checkpointing": distilled}
+    train |= {"loss": "chunked"} if "curve" in prune else {}
     recipe = Recipe.model_validate(
         {
             "source": "here",

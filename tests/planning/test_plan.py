@@ -57,10 +57,10 @@ def test_memory_is_what_a_process_takes() -> None:
         import plan as benchmark
     finally:
         sys.path.pop(0)
-    shape, rows, length, recompute = benchmark.SHAPES["8 M, 8 x 256"]
+    shape, rows, length, options = benchmark.SHAPES["8 M, 8 x 256"]
     shape = benchmark.COMMON | shape
-    measured = benchmark.measured(shape, rows, length, recompute)
-    assert benchmark.predicted(shape, rows, length, recompute) == pytest.approx(measured, rel=0.15)
+    measured = benchmark.measured(shape, rows, length, options)
+    assert benchmark.predicted(shape, rows, length, options) == pytest.approx(measured, rel=0.15)
 
 
 def test_parts_of_memory(family: str) -> None:

@@ -46,7 +46,7 @@ def plan(
     config = load_config(loaded.source, trust_remote_code=loaded.trust_remote_code)
     say("tracing the memory of one step; no weights are allocated")
     try:
-        found = plan_of(loaded, config, bf16=bf16)
+        found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None)
     except ValueError as error:
         raise UsageError(str(error)) from error
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)

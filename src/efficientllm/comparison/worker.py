@@ -57,7 +57,8 @@ def window_losses(job: Job, model: Any) -> dict[str, Any]:
         for corpus, indices in zip(job.validation, chosen, strict=True):
             for first in range(0, len(indices), job.recipe.train.micro_batch):
                 rows = corpus.take(indices[first : first + job.recipe.train.micro_batch])
-                losses += row_losses(model, rows.to(job.device), job.precision).tolist()
+                rows_there = rows.to(job.device)
+                losses += row_losses(model, rows_there, job.precision, chunked=job.chunked_loss).tolist()
                 texts = job.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
                 size += sum(len(text.encode()) for text in texts)
                 bar.advance(len(rows))

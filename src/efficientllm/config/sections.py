@@ -112,6 +112,12 @@ class TrainConfig(Section):
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
     )
 
+    loss: Literal["auto", "plain", "chunked"] = Field(
+        default="auto",
+        description="chunked: never all logits of a micro-batch at once; auto: so on a GPU where they would take more "
+        "than 1 GiB in fp32, else plain",
+    )
+
     def batch_rows(self, sequence_length: int) -> int:
         """Rows of one step: the nearest positive multiple of micro_batch, or of 1 for less than one micro-batch."""
         unit = self.micro_batch if self.batch_tokens >= self.micro_batch * sequence_length else 1
@@ -229,6 +235,15 @@ class Recipe(Section):
             raise UsageError(
                 "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: lower "
                 "it (0.5), or set prune.start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_an_effect(self) -> Self:
+        if self.distill and self.train.loss != "auto":
+            raise UsageError(
+                f"train.loss {self.train.loss} has no effect beside distill, which always makes logits by "
+                "distill.chunk_tokens: remove it, or set it to null"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from efficientllm.config import DistributedConfig
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
 from efficientllm.pruning.shards import laid_out_like
+
+if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
+    from efficientllm.config import DistributedConfig
 
 T = TypeVar("T")
 

@@ -43,10 +43,11 @@ def validation_loss(
     precision: Precision,
     run: Runner = PLAIN,
     ranks: Ranks = ALONE,
+    chunked: bool = False,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> float:
     """Nats per predicted token over the chosen rows; `tick` is told of every micro-batch of rows done, by all processes
-    together. With several processes each takes its share of every corpus."""
+    together. With several processes each takes its share of every corpus. chunked: as for summed_loss."""
 
     def batches() -> Iterator[tuple[Tensor, bool]]:
         for corpus, indices in zip(corpora, chosen_rows(corpora, limit), strict=True):
@@ -57,4 +58,4 @@ def validation_loss(
                 yield corpus.take(part or indices[:1]).to(device), bool(part)
                 tick(max(0, min(micro_batch * ranks.world, len(indices) - first * ranks.world)))
 
-    return shared_mean_loss(model, batches(), precision, run, ranks)
+    return shared_mean_loss(model, batches(), precision, run, ranks, chunked=chunked)

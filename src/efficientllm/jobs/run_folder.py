@@ -27,7 +27,7 @@ from efficientllm.reporting.journal import Journal, write_atomically
 FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
     "data": {"cache_dir", "workers"},
-    "train": {"micro_batch", "gradient_checkpointing", "compile", "device"},
+    "train": {"micro_batch", "gradient_checkpointing", "compile", "device", "loss"},
     "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
     "distill": {"chunk_tokens"},
     "distributed": {"shard", "replicate", "timeout"},

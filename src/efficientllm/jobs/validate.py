@@ -29,6 +29,7 @@ def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable
             limit=limit,
             device=job.device,
             precision=job.precision,
+            chunked=job.chunked_loss,
             run=state.run,
             ranks=state.ranks,
             tick=tick,

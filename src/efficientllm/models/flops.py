@@ -64,7 +64,8 @@ def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = Fals
 
     gradient_checkpointing: each layer is computed again in the backward pass, up to its last linear layer, whose
     result nothing needs (torch.utils.checkpoint stops there). chunked: the loss makes the logits chunk by chunk and
-    again in the backward pass (training/distillation.py).
+    again in the backward pass (training/distillation.py). The chunked loss without a teacher repeats nothing
+    (training/chunked_loss.py).
     """
     linear = (1.0 + BACKWARD_LINEAR) * forward.linear
     attention = (1.0 + BACKWARD_ATTENTION) * forward.attention

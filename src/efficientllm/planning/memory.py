@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from efficientllm.config import TrainConfig
 from efficientllm.models.space import build
+from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
 
 
@@ -32,8 +33,13 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
-def step_memory(config: PretrainedConfig, train: TrainConfig, length: int, *, bf16: bool) -> StepMemory:
-    """Of the source at full shape, one micro-batch at a time; the kernels are the CPU's."""
+def step_memory(
+    config: PretrainedConfig, train: TrainConfig, length: int, *, bf16: bool, gpu: bool = False
+) -> StepMemory:
+    """Of the source at full shape, one micro-batch at a time; the kernels are the CPU's.
+
+    gpu: whether it is for one, which decides on the loss where train.loss is auto.
+    """
     from torch.distributed._tools.mem_tracker import MemTracker
 
     precision = Precision("cpu", bf16)
@@ -46,9 +52,10 @@ def step_memory(config: PretrainedConfig, train: TrainConfig, length: int, *, bf
         tracker.track_external(model)
         rows = min(train.micro_batch, train.batch_rows(length))
         ids = torch.zeros(rows, length, dtype=torch.long)
+        chunked = is_chunked(train.loss, "cuda" if gpu else "cpu", train.micro_batch * length, config.vocab_size)
         with tracker:
             for _ in range(2):
-                summed_loss(model, ids, precision).backward()
+                summed_loss(model, ids, precision, chunked=chunked).backward()
                 tracker.reset_mod_stats()
     (parts,) = tracker.get_tracker_snapshot("peak").values()
     size = {getattr(kind, "name", str(kind)): int(value) for kind, value in parts.items()}

@@ -43,8 +43,9 @@ class Plan:
     corpus: int
 
 
-def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool) -> Plan:
-    """Raises UsageError for a recipe that could not be run on this source."""
+def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool = False) -> Plan:
+    """bf16, gpu: how and on what it will be trained. Raises UsageError for a recipe that could not be run on this
+    source."""
     space, length = space_of(config), recipe.data.sequence_length
     plan = pruning_plan(recipe, config)
     batch_rows = recipe.train.batch_rows(length)
@@ -74,7 +75,7 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool) -> Plan:
         batch,
         flops,
         int(cost(parameters)),
-        step_memory(config, recipe.train, length, bf16=bf16),
+        step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
     )

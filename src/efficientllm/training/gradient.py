@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from efficientllm.distributed.layout import Runner
 from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
 
 Forward = Callable[..., object]
 PLAIN = Runner()
@@ -47,21 +49,38 @@ def next_tokens(rows: Tensor) -> Tensor:
     return functional.pad(rows[:, 1:], (0, 1), value=-100)
 
 
-def summed_loss(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
-    """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length)."""
+def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: bool = False) -> Tensor:
+    """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length).
+
+    chunked: without all logits in memory at once (training/chunked_loss.py).
+    """
+    if chunked:
+        hidden, weight = _before_head(model, rows, precision)
+        return linear_cross_entropy(hidden, weight, next_tokens(rows).flatten(), chunk_tokens(len(weight)))
     with precision.context():
         logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
     # Shifting the labels rather than the logits saves a copy of the largest tensor of the step.
     return functional.cross_entropy(logits.flatten(0, 1).float(), next_tokens(rows).flatten(), reduction="sum")
 
 
-@torch.no_grad()
-def row_losses(model: Forward, rows: Tensor, precision: Precision) -> Tensor:
-    """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,)."""
+def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Last hidden states (tokens, width), in the dtype of computation, and the LM head's weight."""
     with precision.context():
-        logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
-    labels = next_tokens(rows)
-    losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        hidden: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+    return hidden.to(torch.bfloat16) if precision.bf16 else hidden, model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def row_losses(model: Forward, rows: Tensor, precision: Precision, *, chunked: bool = False) -> Tensor:
+    """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,). chunked: as for summed_loss."""
+    labels = next_tokens(rows).flatten()
+    if chunked:
+        hidden, weight = _before_head(model, rows, precision)
+        losses = token_losses(hidden, weight, labels, chunk_tokens(len(weight)))
+    else:
+        with precision.context():
+            logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
+        losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
     return losses.view(rows.shape).sum(dim=1) / (rows.shape[1] - 1)
 
 
@@ -103,13 +122,19 @@ def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -
 
 @torch.no_grad()
 def shared_mean_loss(
-    model: Forward, batches: Iterable[tuple[Tensor, bool]], precision: Precision, run: Runner, ranks: Ranks
+    model: Forward,
+    batches: Iterable[tuple[Tensor, bool]],
+    precision: Precision,
+    run: Runner,
+    ranks: Ranks,
+    *,
+    chunked: bool = False,
 ) -> float:
     """As mean_loss, over the micro-batches of all processes. Those marked False are passed through the model only so
-    that every process makes as many passes, and do not count."""
+    that every process makes as many passes, and do not count. chunked: as for summed_loss."""
     total, tokens = 0.0, 0
     for rows, counts in batches:
-        loss = float(run(partial(summed_loss, model, rows, precision)))
+        loss = float(run(partial(summed_loss, model, rows, precision, chunked=chunked)))
         total += loss if counts else 0.0
         tokens += predicted_tokens(rows) if counts else 0
         ranks.beat()

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efficientllm.config import TrainConfig
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.training.capture import captured_inputs
+from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
     Precision,
@@ -30,6 +30,9 @@ from efficientllm.training.gradient import (
 )
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
+
+if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
+    from efficientllm.config import TrainConfig
 
 FirstRows = Callable[[int, bool], Tensor]  # of so many rows; whether for calibration
 
@@ -103,7 +106,8 @@ class BatchProbe:
             self._rows = self._first_rows(rows, True).to(self._batch.device)
         state.flops += forward_flops(state.space, rows, self._batch.shape[1]).total
         parts = shared_micro_batches(self._rows, rows, self._train.micro_batch, state.ranks)
-        return shared_mean_loss(state.model, parts, self._precision, state.run, state.ranks)
+        chunked = loss_is_chunked(state, self._train, self._batch)
+        return shared_mean_loss(state.model, parts, self._precision, state.run, state.ranks, chunked=chunked)
 
     def refresh(self) -> None:
         state = self._state
@@ -169,7 +173,7 @@ def train_steps(
         part = () if ranks.world == 1 else (ranks.share(batch_rows),)
         batch = batches.batch(state.step, *part).to(device)
         tokens = batch.numel() * ranks.world
-        loss_of = training_loss(state, precision, distillation)
+        loss_of = training_loss(state, precision, distillation, chunked=loss_is_chunked(state, train, batch))
         loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks)
         flops = ranks.world * step_flops(state.space, batch.shape, train, distillation)
         state.flops += flops
@@ -236,10 +240,18 @@ def _first_rows(
     return batches.batch(state.step - (not following), state.ranks.share(rows))
 
 
-def training_loss(state: TrainState, precision: Precision, distillation: Distillation | None) -> SummedLoss:
-    """Next-token cross-entropy, or its mixture with what a teacher says."""
+def loss_is_chunked(state: TrainState, train: TrainConfig, batch: Tensor) -> bool:
+    """What train.loss means for micro-batches of a batch (rows, length) on its device."""
+    tokens = train.micro_batch * batch.shape[1]
+    return is_chunked(train.loss, batch.device.type, tokens, state.model.config.vocab_size)
+
+
+def training_loss(
+    state: TrainState, precision: Precision, distillation: Distillation | None, *, chunked: bool = False
+) -> SummedLoss:
+    """Next-token cross-entropy, or its mixture with what a teacher says, whose logits are chunked always."""
     if distillation is None:
-        return lambda rows: summed_loss(state.model, rows, precision)
+        return lambda rows: summed_loss(state.model, rows, precision, chunked=chunked)
 
     def loss(rows: Tensor) -> Tensor:
         model: Any = state.model  # asked for anew: what is kept here would outlive a compaction

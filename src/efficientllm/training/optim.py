@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from efficientllm.config import TrainConfig
+if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
+    from efficientllm.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from efficientllm.config import TrainConfig
 from efficientllm.distributed.layout import Runner, sharded, wrap
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.models.space import empty_model, narrowed_config, space_of
@@ -29,6 +28,9 @@ from efficientllm.pruning.shards import whole
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
+
+if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
+    from efficientllm.config import TrainConfig
 
 # What a run counts; Snapshot and TrainState have a field of each name.
 COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
