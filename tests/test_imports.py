@@ -26,7 +26,7 @@ ALLOWED = {
         "errors", "sizes", "config", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
         "reporting", "",
     },
-    "planning": {"errors", "config", "models", "pruning", "training"},
+    "planning": {"errors", "sizes", "config", "models", "pruning", "training"},
     "comparison": {
         "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
     },
