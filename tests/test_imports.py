@@ -30,7 +30,7 @@ ALLOWED = {
     "comparison": {
         "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
     },
-    "benching": {"errors", "models", "export"},
+    "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},

@@ -63,10 +63,10 @@ def test_flops_as_target_and_currency(world: World) -> None:
 
 def test_kv_cache_takes_what_it_counts_and_nothing_else(world: World) -> None:
     prune = {"cost": "kv-cache", "target": {"kv_cache": "50%"}, "floors": FLOORS}
-    path = world.write("cached", prune=prune)
+    path = world.write("by-cache", prune=prune)
     assert call("plan", path) == 0
     assert call("prune", path) == 0
-    widths = Widths(**result(world, "cached")["widths"])
+    widths = Widths(**result(world, "by-cache")["widths"])
     assert widths == Widths(2, 40, 2, 1, 52)
     assert KVCache(6)(widths) * 2 == KVCache(6)(SPACE.widths)
 
