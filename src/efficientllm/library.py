@@ -120,8 +120,11 @@ class Pruner:
             raise ValueError(
                 f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"
             )
-        if options.cost == "flops" and sequence_length is None:
-            raise ValueError("cost 'flops' counts at a length: give Pruner sequence_length, the tokens of your rows")
+        if (options.cost == "flops") != (sequence_length is not None):
+            raise ValueError(
+                "Pruner takes sequence_length, the tokens of your rows, with cost 'flops', which counts at a length, "
+                "and with no other"
+            )
         space = space_of(model.config)
         check_space(space, model)
         refuse_uneven_depth(options, model.config)
