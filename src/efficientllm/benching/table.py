@@ -128,7 +128,7 @@ def latencies(
     rehearse(settings)
     ratios: list[list[float]] = [[] for _ in shapes]
     source: list[float] = []
-    with uncollected():
+    with uncollected(), memory_in_a_sentence(settings):
         reference = _model_of(config, widths_of(config), settings)
         for repeat in range(settings.repeats):
             for index in turn(len(shapes), repeat * len(shapes) // settings.repeats):
@@ -157,6 +157,17 @@ def uncollected() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextmanager
+def memory_in_a_sentence(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"two models of that size with {settings.context} tokens do not fit in the memory of the device; lower "
+            "--batch or --prompt"
+        ) from None
+
+
 def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> LoadedModel:
     torch.manual_seed(0)
     model = build(narrowed_config(config, widths), settings.device)
@@ -166,18 +177,12 @@ def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> L
 def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, settings: Settings) -> tuple[float, float]:
     """Seconds of the fastest whole sequence of a model of these widths, and of the reference beside it."""
     fastest = [math.inf, math.inf]
-    try:
-        models = (_model_of(config, widths, settings), reference)
-        for run in range(1 + IN_A_ROW):
-            for index, model in enumerate(models):
-                sample = measure(model, settings.batches[0], settings.generate - 1)
-                if run:
-                    fastest[index] = min(fastest[index], sample.prefill_seconds + sample.decode_seconds)
-    except torch.OutOfMemoryError:
-        raise UsageError(
-            f"a model of {widths} with {settings.context} tokens does not fit in the memory of the device beside the "
-            "source; lower --batch or --prompt"
-        ) from None
+    models = (_model_of(config, widths, settings), reference)
+    for run in range(1 + IN_A_ROW):
+        for index, model in enumerate(models):
+            sample = measure(model, settings.batches[0], settings.generate - 1)
+            if run:
+                fastest[index] = min(fastest[index], sample.prefill_seconds + sample.decode_seconds)
     return fastest[0], fastest[1]
 
 

@@ -107,7 +107,7 @@ def table_page(content: Mapping[str, Any], path: str) -> str:
         shape = f"{widths['layers']} layers, hidden {widths['hidden']}, heads {heads}, FFN {widths['intermediate']}"
         measured, predicted = (_number(1e3 * check[key]) for key in ("seconds", "predicted"))
         rows.append([shape, measured, predicted, f"{check['error']:+.1%}"])
-    about, worst = content["measured_on"], content["worst_error"]
+    about = content["measured_on"]
     notes = (
         f"{path}: {len(content['seconds'])} shapes, prompt {about['prompt']}, {about['generate']} generated, batch "
         f"{about['batch']}, {about['dtype']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''} on "
@@ -115,5 +115,7 @@ def table_page(content: Mapping[str, Any], path: str) -> str:
         f"{content['in_a_row']} sequences, as a ratio to the source's among them. The ratios of a shape range over "
         f"{content['median_range']:.0%} of their median (median shape)."
     )
-    error = f"Median error on shapes held out: {content['median_error']:.1%} (worst {worst:.1%})."
+    if not content["held_out"]:
+        return f"{notes}\n\nNo shape lies between those of the grid: its error is not known."
+    error = f"Median error on shapes held out: {content['median_error']:.1%} (worst {content['worst_error']:.1%})."
     return "\n\n".join((markdown(rows), notes, error))
