@@ -8,10 +8,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientllm.config import AlignConfig, DataSource, Recipe, TrainConfig, WidthTarget, dump_recipe, load_recipe
+from efficientllm.config import (
+    AlignConfig,
+    CostTarget,
+    DataSource,
+    Recipe,
+    TrainConfig,
+    WidthTarget,
+    dump_recipe,
+    load_recipe,
+)
 from efficientllm.config.fields import Section
 from efficientllm.errors import UsageError
-from efficientllm.sizes import Position
+from efficientllm.sizes import Amount, Position
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 BASE = """
@@ -83,6 +92,26 @@ def test_targets_are_a_count_a_ratio_or_widths(load: Load, value: str, target: o
     assert prune is not None
     assert prune.target == target
     assert type(prune.target) is type(target)
+
+
+@pytest.mark.parametrize(
+    ("cost", "target", "amount", "written"),
+    [
+        ("flops", "{flops: 40%}", Amount(0.4, relative=True), {"flops": "40%"}),
+        ("flops", "{flops: 1.2M}", Amount(1_200_000, relative=False), {"flops": "1.2M"}),
+        ("kv-cache", "{kv_cache: 0.5x}", Amount(0.5, relative=True), {"kv_cache": "50%"}),
+        ("latency", "{latency: 12.5ms}", Amount(0.0125, relative=False, timed=True), {"latency": "12.5ms"}),
+        ("latency", "{latency: 0.02s}", Amount(0.02, relative=False, timed=True), {"latency": "20ms"}),
+    ],
+)
+def test_targets_in_another_cost(load: Load, cost: str, target: str, amount: Amount, written: dict[str, str]) -> None:
+    table = ["prune.latency_table=a.json"] if cost == "latency" else []
+    recipe = load(f"prune.cost={cost}", f"prune.target={target}", *table)
+    assert recipe.prune is not None
+    assert isinstance(recipe.prune.target, CostTarget)
+    assert recipe.prune.target.amount == amount
+    assert yaml.safe_load(dump_recipe(recipe))["prune"]["target"] == written
+    assert load(text=dump_recipe(recipe)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -212,6 +241,14 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("data.sequence_length=4", "data.sequence_length should be greater than or equal to 8, not 4"),
         ("data.validation_fraction=60%", "data.validation_fraction should be less than 0.5, not 0.6"),
         ("prune.target=100%", "prune.target: '100%' is no size to prune to: write a parameter count such as 469M"),
+        ("prune.target={flop: 40%}", "prune.target.flop is not a recipe key: did you mean prune.target.flops?"),
+        ("prune.target={flops: 120%}", "prune.target.flops: '120%' is no size to reach: write a ratio such as 50%"),
+        ("prune.target={latency: 12}", "prune.target.latency: 12 is no latency to reach: write a ratio such as 50%"),
+        ("prune.target={flops: 40%, latency: 40%}", "a size to prune to is in one cost: give one of flops, kv_cache"),
+        ("prune.target={flops: 40%}", "prune.target is in flops, but prune.cost counts params: set prune.cost: flops"),
+        ("prune.cost=flops", "prune.cost is flops, but a size to prune to is in params: write it as {flops: 40%}"),
+        ("prune.latency_table=a.json", "prune.latency_table has no effect with prune.cost params: remove it"),
+        ("prune.cost=energy", "prune.cost should be 'params', 'flops', 'kv-cache' or 'latency', not 'energy'"),
         ("prune.target={}", "prune.target names no width: give one or more of layers, hidden, heads"),
         ("prune.target.hidden=8", "override 'prune.target.hidden=8': prune.target has no keys in this recipe, so set"),
         ("prune.bound=2", "prune.bound: 2 is not a fraction: write a share such as 2% or 0.02"),

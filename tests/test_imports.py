@@ -26,11 +26,11 @@ ALLOWED = {
         "errors", "sizes", "config", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
         "reporting", "",
     },
-    "planning": {"errors", "config", "models", "pruning", "distributed", "training"},
+    "planning": {"errors", "sizes", "config", "models", "pruning", "distributed", "training"},
     "comparison": {
         "errors", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
     },
-    "benching": {"errors", "models", "export"},
+    "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},

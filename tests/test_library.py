@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from conftest import tiny_model
 from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
+from efficientllm.models.flops import FlopsPerToken
+from efficientllm.models.space import space_of, widths_of
 
 OPTIONS = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 
@@ -137,3 +139,19 @@ def test_half_precision_weights_are_refused() -> None:
     model = tiny_model("llama-gqa").to(torch.bfloat16)
     with pytest.raises(ValueError, match="needs fp32 weights"):
         Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=5)
+
+
+def test_another_cost_in_a_bare_loop() -> None:
+    model = tiny_model("llama-gqa").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"target": {"flops": "50%"}, "cost": "flops", "steps": 6} | OPTIONS
+    with pytest.raises(ValueError, match="Pruner takes sequence_length"):
+        Pruner(model, optimizer, **options)
+    cost = FlopsPerToken(space_of(model.config), 12)
+    source = cost(widths_of(model.config))
+    pruner = Pruner(model, optimizer, sequence_length=12, **options)
+    train(model, optimizer, pruner, batches(4))
+    model, optimizer = pruner.compact()
+    train(model, optimizer, pruner, batches(4))
+    assert pruner.finished
+    assert 0.49 * source <= cost(pruner.widths) <= 0.5 * source

@@ -3,8 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientllm.sizes import (
+    Amount,
     Position,
     exact_count,
+    format_amount,
     format_count,
     format_fraction,
     parse_count,
@@ -129,3 +131,40 @@ def test_positions_are_fractions_up_to_one_and_tokens_above(value: object, token
 def test_what_is_no_position_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"is no place in a run: write a share of it such as 15% or 0\.15"):
         Position.parse(value)
+
+
+@settings(deadline=None)
+@given(
+    st.one_of(
+        st.floats(1e-6, 0.999).map(lambda share: (f"{share:.7f}x", False)),
+        st.integers(2, 10**15).map(lambda count: (str(count), False)),
+        st.floats(0.001, 1e6).map(lambda time: (f"{time:.4f}ms", True)),
+    )
+)
+def test_amounts_round_trip(written: tuple[str, bool]) -> None:
+    text, timed = written
+    amount = Amount.parse(text, timed=timed)
+    assert amount == Amount.parse(str(amount), timed=timed) == Amount.parse(amount)
+
+
+def test_amounts_are_shares_or_absolute() -> None:
+    assert Amount.parse("40%").of(1001) == Amount.parse("0.4x").of(1001) == Amount.parse(0.4).of(1001) == 400
+    assert Amount.parse("0.5x", timed=True).of(0.03) == 0.015
+    assert Amount.parse("1.2M").of(7) == 1_200_000
+    assert Amount.parse("12ms", timed=True).of(7.0) == Amount.parse("0.012 s", timed=True).of(7.0) == 0.012
+    assert format_amount(1_234_567, "FLOPs per token") == "1.235M FLOPs per token"
+    assert format_amount(0.01234, "s") == "12.3 ms"
+
+
+@pytest.mark.parametrize("value", ["100%", 1, 0, "-3", "soon", None, True, "12ms"])
+def test_what_is_no_amount_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"is no size to reach: write a ratio such as 50% or 0\.5x"):
+        Amount.parse(value)
+
+
+@pytest.mark.parametrize("value", ["1x", 12, "12", "0ms", "12 min", None])
+def test_what_is_no_latency_is_refused(value: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"is no latency to reach: write a ratio such as 50% or 0\.5x, or a time such as"
+    ):
+        Amount.parse(value, timed=True)

@@ -31,7 +31,7 @@ from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
-from efficientllm.training.planning import options_and_landings, refuse_uneven_depth
+from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
 from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
 
 # Keys of the prune section that say how our own loop is run.
@@ -90,11 +90,13 @@ class Pruner:
     """Prunes a transformers model while somebody's loop trains it.
 
     model: a supported decoder (Llama, Mistral, Qwen2, Qwen3). optimizer: built on its parameters (Adam, AdamW, SGD).
-    target: parameters ("469M"), a share ("40%", 0.4) or widths ({"hidden": 512}). steps: calls of step() until the
+    target: parameters ("469M"), a share ("40%", 0.4), widths ({"hidden": 512}) or a size in another cost, with that
+    cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
     default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
     observe(). Further keywords are the recipe's prune keys: curve, saliency, ema,
-    types, selection, bound, correction, align, floors.
+    types, selection, bound, correction, align, floors, cost, latency_table. sequence_length: tokens at which cost
+    "flops" counts.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -104,9 +106,10 @@ class Pruner:
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         *,
-        target: str | int | float | Mapping[str, int],
+        target: str | int | float | Mapping[str, Any],
         steps: int,
         start: int = 0,
+        sequence_length: int | None = None,
         loss_fn: LossFunction | None = None,
         types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
@@ -116,6 +119,11 @@ class Pruner:
         if foreign:
             raise ValueError(
                 f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"
+            )
+        if (options.cost == "flops") != (sequence_length is not None):
+            raise ValueError(
+                "Pruner takes sequence_length, the tokens of your rows, with cost 'flops', which counts at a length, "
+                "and with no other"
             )
         space = space_of(model.config)
         check_space(space, model)
@@ -127,9 +135,10 @@ class Pruner:
         self.calls = 0
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-        self._options, landings = options_and_landings(options, space)
+        cost = cost_of(options, model.config, sequence_length or 1)
+        self._options, landings = options_and_landings(options, space, cost=cost)
         self._landing = landings[-1]
-        self._schedule = SpanSchedule(start, start + steps, space.num_params(), self._landing.target, options.curve)
+        self._schedule = SpanSchedule(start, start + steps, cost(space.widths), self._landing.target, options.curve)
         self._correction_tokens = options.correction_tokens
         self._given_loss = loss_fn
         self._bind(space)

@@ -1,4 +1,5 @@
-"""Sizes as people write them: counts (469M, 512Ki, 8.1B), fractions (15%, 0.02) and places in a run (either).
+"""Sizes as people write them: counts (469M, 512Ki, 8.1B), fractions (15%, 0.02), places in a run (either) and sizes
+to reach (either, 0.5x, 12ms).
 
 Every parser raises ValueError with one sentence that shows what was read and what would be right.
 """
@@ -124,3 +125,62 @@ class Position:
 
     def __str__(self) -> str:
         return format_fraction(self.value) if self.value <= 1 else str(exact_count(int(self.value)))
+
+
+_SECONDS = {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A size to reach: a share of the source's (`relative`), a count, or seconds.
+
+    str() gives "40%", "1.2M" or "12ms", which parse() reads back to an equal Amount.
+    """
+
+    value: float
+    relative: bool
+    timed: bool = False
+
+    @classmethod
+    def parse(cls, value: object, *, timed: bool = False) -> Amount:
+        """From "40%", 0.4, "0.4x", and "1.2M" or, where `timed`, "12ms". Raises ValueError."""
+        if isinstance(value, Amount):
+            return value
+        text = "" if isinstance(value, bool) else str(value).strip()
+        try:
+            share = parse_fraction(text.removesuffix("x"))
+        except ValueError:
+            share = 0.0
+        if 0 < share < 1:
+            return cls(share, relative=True)
+        if timed:
+            match = re.fullmatch(r"(.*?)\s*(us|ms|s)", text)
+            number = _decimal(match[1]) if match else None
+            if match and number:
+                return cls(float(number * _SECONDS[match[2]]), relative=False, timed=True)
+            raise ValueError(
+                f"{value!r} is no latency to reach: write a ratio such as 50% or 0.5x, or a time such as 12ms"
+            )
+        try:
+            count = parse_count(text)
+        except ValueError:
+            count = 0
+        if count > 1:
+            return cls(count, relative=False)
+        raise ValueError(f"{value!r} is no size to reach: write a ratio such as 50% or 0.5x, or a count such as 1.2M")
+
+    def of(self, source: float) -> float:
+        """The size where the source's is `source`; whole where that is."""
+        if not self.relative:
+            return self.value
+        return round(self.value * source) if isinstance(source, int) else self.value * source
+
+    def __str__(self) -> str:
+        if self.relative:
+            return format_fraction(self.value)
+        return f"{_plain(Decimal(repr(self.value)).scaleb(3))}ms" if self.timed else str(exact_count(int(self.value)))
+
+
+def format_amount(value: float, unit: str) -> str:
+    """A size with its unit for people's eyes: 1234567 FLOPs -> "1.235M FLOPs", 0.0123 s -> "12.3 ms"."""
+    return f"{value * 1000:.3g} ms" if unit == "s" else f"{format_count(int(value))} {unit}"

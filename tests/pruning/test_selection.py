@@ -57,7 +57,6 @@ def test_calibration_changes_the_choice() -> None:
         weighed = candidates(
             Ranking(table, live),
             SPACE.widths,
-            space=SPACE,
             landing=landing,
             calibration=calibration,
             types=PRUNING_TYPES,

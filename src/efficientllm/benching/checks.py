@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from efficientllm.benching.contract import Settings
@@ -91,3 +93,25 @@ def check_numbers(settings: Settings) -> None:
     ):
         if value < least:
             raise UsageError(f"{option} {value} is too few; at least {least}")
+
+
+def check_table(
+    models: list[str], settings: Settings, levels: int, held_out: int, file: Path, out: Path | None
+) -> None:
+    """Raises UsageError for what a table of latencies cannot be measured with."""
+    if len(models) != 1:
+        raise UsageError(f"--table is of one model's widths, but {len(models)} are named; name one")
+    if settings.backend != "transformers":
+        raise UsageError(
+            f"--table measures models that are made for it, in transformers; leave out --backend {settings.backend}"
+        )
+    if len(settings.batches) != 1:
+        raise UsageError("--table is of one --batch; name one size")
+    if out is not None:
+        raise UsageError("--json goes with a comparison of models; --table FILE is itself JSON: leave one out")
+    if levels < 2:
+        raise UsageError(f"--levels {levels} is too few; at least 2")
+    if held_out < 1:
+        raise UsageError(f"--held-out {held_out} is too few; at least 1")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"--table {file} cannot be written; name a file in a folder that is there")

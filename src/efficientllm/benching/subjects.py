@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.facts import facts_of_config, facts_of_gguf
@@ -45,25 +46,45 @@ def candidates(names: list[str], settings: Settings, temporary: Path, say: Calla
             candidate = Candidate(name, str(source), facts)
         else:
             candidate = _transformers_candidate(name, settings)
-        if settings.context > candidate.facts.positions:
-            raise UsageError(
-                f"{name} takes {candidate.facts.positions} positions at most; --prompt {settings.prompt} and "
-                f"--generate {settings.generate} make {settings.context}: lower one of them"
-            )
+        _check_positions(name, settings, candidate.facts.positions)
         found.append(candidate)
     return found
 
 
-def _transformers_candidate(name: str, settings: Settings) -> Candidate:
-    from efficientllm.export.subject import subject_of
+def config_of(name: str, settings: Settings) -> PretrainedConfig:
+    """The configuration of a run's model, a transformers folder or a hub model, whose weights are not needed. Raises
+    UsageError for a name that is none, or a model that takes no sequence of the length asked for."""
     from efficientllm.models.loading import load_config
+
+    config = load_config(_source_of(name))
+    _check_positions(name, settings, int(config.max_position_embeddings))
+    return config
+
+
+def _check_positions(name: str, settings: Settings, positions: int) -> None:
+    if settings.context > positions:
+        raise UsageError(
+            f"{name} takes {positions} positions at most; --prompt {settings.prompt} and --generate "
+            f"{settings.generate} make {settings.context}: lower one of them"
+        )
+
+
+def _source_of(name: str) -> str:
+    """What transformers loads for a run, a transformers folder or a hub id. Raises UsageError for a file."""
+    from efficientllm.export.subject import subject_of
 
     path = Path(name)
     if path.suffix == GGUF:
         raise UsageError(f"{name} is for llama.cpp; add --backend llamacpp")
     if path.is_file():
         raise UsageError(f"{name} is a file; name a run, a transformers folder or a hub id")
-    source = str(subject_of(path).folder) if path.is_dir() else name
+    return str(subject_of(path).folder) if path.is_dir() else name
+
+
+def _transformers_candidate(name: str, settings: Settings) -> Candidate:
+    from efficientllm.models.loading import load_config
+
+    source = _source_of(name)
     config = load_config(source)
     facts = facts_of_config(config, settings.prompt, settings.context, getattr(torch, settings.dtype))
     return Candidate(name, source, facts)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from efficientllm.benching.contract import Settings
 from efficientllm.models.loading import load_model
@@ -30,15 +30,14 @@ def rehearse(settings: Settings) -> None:
         torch.cuda.reset_peak_memory_stats(settings.device)
 
 
-class TransformersBackend:
-    """Raises UsageError where the model cannot be loaded."""
+class LoadedModel:
+    """A model that is on its device, in its dtype."""
 
-    def __init__(self, source: str, settings: Settings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self._device = torch.device(settings.device)
         self._prompt = settings.prompt
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.model: Any = load_model(source, device=self._device, dtype=dtype).eval()
+        self.model: Any = model.eval()
         self.cache: Any = None  # transformers' DynamicCache of the run under way
         self._tokens = torch.empty(0)  # (batch, prompt) before prefill, then the last ones, (batch, 1)
 
@@ -73,3 +72,12 @@ class TransformersBackend:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+class TransformersBackend(LoadedModel):
+    """Raises UsageError where the model cannot be loaded."""
+
+    def __init__(self, source: str, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        super().__init__(load_model(source, device=settings.device, dtype=dtype), settings)

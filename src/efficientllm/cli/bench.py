@@ -26,7 +26,9 @@ def bench(
     ],
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     generate: Annotated[int, typer.Option(help="Tokens to generate; the first one ends the prefill.")] = 64,
-    batch: Annotated[str, typer.Option(help="Sequences at once, comma-separated, each measured.")] = "1,4",
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences at once, comma-separated, each measured; default: 1,4 (--table: 1).")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Counted runs of each batch, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1; llamacpp: auto, cpu, gpu.")] = "auto",
     dtype: Annotated[
@@ -35,6 +37,14 @@ def bench(
     backend: Annotated[str, typer.Option(help="transformers or llamacpp.")] = "transformers",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="File for every sample, in seconds and joules.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="File for latencies over a grid of widths below MODEL's: prune.latency_table.")
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="With --table: widths measured of each axis; default: 3.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="With --table: further shapes that tell how far it is off; default: 8.")
+    ] = None,
+    depth: Annotated[bool, typer.Option(help="With --table: fewer layers too, for prune.types depth.")] = False,
 ) -> None:
     """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first."""
     import torch
@@ -50,9 +60,15 @@ def bench(
     from efficientllm.reporting.progress import track
 
     count = torch.get_num_threads() if threads is None else threads
-    asked = Settings(prompt, generate, parse_batches(batch), repeats, backend, device, dtype, count)
+    batches = parse_batches(batch or ("1" if table else "1,4"))
+    asked = Settings(prompt, generate, batches, repeats, backend, device, dtype, count)
     check_numbers(asked)
     settings = _resolved(asked, models)
+    if table is not None:
+        _measure_table(models, settings, table, out, (_or(levels, 3), _or(held_out, 8), depth))
+        return
+    if depth or levels is not None or held_out is not None:
+        raise UsageError("--levels, --held-out and --depth are of a table of latencies: add --table FILE")
     if out is not None and out.is_dir():
         raise UsageError(f"--json {out} is a folder; name a file")
     try:
@@ -65,6 +81,34 @@ def bench(
     print(bench_page(result))
     if out is not None:
         write_atomically(out, (json.dumps(without_nonfinite(result), indent=1) + "\n").encode())
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _measure_table(
+    models: list[str], settings: Settings, file: Path, out: Path | None, asked: tuple[int, int, bool]
+) -> None:
+    """bench --table: measures, writes the file and prints how far the table is off."""
+    from efficientllm.benching.checks import check_table
+    from efficientllm.benching.subjects import config_of
+    from efficientllm.benching.table import TableRequest, measure_table, runs_of
+    from efficientllm.jobs.interruption import Interrupted
+    from efficientllm.reporting.bench_table import table_page
+    from efficientllm.reporting.journal import write_atomically
+    from efficientllm.reporting.progress import track
+
+    request = TableRequest(*asked)
+    check_table(models, settings, request.levels, request.held_out, file, out)
+    config = config_of(models[0], settings)
+    try:
+        with track("bench", runs_of(config, settings, request)) as bar:
+            content = measure_table(config, settings, request, bar.advance)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing of this measurement is kept", signal.SIGINT) from None
+    write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+    print(table_page(content, str(file)))
 
 
 def _resolved(asked: Settings, models: list[str]) -> Settings:

@@ -125,6 +125,13 @@ def _gpu_rows(gpu: Gpu, memory: float, hours: float, gpus: int, utilisation: flo
     ]
 
 
+def _goal(plan: Plan) -> str:
+    from efficientllm.sizes import format_count
+
+    size = f"{format_count(plan.target)} parameters"
+    return f"{plan.reaches} at most, about {size}" if plan.reaches else f"{size} at most"
+
+
 def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
     from efficientllm.sizes import format_bytes, format_count
 
@@ -132,7 +139,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
     before, pruning, after = (format_count(tokens) for tokens in plan.phases)
     return [
         ("source", f"{format_count(plan.parameters)} parameters: {plan.widths}"),
-        ("result", f"{format_count(plan.target)} parameters at most; in the source's proportions {plan.proportional}"),
+        ("result", f"{_goal(plan)}; in the source's proportions {plan.proportional}"),
         ("", "(saliency chooses widths of its own, of the same size)"),
         ("events, compactions", f"about {plan.events:,} and {plan.compactions:,}"),
         ("tokens", f"{before} before, {pruning} while, {after} after pruning; {plan.steps:,} steps of "

@@ -157,6 +157,7 @@ def _prune_section(arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[
             except ValueError as error:
                 raise UsageError(str(error)) from error
             widths = {name: getattr(shape, name) for name in found}
+            prune = {key: value for key, value in prune.items() if key not in ("cost", "latency_table")}
         layers = {"layers"} if widths["layers"] == space.widths.layers else set()
         prune["target"] = {name: width for name, width in widths.items() if name not in layers}
     return prune

@@ -1,6 +1,6 @@
 """Recipes: what a run is to do, read from YAML, typed, and refused in one clear sentence where something is off."""
 
-from efficientllm.config.prune import AlignConfig, FloorsConfig, PruneConfig, WidthTarget
+from efficientllm.config.prune import AlignConfig, CostTarget, FloorsConfig, PruneConfig, WidthTarget
 from efficientllm.config.reading import dump_recipe, load_recipe
 from efficientllm.config.sections import (
     DataConfig,
@@ -14,6 +14,7 @@ from efficientllm.config.sections import (
 
 __all__ = [
     "AlignConfig",
+    "CostTarget",
     "DataConfig",
     "DataSource",
     "DistillConfig",

@@ -28,7 +28,7 @@ from efficientllm.sizes import Position, exact_count, format_fraction, parse_cou
 # Longest part of a bad value that a message repeats.
 _SHOWN = 60
 _YAML_KINDS = {"dictionary": "mapping of keys to values", "tuple": "list"}
-_TAGS = ("<plain>", "<widths>")
+_TAGS = ("<plain>", "<widths>", "<cost>")
 
 
 class Section(BaseModel):

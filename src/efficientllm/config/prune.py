@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator
 
 from efficientllm.config.fields import (
     Count,
@@ -20,7 +21,7 @@ from efficientllm.config.fields import (
     union_side,
 )
 from efficientllm.errors import UsageError
-from efficientllm.sizes import Position, exact_count, format_fraction, parse_count, parse_fraction
+from efficientllm.sizes import Amount, Position, exact_count, format_fraction, parse_count, parse_fraction
 
 
 class WidthTarget(Section):
@@ -38,6 +39,46 @@ class WidthTarget(Section):
             raise UsageError(
                 "prune.target names no width: give one or more of layers, hidden, heads, kv_heads, intermediate"
             )
+        return self
+
+
+def _latency(value: object) -> Amount:
+    return Amount.parse(value, timed=True)
+
+
+class CostTarget(Section):
+    """A size in what `prune.cost` counts: a share of the source's, or an amount."""
+
+    flops: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
+        default=None, description="Forward FLOPs of a token, the mean over data.sequence_length"
+    )
+    kv_cache: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
+        default=None, description="Bytes of KV cache of a token, at 16 bits a number"
+    )
+    latency: Annotated[Amount | None, PlainValidator(_latency), json_as(str)] = Field(
+        default=None, description="Time of the sequence that prune.latency_table was measured with"
+    )
+
+    @property
+    def cost(self) -> str:
+        """The cost that it is a size in, as in `prune.cost`."""
+        return next(iter(self.model_fields_set)).replace("_", "-")
+
+    @property
+    def amount(self) -> Amount:
+        (name,) = self.model_fields_set
+        found: Amount = getattr(self, name)
+        return found
+
+    def _idle(self) -> dict[str, str]:
+        """The costs that it is not a size in: nothing to refuse, and not dumped."""
+        return dict.fromkeys(type(self).model_fields.keys() - self.model_fields_set, "beside the other")
+
+    @model_validator(mode="after")
+    def _only_one(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise UsageError(f"a size to prune to is in one cost: give one of {names}")
         return self
 
 
@@ -71,8 +112,21 @@ def _target(value: object) -> object:
             return size
     raise ValueError(
         f"{value!r} is no size to prune to: write a parameter count such as 469M, a ratio such as 40% or 0.4, "
-        "or widths such as {hidden: 512, intermediate: 1408}"
+        "or widths such as {hidden: 512, intermediate: 1408}; for another prune.cost one such as {flops: 40%}"
     )
+
+
+def _target_side(value: object) -> str:
+    """Tag of the side of the union: a size in another cost is known by its key, or the nearest known one."""
+    if not isinstance(value, Mapping):
+        return "<cost>" if isinstance(value, CostTarget) else union_side(value)
+    costs, names = CostTarget.model_fields, [*WidthTarget.model_fields, *CostTarget.model_fields]
+    nearest = [match for key in value for match in difflib.get_close_matches(str(key), names, 1)]
+    return "<cost>" if nearest and all(name in costs for name in nearest) else "<widths>"
+
+
+def _rung_side(value: object) -> str:
+    return "<cost>" if isinstance(value, Mapping | BaseModel) else "<plain>"
 
 
 def _dump_target(value: Any) -> Any:
@@ -97,12 +151,19 @@ def _align(value: object) -> object:
 
 
 Target = Annotated[
-    Annotated[int | float, Tag("<plain>")] | Annotated[WidthTarget, Tag("<widths>")],
-    Discriminator(union_side),
+    Annotated[int | float, Tag("<plain>")]
+    | Annotated[WidthTarget, Tag("<widths>")]
+    | Annotated[CostTarget, Tag("<cost>")],
+    Discriminator(_target_side),
     BeforeValidator(_target),
     json_as(_dump_target),
 ]
-Rung = Annotated[int | float, BeforeValidator(_target), json_as(_dump_target)]
+Rung = Annotated[
+    Annotated[int | float, Tag("<plain>")] | Annotated[CostTarget, Tag("<cost>")],
+    Discriminator(_rung_side),
+    BeforeValidator(_target),
+    json_as(_dump_target),
+]
 Align = Annotated[
     Annotated[Literal["auto"], Tag("<plain>")] | Annotated[AlignConfig, Tag("<widths>")],
     Discriminator(union_side),
@@ -119,7 +180,15 @@ class PruneConfig(Section):
     """How far, when and by what scores the model is pruned while it trains."""
 
     section: ClassVar[str] = "prune"
-    target: Target = Field(description="Size to reach: parameters (469M), a ratio (40%), or widths (a mapping)")
+    target: Target = Field(
+        description="Size to reach: parameters (469M), a ratio (40%), widths (a mapping), or a size in prune.cost"
+    )
+    cost: Literal["params", "flops", "kv-cache", "latency"] = Field(
+        default="params", description="What target, schedule and choice count: damage is weighed per unit of it"
+    )
+    latency_table: Text | None = Field(
+        default=None, description="File of `efficientllm bench MODEL --table FILE`, for prune.cost latency"
+    )
     ladder: Annotated[tuple[Rung, ...] | None, BeforeValidator(_several)] = Field(
         default=None, description="Sizes on the way, largest first; each leaves a model to use and to train on"
     )
@@ -179,6 +248,8 @@ class PruneConfig(Section):
     def _idle(self) -> dict[str, str]:
         calibration = ("calibration_tokens", "calibration_batch")
         idle = {} if self.selection == "calibrated" else dict.fromkeys(calibration, "with prune.selection raw")
+        if self.cost != "latency":
+            idle["latency_table"] = f"with prune.cost {self.cost}"
         if self.order != "saliency":
             idle |= dict.fromkeys(["selection", *calibration], f"with prune.order {self.order}")
         if self.mode != "loop":
@@ -218,6 +289,28 @@ class PruneConfig(Section):
             )
         if self.ladder and isinstance(self.target, WidthTarget):
             raise UsageError("prune.ladder needs a size as prune.target, not widths")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_in_its_cost(self) -> Self:
+        key = self.cost.replace("-", "_")
+        for size in (*(self.ladder or ()), self.target):
+            counted = size.cost if isinstance(size, CostTarget) else "params"
+            if isinstance(size, WidthTarget) or counted == self.cost:
+                continue
+            if self.cost == "params":
+                raise UsageError(
+                    f"prune.target is in {counted}, but prune.cost counts params: set prune.cost: {counted}"
+                )
+            raise UsageError(
+                f"prune.cost is {self.cost}, but a size to prune to is in {counted}: write it as {{{key}: 40%}}, or "
+                "set prune.cost to what it is in"
+            )
+        if self.cost == "latency" and self.latency_table is None:
+            raise UsageError(
+                "prune.cost latency needs prune.latency_table, measured on the device by `efficientllm bench MODEL "
+                "--table FILE`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
-from efficientllm.sizes import format_count
+from efficientllm.sizes import format_amount, format_count
 from efficientllm.training.state import TrainState, compact, whole_model
 
 Say = Callable[[str], None]
@@ -32,9 +32,11 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dic
     """Exports the model, draws the picture, writes the summary last: its presence means finished."""
     loss = final_loss(job, state)
     if job.plan and state.pruner and not state.pruner.finished:
+        unit = job.plan.landing.cost.unit
         say(
-            f"the run ended at {format_count(state.live_parameters)} parameters, above the target of "
-            f"{format_count(job.plan.landing.target)}: events are left undone; train longer, or let pruning end earlier"
+            f"the run ended at {format_amount(state.pruner.size, unit)}, above the target of "
+            f"{format_amount(job.plan.landing.target, unit)}: events are left undone; train longer, or let pruning end "
+            "earlier"
         )
     if job.plan and state.live_widths != state.space.widths:
         compact(

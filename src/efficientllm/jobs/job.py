@@ -21,7 +21,7 @@ from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.reporting.trackers import Trackers, check_trackers
-from efficientllm.sizes import format_count
+from efficientllm.sizes import format_amount, format_count
 from efficientllm.training.cache import file_digest
 from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
@@ -192,8 +192,9 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     plan = pruning_plan(recipe, config)
     for landing in plan.landings if plan else ():
         if landing.gap > 0.01:
+            size = format_amount(landing.target, landing.cost.unit)
             say(
-                f"alignment leaves no shape within 1 % of {format_count(landing.target)} parameters; the run will land "
+                f"alignment leaves no shape within 1 % of {size}; the run will land "
                 f"{landing.gap:.1%} under it (a smaller prune.align comes closer)"
             )
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)

@@ -23,9 +23,10 @@ from efficientllm.errors import UsageError
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
+from efficientllm.pruning.landing import Landing
 from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.progress import RunProgress
-from efficientllm.sizes import format_count
+from efficientllm.sizes import format_amount, format_count
 from efficientllm.training.state import TrainState, capture, whole_model
 
 RECIPE = "recipe.yaml"
@@ -34,7 +35,7 @@ RECIPE = "recipe.yaml"
 def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) -> None:
     """Leaves the model at this moment, which has just been cut to a size of the ladder."""
     assert job.plan is not None
-    folder = job.folder.path / "ladder" / format_count(job.plan.landings[rung].target)
+    folder = job.folder.path / "ladder" / _name(job.plan.landings[rung])
     left = job.ranks.from_first(lambda: job.folder.read_json(folder / "summary.json"))
     if left is not None and left["step"] == state.step:
         return  # a run that was killed and resumed comes by again, with the same weights
@@ -71,6 +72,14 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         f"{folder}: {format_count(facts['parameters'])} parameters, validation loss {facts['validation_loss']:.4f}; "
         f"`efficientllm continue {folder}` trains it on"
     )
+
+
+def _name(landing: Landing) -> str:
+    """Of a rung's folder: 469M, or flops-1.2M, kv-cache-2048, latency-12.3ms."""
+    if landing.cost.name == "params":
+        return format_count(int(landing.target))
+    size = format_amount(landing.target, landing.cost.unit).removesuffix(f" {landing.cost.unit}")
+    return f"{landing.cost.name}-{size.replace(' ', '')}"
 
 
 def _continuation(job: Job, folder: Path, snapshot: str) -> Recipe:

@@ -113,6 +113,8 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         "corpora": job.corpora,
         "precision": job.precision.name,
     }
+    if job.plan and job.plan.landing.cost.name != "params":
+        facts["cost"] = job.plan.landing.cost.key
     ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return state, facts
@@ -146,6 +148,12 @@ def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
         raise UsageError(
             f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
             "run.dir"
+        )
+    cost = job.plan.landing.cost if job.plan else None
+    if cost and source.get("cost", "params") != cost.key:
+        raise UsageError(
+            f"run folder {job.folder.path} was begun with another prune.latency_table under that name; restore it, or "
+            "choose another run.dir"
         )
     if source.get("precision") != job.precision.name:
         raise UsageError(

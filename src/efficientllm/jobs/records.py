@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from efficientllm.pruning.contract import AppliedEvent
 from efficientllm.training.loop import Compaction, StepRecord
 from efficientllm.training.state import TrainState
 
@@ -42,7 +43,8 @@ def metrics_record(
 
 
 def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, Any]]:
-    """Lines of events.jsonl. units: one a row (-1 in dead rows), counted in the widths allocated at that step."""
+    """Lines of events.jsonl. units: one a row (-1 in dead rows), counted in the widths allocated at that step. cost,
+    saved: of another cost than parameters, and what the event has saved in its unit."""
     for applied in record.prune.events if record.prune else ():
         yield {
             "step": state.step,
@@ -50,10 +52,16 @@ def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, A
             "type": applied.event.type,
             "units": applied.event.units.tolist(),
             "saliency": applied.event.saliency,
-            "damage_per_parameter": applied.event.damage,
+            "damage_per_parameter": applied.event.saliency / applied.removed,
             "parameters_after": applied.parameters,
             "widths": asdict(applied.widths),
-        }
+        } | _price(state, applied)
+
+
+def _price(state: TrainState, applied: AppliedEvent) -> dict[str, Any]:
+    """What the event has saved, where the run counts something else than parameters."""
+    cost = state.pruner.landing.cost if state.pruner else None
+    return {} if cost is None or cost.name == "params" else {"cost": cost.name, "saved": applied.event.cost}
 
 
 def compaction_record(state: TrainState, compaction: Compaction) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from efficientllm.pruning.groups import FFN, HIDDEN, Space, Widths
 
@@ -43,7 +44,8 @@ class ForwardFlops:
 
 
 def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = None) -> ForwardFlops:
-    """A forward pass over `rows` rows of `length` tokens at `widths` (default: the space's own)."""
+    """A forward pass over `rows` rows of `length` tokens at `widths` (default: the space's own); elementwise where
+    their fields are int64 tensors."""
     widths = space.widths if widths is None else widths
     tokens = rows * length
     matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) == 2)
@@ -57,6 +59,23 @@ def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = 
             head = product
     attention = 4 * rows * widths.layers * widths.heads * space.head_dim * length**2
     return ForwardFlops(linear, attention, head, last)
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """The cost of pruning/costs.py: forward FLOPs of a token, the mean over a row of `length`, LM head included."""
+
+    space: Space
+    length: int
+    name: str = "flops"
+    unit: str = "FLOPs per token"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} at {self.length}"
+
+    def __call__(self, widths: Any) -> Any:
+        return forward_flops(self.space, 1, self.length, widths).total // self.length
 
 
 def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = False, chunked: bool = False) -> int:

@@ -15,6 +15,7 @@ from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
 from efficientllm.pruning.schedule import scheduled_size
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.sizes import format_amount
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 
@@ -24,11 +25,14 @@ POINTS = 64  # at which the size over the pruning span is sampled
 
 @dataclass(frozen=True)
 class Plan:
-    """proportional: the result's widths in the source's proportions; saliency will choose others of the same size.
-    phases: tokens before, while and after pruning. flops: of the whole run. Bytes throughout."""
+    """target: parameters at most; where prune.cost counts something else, those of `proportional`, and `reaches` is the
+    target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
+    final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
+    and after pruning. flops: of the whole run. Bytes throughout."""
 
     parameters: int
     target: int
+    reaches: str
     widths: Widths
     proportional: Widths
     events: int
@@ -50,8 +54,7 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool =
     plan = pruning_plan(recipe, config)
     batch_rows = recipe.train.batch_rows(length)
     batch, steps = batch_rows * length, recipe.train.steps(length)
-    target = plan.landing.target if plan else int(space.num_params())
-    shape = proportional_widths(space, target) if target < space.num_params() else space.widths
+    target, shape, reaches = _goal(space, plan)
     events = sum(space.widths.count(kind) - shape.count(kind) for kind in PRUNING_TYPES) if plan else 0
     phases = _phases(recipe, plan, batch, steps, events)
     cost = _costs(recipe, space, batch_rows, shape)
@@ -66,6 +69,7 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool =
     return Plan(
         parameters,
         target,
+        reaches,
         space.widths,
         shape,
         events,
@@ -79,6 +83,18 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool =
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
     )
+
+
+def _goal(space: Space, plan: PruningPlan | None) -> tuple[int, Widths, str]:
+    """(parameters, widths, target in another cost) of the result."""
+    if plan is None:
+        return int(space.num_params()), space.widths, ""
+    landing = plan.landing
+    if landing.cost.name == "params":
+        target = int(landing.target)
+        return target, proportional_widths(space, target), ""
+    shape = landing.balanced()
+    return int(space.num_params(shape)), shape, format_amount(landing.target, landing.cost.unit)
 
 
 def _phases(recipe: Recipe, plan: PruningPlan | None, batch: int, steps: int, events: int) -> tuple[int, int, int]:

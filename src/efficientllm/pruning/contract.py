@@ -59,11 +59,12 @@ class PrunerOptions:
 
 @dataclass(frozen=True)
 class AppliedEvent:
-    """An event that has happened, and the model it left behind."""
+    """An event that has happened, and the model it left behind. removed: parameters that fell with it."""
 
     event: Event
     parameters: int
     widths: Widths
+    removed: int
 
 
 @dataclass
@@ -71,7 +72,7 @@ class PruneReport:
     """What one step() did. rung: index of the ladder's size that was reached, where one was. flops: of the matrix
     products in scores and corrections; passes through the model are the probe's to count.
 
-    damages: calibrated damage per parameter of each type's next event, as last seen.
+    damages: calibrated damage per parameter of each type's next event, as last seen, whatever the run's cost is.
     """
 
     events: list[AppliedEvent] = field(default_factory=list)

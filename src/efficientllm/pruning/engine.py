@@ -80,6 +80,12 @@ class PruningEngine:
         return int(self.space.num_params(self.widths))
 
     @property
+    def size(self) -> float:
+        """What the live widths cost, in what the target and the schedule count (costs.py)."""
+        size: float = self.landing.cost(self.widths)
+        return size
+
+    @property
     def landing(self) -> Landing:
         """Where the model lands next: a rung of the ladder, or at last the target."""
         return self.landings[self.rung]
@@ -176,7 +182,7 @@ class PruningEngine:
         return report
 
     def _due(self, position: float) -> bool:
-        return not self.finished and self.schedule.wants(position, self.parameters, self.events)
+        return not self.finished and self.schedule.wants(position, self.size, self.events)
 
     def _choose_bundle(self, ranking: Ranking, position: float, report: PruneReport) -> list[Event]:
         """Events one by one from one ranking until the schedule is content or the bound is met; no longer live."""
@@ -186,22 +192,22 @@ class PruningEngine:
             weighed = candidates(
                 ranking,
                 self.widths,
-                space=self.space,
                 landing=self.landing,
                 calibration=self.calibration if self._compares_types else None,
                 types=self.options.types,
             )
-            report.damages = {each.event.type: each.event.damage for each in weighed}
+            falling = {each.event.type: self.space.event_cost(each.event.type, self.widths) for each in weighed}
+            report.damages = {each.event.type: each.event.saliency / falling[each.event.type] for each in weighed}
             event = self._choose(weighed)
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
-            if bundle and removed + event.cost > limit:
+            if bundle and removed + falling[event.type] > limit:
                 break
             self.live.remove(event)
             ranking.take(event)
             self.events += 1
-            removed += event.cost
+            removed += falling[event.type]
             bundle.append(event)
-            report.events.append(AppliedEvent(event, self.parameters, self.widths))
+            report.events.append(AppliedEvent(event, self.parameters, self.widths, falling[event.type]))
             if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
                 report.rung = self.rung
                 self.rung += 1

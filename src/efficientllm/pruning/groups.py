@@ -162,7 +162,7 @@ class Event:
     """One pruning act: a type and one unit of each of its live rows.
 
     units: int64 (rows,), the unit taken in each row, -1 where the row is dead already (its KV head is gone).
-    saliency: predicted loss increase in nats, calibrated. cost: what it removes (parameters by default).
+    saliency: predicted loss increase in nats, calibrated. cost: what it saves, in the run's cost (costs.py).
     """
 
     type: str
@@ -172,8 +172,8 @@ class Event:
 
     @property
     def damage(self) -> float:
-        """Saliency per unit of cost, the currency in which types are compared."""
-        return self.saliency / self.cost
+        """Saliency per unit of cost, the currency in which types are compared; infinite where nothing is saved."""
+        return self.saliency / self.cost if self.cost > 0 else math.inf
 
 
 class Live:

@@ -7,11 +7,13 @@ still within reach (no width of it above what is left). Following allowed events
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.costs import Cost, Params
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
 
 TOLERANCE = 0.01
@@ -63,6 +65,11 @@ class Alignment:
         )
 
 
+def amount(value: float) -> str:
+    """A whole number with its thousands apart, any other to four digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 def _multiples(low: int, high: int, step: int) -> Tensor:
     """Aligned widths from low to high, and `high` itself, which is what the source has."""
     values = set(range(-(-low // step) * step, high + 1, step)) | {high}
@@ -70,11 +77,11 @@ def _multiples(low: int, high: int, step: int) -> Tensor:
 
 
 class Landing:
-    """All shapes in which a run to `target` parameters may end.
+    """All shapes in which a run may end that is to cost at most `target` (parameters, or what `cost` counts).
 
     For every (layers, hidden, KV heads, queries per KV head) on the grid, the range of aligned intermediate widths
-    whose parameters lie in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, the
-    largest one under the target is the only one, and `gap` says by how much it misses.
+    whose cost lies in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, those that
+    come nearest from below are the only ones, and `gap` says by how much they miss.
 
     Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
     """
@@ -82,18 +89,20 @@ class Landing:
     def __init__(
         self,
         space: Space,
-        target: int | Widths,
+        target: float | Widths,
         *,
         types: tuple[str, ...],
         align: Alignment,
         floors: Floors,
         tolerance: float = TOLERANCE,
+        cost: Cost | None = None,
     ) -> None:
         self.space, self.align = space, align
+        self.cost: Cost = cost or Params(space)
         source = space.widths
         if isinstance(target, Widths):
             self._check_widths(target, types, floors)
-            self.target = int(space.num_params(target))
+            self.target: float = self.cost(target)
             pin = target
             floors = Floors(pin.hidden, pin.layers, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
             align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
@@ -139,34 +148,42 @@ class Landing:
         if target == source:
             raise ValueError("the target widths are the source's own; there is nothing to prune")
 
-    def _params(self, intermediate: Tensor) -> Tensor:
-        """Parameters of each grid point at the given intermediate widths, int64."""
+    def _costs(self, index: Tensor) -> Tensor:
+        """Cost of each grid point at the intermediate width of that index into `self.ffn`."""
         heads = self.kv * self.queries
-        shape = Widths(self.layers, self.hidden, heads, self.kv, intermediate)  # type: ignore[arg-type]
-        return torch.as_tensor(self.space.num_params(shape))
+        shape = Widths(self.layers, self.hidden, heads, self.kv, self.ffn[index])  # type: ignore[arg-type]
+        return torch.as_tensor(self.cost(shape))
+
+    def _first_index(self, wanted: Callable[[Tensor], Tensor]) -> Tensor:
+        """Per grid point the first index into `self.ffn` at which the cost is `wanted`, as all above it are; the
+        number of widths where none is."""
+        low = torch.zeros_like(self.hidden)
+        high = torch.full_like(low, len(self.ffn))
+        while bool((low < high).any()):
+            middle = (low + high) // 2
+            found = wanted(self._costs(middle.clamp(max=len(self.ffn) - 1))) | (low == high)
+            low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
+        return low
 
     def _band(self, tolerance: float) -> None:
         """Indices into `self.ffn`: the first and last intermediate width of each grid point inside the band."""
-        source = int(self.space.num_params())
-        base = self._params(torch.zeros_like(self.hidden))
-        slope = self._params(torch.ones_like(self.hidden)) - base
-        smallest = int((base + slope * self.ffn[0]).min())
-        if self.target >= source:
+        source, unit, target = self.cost(self.space.widths), self.cost.unit, self.target
+        smallest = self._costs(torch.zeros_like(self.hidden)).min().item()
+        if target >= source:
             raise ValueError(
-                f"the target of {self.target:,} parameters is not below the source's {source:,}; aim lower"
+                f"the target of {amount(target)} {unit} is not below the source's {amount(source)}; aim lower"
             )
-        if self.target < smallest:
+        if target < smallest:
             raise ValueError(
-                f"the target of {self.target:,} parameters is below {smallest:,}, the least that the floors and the "
+                f"the target of {amount(target)} {unit} is below {amount(smallest)}, the least that the floors and the "
                 "pruning types allow; aim higher, lower prune.floors or add types"
             )
-        # Largest intermediate width under the target: ffn[last] <= (target - base) / slope.
-        self.last = torch.searchsorted(self.ffn, (self.target - base) // slope, right=True) - 1
-        best = int((base + slope * self.ffn[self.last.clamp(min=0)])[self.last >= 0].max())
-        lowest = min(best, int((1.0 - tolerance) * self.target) + 1)
-        self.first = torch.searchsorted(self.ffn, -(-(lowest - base).clamp(min=0) // slope))
-        self.gap = 1.0 - best / self.target
-        self.lowest = lowest
+        self.last = self._first_index(lambda costs: costs > target) - 1
+        best = self._costs(self.last.clamp(min=0))[self.last >= 0].max().item()
+        under = (1.0 - tolerance) * target
+        self.lowest = min(best, int(under) + 1 if isinstance(target, int) else under)
+        self.first = self._first_index(lambda costs: costs >= self.lowest)
+        self.gap = 1.0 - best / target
 
     def shape(self) -> Widths:
         """The final shape, where there is only one (a target given as widths)."""
@@ -179,6 +196,25 @@ class Landing:
             kv_heads,
             int(self.ffn[self.first[at]]),
         )
+
+    def balanced(self) -> Widths:
+        """The final shape whose narrowest width, as a share of the source's, is the widest; ties to the first. What a
+        run will choose is saliency's to say."""
+        source, inside = self.space.widths, self.first <= self.last
+        ffn = self.ffn[self.last.clamp(min=0)]
+        shares = torch.stack(
+            [
+                self.layers / source.layers,
+                self.hidden / source.hidden,
+                self.kv / source.kv_heads,
+                self.queries / source.queries_per_kv,
+                ffn / source.intermediate,
+            ]
+        )
+        at = int(torch.where(inside, shares.min(0).values, -1.0).argmax())
+        kv_heads = int(self.kv[at])
+        heads = kv_heads * int(self.queries[at])
+        return Widths(int(self.layers[at]), int(self.hidden[at]), heads, kv_heads, int(ffn[at]))
 
     def least_ffn(self, layers: Tensor, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
         """Per shape, the least FFN width from which a final shape is within reach; a huge one where none is."""
@@ -197,12 +233,14 @@ class Landing:
     def before(self, following: Landing) -> None:
         """Keeps only shapes from which `following` is within reach. Raises ValueError where none is left."""
         if following.target >= self.lowest:
-            raise ValueError(f"sizes {self.target:,} and {following.target:,} share shapes; choose sizes further apart")
+            sizes = f"{amount(self.target)} and {amount(following.target)}"
+            raise ValueError(f"sizes {sizes} share shapes; choose sizes further apart")
         need = following.least_ffn(self.layers, self.hidden, self.kv, self.queries)
         self.first = torch.maximum(self.first, torch.searchsorted(self.ffn, need))
         if not bool((self.first <= self.last).any()):
             raise ValueError(
-                f"no shape of {self.target:,} parameters leads on to {following.target:,}; choose sizes further apart"
+                f"no shape of {amount(self.target)} {self.cost.unit} leads on to {amount(following.target)}; choose "
+                "sizes further apart"
             )
 
     def reachable(self, widths: Widths) -> bool:

@@ -1,4 +1,4 @@
-"""Which event comes next: damage per parameter removed, one currency for all pruning types.
+"""Which event comes next: damage per parameter removed (or per unit of another cost), one currency for all types.
 
 A score that ranks units well within a type still has another scale in each type (METHOD: |g w| overestimates the
 loss increase of FFN channels 22-fold and of heads 1.7-fold), so the types are compared through measured ratios.
@@ -21,7 +21,6 @@ from efficientllm.pruning.groups import (
     STEM,
     Event,
     Live,
-    Space,
     Widths,
 )
 from efficientllm.pruning.landing import Landing
@@ -94,7 +93,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken."""
+    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price."""
 
     event: Event
     allowed: bool
@@ -104,21 +103,23 @@ def candidates(
     ranking: Ranking,
     widths: Widths,
     *,
-    space: Space,
     landing: Landing,
     calibration: Calibration | None,
     types: Sequence[str],
 ) -> list[Candidate]:
-    """The next event of every type that has more than one unit a row left. `widths` are the live ones."""
-    weighed = []
+    """The next event of every type that has more than one unit a row left, priced in the landing's cost. `widths`
+    are the live ones."""
+    weighed, now = [], landing.cost(widths)
     for pruning_type in PRUNING_TYPES:
         if pruning_type not in types or widths.count(pruning_type) <= 1:
             continue
         units, saliency = ranking.upcoming(pruning_type, 1)
         if calibration is not None:
             saliency *= calibration.ratio(pruning_type)
-        event = Event(pruning_type, units[0], saliency, space.event_cost(pruning_type, widths))
-        weighed.append(Candidate(event, landing.reachable(widths.after(pruning_type))))
+        after = widths.after(pruning_type)
+        allowed = landing.reachable(after)  # below the floors a latency table may say nothing
+        event = Event(pruning_type, units[0], saliency, now - landing.cost(after) if allowed else 0)
+        weighed.append(Candidate(event, allowed))
     return weighed
 
 
@@ -149,6 +150,6 @@ def next_on_path(
 
 
 def least_damage(weighed: Sequence[Candidate]) -> Event | None:
-    """The allowed event that costs the least loss per parameter removed; ties go to the first type."""
+    """The allowed event with the least damage; ties, events that save nothing among them, go to the first type."""
     allowed = [candidate.event for candidate in weighed if candidate.allowed]
     return min(allowed, key=lambda event: event.damage, default=None)

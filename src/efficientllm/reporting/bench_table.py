@@ -96,3 +96,26 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     for about in dict.fromkeys(model["energy"]["about"] for model in result["models"]):
         known = any(model["energy"]["measurable"] for model in result["models"] if model["energy"]["about"] == about)
         yield f"Energy: {about}." if known else f"Energy: {NOT_HERE}, {about}."
+
+
+def table_page(content: Mapping[str, Any], path: str) -> str:
+    """The shapes held out of a latency table, measured and interpolated, and the table's error over them."""
+    rows = [["held-out shape", "measured, ms", "by the table, ms", "error"]]
+    for check in content["held_out"]:
+        widths = check["widths"]
+        heads = f"{widths['heads']}/{widths['kv_heads']}"
+        shape = f"{widths['layers']} layers, hidden {widths['hidden']}, heads {heads}, FFN {widths['intermediate']}"
+        measured, predicted = (_number(1e3 * check[key]) for key in ("seconds", "predicted"))
+        rows.append([shape, measured, predicted, f"{check['error']:+.1%}"])
+    about = content["measured_on"]
+    notes = (
+        f"{path}: {len(content['seconds'])} shapes, prompt {about['prompt']}, {about['generate']} generated, batch "
+        f"{about['batch']}, {about['dtype']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''} on "
+        f"{about['machine']['device']}. Median of {content['repeats']} turns; a turn is the fastest of "
+        f"{content['in_a_row']} sequences, as a ratio to the source's among them. The ratios of a shape range over "
+        f"{content['median_range']:.0%} of their median (median shape)."
+    )
+    if not content["held_out"]:
+        return f"{notes}\n\nNo shape lies between those of the grid: its error is not known."
+    error = f"Median error on shapes held out: {content['median_error']:.1%} (worst {content['worst_error']:.1%})."
+    return "\n\n".join((markdown(rows), notes, error))

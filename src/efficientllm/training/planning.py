@@ -7,14 +7,17 @@ from itertools import pairwise
 
 from transformers import PretrainedConfig
 
-from efficientllm.config import PruneConfig, Recipe, WidthTarget
+from efficientllm.config import CostTarget, PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
+from efficientllm.models.flops import FlopsPerToken
+from efficientllm.models.latency_table import load_table
 from efficientllm.models.space import space_of, uneven_layers
 from efficientllm.pruning.correction import SolverOptions
+from efficientllm.pruning.costs import Cost, KVCache, Params, counts
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.groups import DEPTH, Space, Widths
-from efficientllm.pruning.landing import Alignment, Floors, Landing
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.landing import Alignment, Floors, Landing, amount
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
 
@@ -30,7 +33,8 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     space = space_of(source)
     refuse_uneven_depth(prune, source)
     try:
-        options, landings = options_and_landings(prune, space, seed=recipe.train.seed)
+        cost = cost_of(prune, source, recipe.data.sequence_length)
+        options, landings = options_and_landings(prune, space, seed=recipe.train.seed, cost=cost)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return PruningPlan(
@@ -56,14 +60,15 @@ def refuse_uneven_depth(prune: PruneConfig, source: PretrainedConfig) -> None:
 
 
 def options_and_landings(
-    prune: PruneConfig, space: Space, *, seed: int = 0
+    prune: PruneConfig, space: Space, *, seed: int = 0, cost: Cost | None = None
 ) -> tuple[PrunerOptions, tuple[Landing, ...]]:
-    """How the engine decides, and where it lands: on the ladder's rungs, then on the target.
+    """How the engine decides, and where it lands: on the ladder's rungs, then on the target. cost: default Params.
 
     Raises ValueError for what cannot be had.
     """
+    cost = cost or Params(space)
     options = PrunerOptions(
-        types=tuple(prune.types),
+        types=types_of(prune, space, cost),
         saliency=prune.saliency,
         decay=prune.ema,
         calibrated=prune.selection == "calibrated",
@@ -74,7 +79,7 @@ def options_and_landings(
         seed=seed,
     )
     criterion(prune.saliency)
-    targets = [*rungs_of(prune, space), target_of(prune, space)]
+    targets = [*rungs_of(prune, space, cost), target_of(prune, space, cost)]
     landings = [
         Landing(
             space,
@@ -82,6 +87,7 @@ def options_and_landings(
             types=options.types,
             align=alignment_of(prune, space.widths),
             floors=floors_of(prune, space),
+            cost=cost,
         )
         for target in targets
     ]
@@ -90,21 +96,83 @@ def options_and_landings(
     return options, tuple(landings)
 
 
-def rungs_of(prune: PruneConfig, space: Space) -> list[int]:
-    """The ladder's sizes in parameters. Raises ValueError for one that is out of order."""
-    sizes = [_parameters(size, space) for size in prune.ladder or ()]
-    target = target_of(prune, space)
-    for larger, smaller in pairwise([*sizes, *([target] if sizes and isinstance(target, int) else [])]):
+def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) -> Cost:
+    """What the recipe counts. Raises UsageError for a latency table that is not there, or not of this source."""
+    space = space_of(source)
+    if prune.cost == "flops":
+        return FlopsPerToken(space, sequence_length)
+    if prune.cost == "kv-cache":
+        return KVCache(space.head_dim)
+    if prune.cost == "latency":
+        assert prune.latency_table is not None
+        table = load_table(prune.latency_table)
+        table.check(prune.latency_table, source)
+        table.check_range(prune.latency_table, _least(prune, space), space.widths)
+        return table.cost()
+    return Params(space)
+
+
+def _least(prune: PruneConfig, space: Space) -> Widths:
+    """The narrowest shape in which the recipe may look: its target's widths, else its floors."""
+    if isinstance(prune.target, WidthTarget):
+        return _widths(prune.target, space.widths)
+    least, source = floors_of(prune, space), space.widths
+    kv_heads = least.kv_heads if ATTENTION in prune.types else source.kv_heads
+    queries = least.queries_per_kv if ATTENTION_QUERY in prune.types else source.queries_per_kv
+    return Widths(
+        least.layers if DEPTH in prune.types else source.layers,
+        least.hidden if STEM in prune.types else source.hidden,
+        kv_heads * queries,
+        kv_heads,
+        least.intermediate if FFN_TYPE in prune.types else source.intermediate,
+    )
+
+
+def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
+    """The types that may fall: of those in the recipe the ones that the cost counts (all of them where it is params).
+
+    Raises ValueError where that leaves none, or where a target in widths narrows what the cost does not count: such
+    events would have neither a price nor a pace.
+    """
+    types: tuple[str, ...] = tuple(prune.types)
+    if prune.cost == "params":
+        return types
+    source, least = space.widths, _least(prune, space)
+    counted = tuple(name for name in types if counts(cost, source, name, least.count(name)))
+    free = [name for name in types if name not in counted and least.count(name) < source.count(name)]
+    if isinstance(prune.target, WidthTarget):
+        if free:
+            raise ValueError(
+                f"prune.target narrows what prune.cost {prune.cost} does not count ({', '.join(free)}): leave "
+                "prune.cost out"
+            )
+        return types
+    if not counted:
+        raise ValueError(
+            f"prune.types leaves nothing to fall that prune.cost {prune.cost} counts: add {ATTENTION}, or choose "
+            "another cost"
+        )
+    return counted
+
+
+def rungs_of(prune: PruneConfig, space: Space, cost: Cost) -> list[float]:
+    """The ladder's sizes in what the cost counts. Raises ValueError for one that is out of order."""
+    sizes = [_size(size, space, cost) for size in prune.ladder or ()]
+    target = target_of(prune, space, cost)
+    for larger, smaller in pairwise([*sizes, *([] if not sizes or isinstance(target, Widths) else [target])]):
         if smaller >= larger:
             raise ValueError(
-                f"the ladder's sizes must fall towards the target, but {larger:,} comes before {smaller:,}; put the "
-                "largest first"
+                f"the ladder's sizes must fall towards the target, but {amount(larger)} comes before "
+                f"{amount(smaller)}; put the largest first"
             )
     return sizes
 
 
-def _parameters(size: int | float, space: Space) -> int:
-    return round(size * space.num_params()) if isinstance(size, float) else size
+def _size(size: float | CostTarget, space: Space, cost: Cost) -> float:
+    source: float = cost(space.widths)
+    if isinstance(size, CostTarget):
+        return size.amount.of(source)
+    return round(size * source) if isinstance(size, float) else size
 
 
 def correction_of(prune: PruneConfig) -> SolverOptions | None:
@@ -113,12 +181,12 @@ def correction_of(prune: PruneConfig) -> SolverOptions | None:
     return SolverOptions(prune.correction_damping, prune.correction_tolerance, prune.correction_iterations)
 
 
-def target_of(prune: PruneConfig, space: Space) -> int | Widths:
-    """A parameter count, or widths with those left out taken from the source."""
+def target_of(prune: PruneConfig, space: Space, cost: Cost) -> float | Widths:
+    """A size in what the cost counts, or widths with those left out taken from the source."""
     target = prune.target
     if isinstance(target, WidthTarget):
         return _widths(target, space.widths)
-    return _parameters(target, space)
+    return _size(target, space, cost)
 
 
 def _widths(target: WidthTarget, source: Widths) -> Widths:
@@ -163,7 +231,7 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
     train = recipe.train
     start = prune.start.tokens(train.tokens)
     batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
-    source, target = space.num_params(), landing.target
+    source, target = landing.cost(space.widths), landing.target
     if prune.mode == "one-shot":
         moment = start + prune.calibration_batches * batch
         _within(moment, train.tokens, f"prune.calibration_batches asks for {prune.calibration_batches} batches")

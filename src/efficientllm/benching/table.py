@@ -1,0 +1,201 @@
+"""Latency over a grid of widths: models of those shapes with random weights, on the device, in turn.
+
+Every shape has one turn in every repeat, beginning with another shape each time; its model is made for the turn. In a
+turn it alternates with a model of the source's shape, a few sequences each, and what counts is the ratio of the fastest
+of both: other programs, and a clock that changes, slow down both alike. A shape's latency is the median ratio of its
+turns times the source's median. Shapes held out of the grid are measured among the others, and tell how far its
+interpolation is off.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from efficientllm.benching.contract import Settings
+from efficientllm.benching.results import machine
+from efficientllm.benching.statistics import spread, turn
+from efficientllm.benching.timing import measure
+from efficientllm.benching.transformers_backend import LoadedModel, rehearse
+from efficientllm.errors import UsageError
+from efficientllm.models.latency_table import LatencyTable, MeasuredOn, table_content
+from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
+from efficientllm.pruning.costs import TABLE_AXES
+from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.landing import Alignment, Floors
+
+SEED = 0  # of the shapes held out
+IN_A_ROW = 5  # sequences of a turn, after one that does not count
+Grid = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """levels: widths measured of each axis. held_out: shapes to check the table with. depth: fewer layers too."""
+
+    levels: int = 3
+    held_out: int = 8
+    depth: bool = False
+
+
+def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
+    """Of each of TABLE_AXES evenly spaced widths from a recipe's default floors to the source's own, inner ones aligned
+    as a run's would be. Fewer where an axis is short; layers stay unless `depth`."""
+    source = widths_of(config)
+    floors = Floors(
+        min(head_dim_of(config), source.hidden), intermediate=min(Floors(1).intermediate, source.intermediate)
+    )
+    align = Alignment.automatic(source)
+    steps = {"hidden": align.hidden, "intermediate": align.intermediate}
+    grid = []
+    for axis in TABLE_AXES:
+        high = getattr(source, axis)
+        low = high if axis == "layers" and not request.depth else getattr(floors, axis)
+        step, last = steps.get(axis, 1), request.levels - 1
+        inner = (low + (high - low) * index / last for index in range(1, last))
+        levels = {low, high} | {round(each / step) * step for each in inner}
+        grid.append(tuple(sorted(level for level in levels if low <= level <= high)))
+    return tuple(grid)
+
+
+def shape_at(place: Sequence[int]) -> Widths:
+    layers, hidden, kv_heads, queries, intermediate = place
+    return Widths(layers, hidden, kv_heads * queries, kv_heads, intermediate)
+
+
+def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[Widths]:
+    """Different shapes within the grid but not on it, aligned as a run's would be; fewer where there are no more."""
+    align, choose = Alignment.automatic(widths_of(config)), random.Random(SEED)
+    steps = {"hidden": align.hidden, "intermediate": align.intermediate}
+    axes = [
+        range(-(-levels[0] // steps.get(axis, 1)) * steps.get(axis, 1), levels[-1] + 1, steps.get(axis, 1))
+        for axis, levels in zip(TABLE_AXES, grid, strict=True)
+    ]
+    found: dict[Widths, None] = {}
+    for _ in range(100 * number):
+        place = [choose.choice(axis) for axis in axes]
+        if len(found) < number and any(width not in levels for width, levels in zip(place, grid, strict=True)):
+            found[shape_at(place)] = None
+    return list(found)
+
+
+def measure_table(
+    config: PretrainedConfig, settings: Settings, request: TableRequest, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """The content of the table's file (models/latency_table.py). advance: called after every run.
+
+    Raises UsageError where a model does not fit in the memory of the device.
+    """
+    grid = grid_of(config, request)
+    shapes = [shape_at(place) for place in product(*grid)]
+    held_out = held_out_shapes(config, grid, request.held_out)
+    medians, spreads = latencies(config, [*shapes, *held_out], settings, advance)
+    table = LatencyTable(_measured_on(config, settings), grid, tuple(medians[: len(shapes)]))
+    cost = table.cost()
+    checks = [
+        {"widths": asdict(widths), "seconds": seconds, "predicted": cost(widths), "error": cost(widths) / seconds - 1}
+        for widths, seconds in zip(held_out, medians[len(shapes) :], strict=True)
+    ]
+    errors = [abs(check["error"]) for check in checks]
+    return table_content(
+        table,
+        {
+            "held_out": checks,
+            "median_error": statistics.median(errors) if errors else None,
+            "worst_error": max(errors, default=None),
+            "median_range": statistics.median(spreads),
+            "repeats": settings.repeats,
+            "in_a_row": IN_A_ROW,
+        },
+    )
+
+
+def latencies(
+    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, advance: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[float]]:
+    """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
+    median. Raises UsageError where a model does not fit in the memory of the device."""
+    rehearse(settings)
+    ratios: list[list[float]] = [[] for _ in shapes]
+    source: list[float] = []
+    with uncollected(), memory_in_a_sentence(settings):
+        reference = _model_of(config, widths_of(config), settings)
+        for repeat in range(settings.repeats):
+            for index in turn(len(shapes), repeat * len(shapes) // settings.repeats):
+                own, other = _turn(config, shapes[index], reference, settings)
+                ratios[index].append(own / other)
+                source.append(other)
+                advance()
+    ranges = [(each.high - each.low) / each.median for each in map(spread, ratios)]
+    return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
+
+
+def runs_of(config: PretrainedConfig, settings: Settings, request: TableRequest) -> int:
+    """Runs of a whole measurement."""
+    grid = grid_of(config, request)
+    shapes = torch.Size([len(levels) for levels in grid]).numel()
+    return settings.repeats * (shapes + len(held_out_shapes(config, grid, request.held_out)))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """What is there already is left out of the garbage collection before every sequence."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def memory_in_a_sentence(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"two models of that size with {settings.context} tokens do not fit in the memory of the device; lower "
+            "--batch or --prompt"
+        ) from None
+
+
+def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> LoadedModel:
+    torch.manual_seed(0)
+    model = build(narrowed_config(config, widths), settings.device)
+    return LoadedModel(model.to(getattr(torch, settings.dtype)), settings)
+
+
+def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, settings: Settings) -> tuple[float, float]:
+    """Seconds of the fastest whole sequence of a model of these widths, and of the reference beside it."""
+    fastest = [math.inf, math.inf]
+    models = (_model_of(config, widths, settings), reference)
+    for run in range(1 + IN_A_ROW):
+        for index, model in enumerate(models):
+            sample = measure(model, settings.batches[0], settings.generate - 1)
+            if run:
+                fastest[index] = min(fastest[index], sample.prefill_seconds + sample.decode_seconds)
+    return fastest[0], fastest[1]
+
+
+def _measured_on(config: PretrainedConfig, settings: Settings) -> MeasuredOn:
+    return MeasuredOn(
+        family=config.model_type,
+        head_dim=head_dim_of(config),
+        vocabulary=config.vocab_size,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        prompt=settings.prompt,
+        generate=settings.generate,
+        batch=settings.batches[0],
+        machine=machine(settings),
+    )

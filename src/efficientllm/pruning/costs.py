@@ -1,0 +1,141 @@
+"""What a shape costs: parameters, KV-cache bytes, measured latency. Pruning buys as much of it as it can per damage.
+
+A cost is a pure function of the widths and never falls when a width grows. The one cost of a run serves everything
+that weighs or counts: an event's damage is divided by it (selection.py), the final shapes lie under a target in it
+(landing.py), and the schedule says how much of it may be left (schedule.py). FLOPs per token are in models/flops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from efficientllm.pruning.groups import Space, Widths
+
+KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
+# Axes of a latency table, in the order of its dimensions.
+TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
+
+
+class Cost(Protocol):
+    """A price of shapes.
+
+    name: as in `prune.cost`. unit: of its values, for messages. key: equal for costs that price every shape alike.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    def __call__(self, widths: Any) -> Any:
+        """The cost of a model of these Widths: an int (a float where the unit is no count); elementwise, int64 or
+        float64, where the fields of `widths` are int64 tensors of one shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters; a tied embedding counts once."""
+
+    space: Space
+    name: str = "params"
+    unit: str = "parameters"
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __call__(self, widths: Any) -> Any:
+        return self.space.num_params(widths)
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Bytes of keys and values that one token leaves in the cache, at 16 bits each."""
+
+    head_dim: int
+    name: str = "kv-cache"
+    unit: str = "bytes of KV cache per token"
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __call__(self, widths: Any) -> Any:
+        return widths.layers * widths.kv_heads * (2 * self.head_dim * KEY_BYTES)
+
+
+@dataclass(frozen=True)
+class TableCost:
+    """Latency in seconds, interpolated linearly in every width between measured shapes.
+
+    grid: of each of TABLE_AXES the widths measured, rising. values: float64 seconds, one dimension an axis, not
+    falling along any. key: of the table. Exact at the grid's own shapes. Raises ValueError outside of them.
+    """
+
+    grid: tuple[tuple[int, ...], ...]
+    values: Tensor
+    key: str
+    name: str = "latency"
+    unit: str = "s"
+
+    def __call__(self, widths: Any) -> Any:
+        asked = [torch.as_tensor(getattr(widths, axis)) for axis in TABLE_AXES]
+        single = asked[0].ndim == 0
+        where = [
+            self._place(axis, levels, each) for axis, levels, each in zip(TABLE_AXES, self.grid, asked, strict=True)
+        ]
+        seconds = self._between(where, ())
+        return float(seconds) if single else seconds
+
+    def _place(self, axis: str, levels: Sequence[int], widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(index of the level below, index of the level above, share of the way between them) of each width."""
+        if bool(((widths < levels[0]) | (widths > levels[-1])).any()):
+            raise ValueError(f"{axis} {int(widths.min())} to {int(widths.max())} lies outside {_range(levels)}")
+        table = torch.tensor(levels)
+        below = (torch.searchsorted(table, widths.contiguous(), right=True) - 1).clamp(0, max(0, len(levels) - 2))
+        above = (below + 1).clamp(max=len(levels) - 1)
+        span = (table[above] - table[below]).clamp(min=1)
+        return below, above, (widths - table[below]).double() / span
+
+    def _between(self, where: Sequence[tuple[Tensor, Tensor, Tensor]], corner: tuple[Tensor, ...]) -> Tensor:
+        """Axis by axis, the FFN's last: along that one values never fall by even a bit, since landing.py searches
+        among them. corner: indices along the axes behind this one."""
+        axis = len(TABLE_AXES) - 1 - len(corner)
+        below, above, share = where[axis]
+        if axis == 0:
+            low, high = (self.values[(side, *corner)] for side in (below, above))
+        else:
+            low, high = (self._between(where, (side, *corner)) for side in (below, above))
+        if axis < len(TABLE_AXES) - 1:
+            return (1.0 - share) * low + share * high
+        return torch.where(share == 1.0, high, torch.minimum(low + share * (high - low), high))
+
+
+def _range(levels: Sequence[int]) -> str:
+    return f"{levels[0]} to {levels[-1]}"
+
+
+def never_falling(values: Tensor) -> Tensor:
+    """The table midway between its running maximum (from below) and its running minimum (from above), along every
+    dimension at once: it never falls, and it is `values` itself where these never did."""
+    most, least = values.clone(), values.clone()
+    for dim in range(values.ndim):
+        most = most.cummax(dim).values
+        least = least.flip(dim).cummin(dim).values.flip(dim)
+    return torch.where(most == least, values, (most + least) / 2)
+
+
+def counts(cost: Cost, source: Widths, pruning_type: str, least: int) -> bool:
+    """Whether a model gets cheaper when one type falls from the source's number of units to `least` of them."""
+    events = source.count(pruning_type) - least
+    return events > 0 and bool(cost(source.after(pruning_type, events)) < cost(source))

@@ -1,0 +1,105 @@
+"""A table of latencies: its grid, the shapes that check it, the file that a recipe then names, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import World, tiny_config
+from efficientllm.benching import table
+from efficientllm.benching.contract import Settings
+from efficientllm.benching.table import TableRequest, grid_of, held_out_shapes, measure_table, runs_of
+from efficientllm.cli import main
+from efficientllm.models.latency_table import load_table
+from efficientllm.pruning.costs import TABLE_AXES
+from efficientllm.pruning.groups import Widths
+
+SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
+SETTINGS = Settings(9, 4, (1,), 3, "transformers", "cpu", "float32", 1)
+CONFIG = tiny_config("llama-gqa", hidden_size=256, intermediate_size=800, num_attention_heads=8, head_dim=16)
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+def test_the_grid_goes_from_the_floors_to_the_source_on_aligned_widths() -> None:
+    grid = dict(zip(TABLE_AXES, grid_of(CONFIG, TableRequest()), strict=True))
+    assert grid["layers"] == (2,)
+    assert grid["hidden"] == (16, 136, 256)
+    assert grid["kv_heads"] == (1, 2)
+    assert grid["queries_per_kv"] == (1, 2, 4)
+    assert grid["intermediate"] == (32, 416, 800)
+    assert grid_of(CONFIG, TableRequest(levels=2, depth=True))[0] == (1, 2)
+
+
+def test_shapes_held_out_lie_within_the_grid_but_not_on_it() -> None:
+    grid = grid_of(CONFIG, TableRequest())
+    shapes = held_out_shapes(CONFIG, grid, 12)
+    assert len(set(shapes)) == 12
+    for widths in shapes:
+        place = [getattr(widths, axis) for axis in TABLE_AXES]
+        assert all(levels[0] <= width <= levels[-1] for width, levels in zip(place, grid, strict=True))
+        assert any(width not in levels for width, levels in zip(place, grid, strict=True))
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency here is exactly 1 + hidden / 10 + FFN / 100 times a load that grows from turn to turn."""
+    load = [1.0]
+
+    def turn(config: object, widths: Widths, reference: object, settings: Settings) -> tuple[float, float]:
+        load[0] *= 1.01
+        return (1 + widths.hidden / 10 + widths.intermediate / 100) * load[0], 34.6 * load[0]
+
+    monkeypatch.setattr(table, "_turn", turn)
+    advanced: list[None] = []
+    content = measure_table(CONFIG, SETTINGS, TableRequest(held_out=5), lambda: advanced.append(None))
+    assert len(advanced) == runs_of(CONFIG, SETTINGS, TableRequest(held_out=5))
+    assert content["seconds"][-1] / content["seconds"][0] == pytest.approx(34.6 / 2.92)
+    assert content["worst_error"] == pytest.approx(0.0, abs=1e-9)
+    assert content["median_range"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_table_is_measured_and_a_recipe_names_it(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "table.json"
+    options = ("--repeats", "1", "--levels", "2", "--held-out", "2")
+    assert call("bench", world.folder / "source", *SHORT, "--table", file, *options) == 0
+    assert "Median error on shapes held out: " in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    about = content["measured_on"]
+    assert (about["family"], about["head_dim"], about["vocabulary"]) == ("llama", 6, 300)
+    assert (about["dtype"], about["threads"], about["prompt"], about["generate"]) == ("float32", 1, 9, 4)
+    loaded = load_table(str(file))
+    assert len(loaded.seconds) == 16
+    assert loaded.cost()(Widths(2, 40, 4, 2, 52)) > 0
+    # Noise may leave a table of so small a model flat, so that the source's own latency is all that it tells.
+    prune = {"cost": "latency", "latency_table": str(file), "target": {"latency": "99s"}}
+    assert call("plan", world.write("timed", prune=prune | {"floors": {"intermediate": 32}})) == 2
+    assert "is not below the source's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--levels", "1"], "--levels 1 is too few; at least 2"),
+        (["--held-out", "0"], "--held-out 0 is too few; at least 1"),
+        (["--batch", "1,2"], "--table is of one --batch; name one size"),
+        (["--json", "b.json"], "--table FILE is itself JSON: leave one out"),
+        (["--prompt", "61"], "takes 64 positions at most"),
+        (["--table", "no/folder/t.json"], "cannot be written; name a file in a folder that is there"),
+        (["--depth"], "--levels, --held-out and --depth are of a table of latencies: add --table FILE"),
+        (["SECOND"], "--table is of one model's widths, but 2 are named"),
+    ],
+)
+def test_bad_requests(
+    world: World, tmp_path: Path, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table_option = () if {"--table", "--depth"} & set(argv) else ("--table", tmp_path / "t.json")
+    assert call("bench", world.folder / "source", *SHORT, *table_option, *argv) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
