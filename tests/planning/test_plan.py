@@ -12,6 +12,8 @@ from conftest import World, tiny_config
 from efficientllm.cli import main
 from efficientllm.config import Recipe, TrainConfig
 from efficientllm.jobs.prune import run
+from efficientllm.models.flops import forward_flops
+from efficientllm.models.space import space_of
 from efficientllm.planning.memory import step_memory
 from efficientllm.planning.plan import Plan, plan_of
 
@@ -94,3 +96,18 @@ def test_the_command_needs_a_config_alone(world: World, tmp_path: Path, capsys: 
     assert call("plan", recipe, "prune.target=1000") == 2
     assert "aim higher" in capsys.readouterr().err
     assert not (world.folder / "runs" / "to-plan").exists()
+
+
+def test_another_teacher_costs_what_it_costs(world: World) -> None:
+    """Twice the layers, twice the operations of its blocks; its weights stand beside the student's."""
+    recipe = Recipe.model_validate(world.recipe("taught", distill={"weight": 0.5}))
+    config = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True)
+    larger = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True, num_hidden_layers=4)
+    own = plan_of(recipe, config, bf16=False)
+    other = plan_of(recipe, config, bf16=False, teacher=larger)
+    rows, length = recipe.train.batch_rows(32), 32
+    passes = [forward_flops(space_of(each), rows, length).base for each in (config, larger)]
+    assert other.step_flops - own.step_flops == passes[1] - passes[0] == passes[0]
+    layer = (30440 - 300 * 40 - 40) // 2
+    assert other.memory.teacher - own.memory.teacher == 4 * 2 * layer
+    assert own.memory.teacher == 4 * 30440

@@ -46,7 +46,9 @@ def plan(
     config = load_config(loaded.source, trust_remote_code=loaded.trust_remote_code)
     say("tracing the memory of one step; no weights are allocated")
     try:
-        found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None)
+        teacher = loaded.distill.teacher if loaded.distill else None
+        taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
+        found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
     except ValueError as error:
         raise UsageError(str(error)) from error
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
@@ -150,6 +152,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
         ("memory, AdamW", format_bytes(memory.optimizer)),
         ("memory, activations", f"{format_bytes(memory.activations)} (one micro-batch, {kind})"),
         ("memory, temporary", format_bytes(memory.temporary)),
+        *([("memory, teacher", format_bytes(memory.teacher))] if memory.teacher else []),
         ("memory, in all", format_bytes(memory.total)),
         ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, "
          f"{format_bytes(plan.corpus)} for as many tokens as the run reads"),

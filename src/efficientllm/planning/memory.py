@@ -19,7 +19,7 @@ class StepMemory:
     """Bytes at the worst moment of a step, the backward pass of its second micro-batch.
 
     activations: what the forward pass saved, logits among them; temporary: gradients of activations, largest where
-    those of the logits stand.
+    those of the logits stand. teacher: the weights of one that is asked anew every step.
     """
 
     weights: int
@@ -27,10 +27,11 @@ class StepMemory:
     optimizer: int
     activations: int
     temporary: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary + self.teacher
 
 
 def step_memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -47,9 +47,18 @@ class Plan:
     corpus: int
 
 
-def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool = False) -> Plan:
-    """bf16, gpu: how and on what it will be trained. Raises UsageError for a recipe that could not be run on this
-    source."""
+def plan_of(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    *,
+    bf16: bool,
+    gpu: bool = False,
+    teacher: PretrainedConfig | None = None,
+) -> Plan:
+    """bf16, gpu: how and on what it will be trained. teacher: another than the source.
+
+    Raises UsageError for a recipe that could not be run on this source.
+    """
     space, length = space_of(config), recipe.data.sequence_length
     plan = pruning_plan(recipe, config)
     batch_rows = recipe.train.batch_rows(length)
@@ -57,7 +66,8 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool =
     target, shape, reaches = _goal(space, plan)
     events = sum(space.widths.count(kind) - shape.count(kind) for kind in PRUNING_TYPES) if plan else 0
     phases = _phases(recipe, plan, batch, steps, events)
-    cost = _costs(recipe, space, batch_rows, shape)
+    teaching = space if teacher is None else space_of(teacher)
+    cost = _costs(recipe, space, teaching, batch_rows, shape)
     parameters = int(space.num_params())
     sizes = _sizes(recipe, plan, parameters, target)
     pruning = sum(cost(size) for size in sizes) / len(sizes) * phases[1] / batch if sizes else 0.0
@@ -79,7 +89,10 @@ def plan_of(recipe: Recipe, config: PretrainedConfig, *, bf16: bool, gpu: bool =
         batch,
         flops,
         int(cost(parameters)),
-        step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
+        replace(
+            step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
+            teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
+        ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
     )
@@ -108,15 +121,21 @@ def _phases(recipe: Recipe, plan: PruningPlan | None, batch: int, steps: int, ev
     return start, end - start, total - end
 
 
-def _costs(recipe: Recipe, space: Space, batch_rows: int, shape: Widths) -> CostOf:
+def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
+    """A live teacher stands whole on every device; one whose logits lie on disk is loaded only to fill the cache."""
+    return int(teacher.num_params()) * (2 if bf16 else 4) if recipe.distill else 0
+
+
+def _costs(recipe: Recipe, space: Space, teaching: Space, batch_rows: int, shape: Widths) -> CostOf:
     """FLOPs of a step as a function of the parameters, linear between source and target. Calibration and
     correction are left out: they come with events, of which there are few beside steps in a run of this kind."""
     length, distill = recipe.data.sequence_length, recipe.distill is not None
+    keeps = recipe.distill is not None and recipe.distill.top_k is not None
     options = {"gradient_checkpointing": recipe.train.gradient_checkpointing, "chunked": distill}
 
     def at(widths: Widths) -> float:
         own = training_flops(forward_flops(space, batch_rows, length, widths), **options)
-        teacher = teacher_flops(forward_flops(space, batch_rows, length)) if distill else 0
+        teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
         return float(own + teacher)
 
     source, target = int(space.num_params()), int(space.num_params(shape))

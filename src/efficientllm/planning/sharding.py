@@ -54,7 +54,12 @@ def sharding_of(
         shards,
         why,
         StepMemory(
-            step.weights // shards, step.gradients // shards, step.optimizer // shards, step.activations, step.temporary
+            step.weights // shards,
+            step.gradients // shards,
+            step.optimizer // shards,
+            step.activations,
+            step.temporary,
+            step.teacher,
         ),
         0 if gpus == 1 else width * (parameters if shards == 1 else _gathered(space)),
         _sent(parameters, replicas, shards, micro_batches, width),
