@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -14,6 +16,7 @@ from efficientllm.benching import runner
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.subjects import Candidate
 from efficientllm.cli import main
+from efficientllm.reporting.report_page import _bench
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
 
@@ -61,7 +64,9 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
     """A tiny model beside one of 32 MB: each process's memory is that of its own model."""
     large = tmp_path / "large"
     tiny_model("llama-gqa", hidden_size=256, intermediate_size=4096, head_dim=64).save_pretrained(large)
-    small, out = world.folder / "source", tmp_path / "bench.json"
+    small, out = tmp_path / "run", tmp_path / "bench.json"
+    shutil.copytree(world.folder / "source", small / "model")
+    (small / "summary.json").write_text("{}")
     assert call("bench", small, large, *SHORT, "--batch", "1,2", "--repeats", "2", "--json", out) == 0
     page = capsys.readouterr().out
     assert [line.split(" | ")[:2] for line in page.splitlines() if f"| {large} | 2" in line] == [[f"| {large}", "2"]]
@@ -81,6 +86,10 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
             rates = [int(batch) * 3 / sample["decode_seconds"] for sample in found["samples"]]
             assert found["decode_tokens_per_second"]["high"] == pytest.approx(max(rates))
     assert result["models"][0]["batches"]["1"]["decode_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert json.loads((small / "bench" / "results.json").read_text()) == result  # the run keeps it for its report
+    shown = "".join(_bench(SimpleNamespace(name="run", bench=result)))  # type: ignore[arg-type]
+    assert f"<td>{large}</td><td>2</td>" in shown
+    assert "Energy" in shown
 
 
 def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,15 @@ def candidates(names: list[str], settings: Settings, temporary: Path, say: Calla
     return found
 
 
+def homes(names: list[str]) -> list[Path]:
+    """Folders of the runs among the models, which keep what was measured."""
+    from efficientllm.export.subject import subject_of
+
+    folders = [Path(name) for name in names if Path(name).is_dir()]
+    subjects = [subject_of(folder) for folder in folders]
+    return [subject.folder.parent for subject in subjects if subject.facts is not None]
+
+
 def config_of(name: str, settings: Settings) -> PretrainedConfig:
     """The configuration of a run's model, a transformers folder or a hub model, whose weights are not needed. Raises
     UsageError for a name that is none, or a model that takes no sequence of the length asked for."""

@@ -46,14 +46,17 @@ def bench(
     ] = None,
     depth: Annotated[bool, typer.Option(help="With --table: fewer layers too, for prune.types depth.")] = False,
 ) -> None:
-    """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first."""
+    """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first.
+
+    Runs among the models keep the result, and their next report shows it.
+    """
     import torch
 
     from efficientllm.benching.checks import check_numbers, parse_batches
     from efficientllm.benching.contract import Settings
     from efficientllm.benching.results import result_of
     from efficientllm.benching.runner import measure_all, runs
-    from efficientllm.benching.subjects import candidates
+    from efficientllm.benching.subjects import candidates, homes
     from efficientllm.jobs.interruption import Interrupted
     from efficientllm.reporting.bench_table import bench_page
     from efficientllm.reporting.journal import without_nonfinite, write_atomically
@@ -79,8 +82,11 @@ def bench(
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing of this measurement is kept", signal.SIGINT) from None
     print(bench_page(result))
+    content = (json.dumps(without_nonfinite(result), indent=1) + "\n").encode()
     if out is not None:
-        write_atomically(out, (json.dumps(without_nonfinite(result), indent=1) + "\n").encode())
+        write_atomically(out, content)
+    for home in homes(models):
+        write_atomically(home / "bench" / "results.json", content)
 
 
 def _or(value: int | None, default: int) -> int:

@@ -224,7 +224,7 @@ class Landing:
         for dim in range(len(self._axes)):
             table = table.cummin(dim).values
         places = [
-            torch.searchsorted(axis, widths, right=True) - 1
+            torch.searchsorted(axis, widths.contiguous(), right=True) - 1
             for axis, widths in zip(self._axes, (layers, hidden, kv, queries), strict=True)
         ]
         inside = torch.stack(places).min(0).values >= 0

@@ -13,8 +13,13 @@ NOT_HERE = "not measurable here"
 
 def bench_page(result: Mapping[str, Any]) -> str:
     """Two tables and a paragraph. result: what goes into the JSON file."""
-    parts = (markdown(list(_facts(result))), markdown(list(_speeds(result))), "\n".join(_notes(result)))
-    return "\n\n".join(parts)
+    *tables, notes = bench_parts(result)
+    return "\n\n".join((*(markdown(rows) for rows in tables), "\n".join(row[0] for row in notes)))
+
+
+def bench_parts(result: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Rows of what each model is and of how fast it runs, heads first; sentences, one a row."""
+    return list(_facts(result)), list(_speeds(result)), [[note] for note in _notes(result)]
 
 
 def _facts(result: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from efficientllm.reporting.bench_table import bench_parts
 from efficientllm.reporting.run_record import RunRecord
 from efficientllm.sizes import format_count
 
@@ -65,6 +66,7 @@ def _body(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, Figure]]) 
         yield f'<figure id="{name}"><figcaption>{html.escape(caption)}</figcaption>{svg(figure, name)}</figure>'
     for run in runs:
         yield from _evaluation(run)
+        yield from _bench(run)
         yield from _samples(run)
     for run in runs:
         if run.recipe:
@@ -121,6 +123,20 @@ def _evaluation(run: RunRecord) -> Iterator[str]:
             if isinstance(value, float) and "_stderr" not in metric:
                 yield _row([task, metric.partition(",")[0], f"{100 * value:.2f}"])
     yield "</tbody></table></div>"
+
+
+def _bench(run: RunRecord) -> Iterator[str]:
+    """What `efficientllm bench` has measured with this run's model."""
+    if not run.bench:
+        return
+    yield f"<h2>{html.escape(run.name)}: what it costs to run</h2>"
+    *tables, notes = bench_parts(run.bench)
+    for head, *rows in tables:
+        yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        yield "</tr></thead><tbody>"
+        yield from map(_row, rows)
+        yield "</tbody></table></div>"
+    yield from (f"<p>{html.escape(note)}</p>" for (note,) in notes)
 
 
 def _samples(run: RunRecord) -> Iterator[str]:

@@ -28,6 +28,7 @@ class RunRecord:
     recipe: str | None
     samples: list[Record]
     evaluation: Record | None
+    bench: Record | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -78,5 +79,6 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         recipe,
         facts("samples.json") or [],
         facts("eval/results.json"),
+        facts("bench/results.json"),
         notes,
     )
