@@ -32,7 +32,8 @@ from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.optim import second_moment, shaped_moments
 from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
-from efficientllm.training.state import cut, load_moments, model_of, snapshot_of
+from efficientllm.training.snapshot import cut, model_of, snapshot_of
+from efficientllm.training.state import load_moments
 
 # Keys of the prune section that say how our own loop is run.
 RECIPE_ONLY = frozenset(

@@ -14,7 +14,8 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, Event
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.training.planning import options_and_landings
-from efficientllm.training.state import PruningPlan, TrainState, capture, compact, cut, start
+from efficientllm.training.snapshot import cut
+from efficientllm.training.state import PruningPlan, TrainState, capture, compact, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
 IDS = torch.arange(48).reshape(3, 16)

@@ -28,7 +28,7 @@ from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_sha
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
-from efficientllm.training.state import COUNTS, Snapshot, config_of
+from efficientllm.training.snapshot import COUNTS, Snapshot, config_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"

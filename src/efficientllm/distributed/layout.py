@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
-from efficientllm.pruning.shards import laid_out_like
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import DistributedConfig
@@ -122,13 +121,6 @@ def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_bloc
         for block in model.model.layers
     ]
     return Runner(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), blocks)
-
-
-def sharded(full: Tensor, ranks: Ranks) -> Tensor:
-    """A whole tensor, the same on every process, as FSDP2 lays out weights on this mesh; itself on one process."""
-    if ranks.mesh is None or not full.ndim:
-        return full
-    return laid_out_like(full.contiguous(), _pattern(full.shape, full.dtype, full.device, ranks))
 
 
 def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> Tensor:

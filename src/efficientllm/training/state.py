@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from efficientllm.distributed.layout import Runner, sharded, wrap
+from efficientllm.distributed.layout import Runner, wrap
 from efficientllm.distributed.ranks import ALONE, Ranks
-from efficientllm.models.space import empty_model, narrowed_config, space_of
+from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
-from efficientllm.pruning.groups import Live, Space, Widths
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
-from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
+from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, cut, fill_model, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
-
-# What a run counts; Snapshot and TrainState have a field of each name.
-COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
 
 
 @dataclass(frozen=True)
@@ -61,32 +58,6 @@ class PruningPlan:
     def landing(self) -> Landing:
         """The last one: the target's."""
         return self.landings[-1]
-
-
-@dataclass
-class Snapshot:
-    """A run between two steps, as plain tensors and JSON values.
-
-    weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
-    facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
-    transformers config as a dict. Counts: optimizer steps done, tokens read in steps, those of them at a lowered
-    learning rate or none, tokens whose gradient was taken anew. flops: floating-point operations of training so far
-    (models/flops.py), pruning and teacher included; NaN where the run began before they were counted. skipped_steps:
-    those whose loss or gradient was not finite, in all and up to now without a good one between.
-    """
-
-    config: dict[str, Any]
-    step: int
-    tokens: int
-    refresh_tokens: int
-    lowered_tokens: int
-    flops: float
-    skipped_steps: int
-    skipped_in_a_row: int
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
-    pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
-    pruner_facts: dict[str, Any] | None = None
 
 
 @dataclass
@@ -167,55 +138,6 @@ def capture(state: TrainState) -> Snapshot:
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
-def snapshot_of(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    pruner: PruningEngine | None,
-    counts: Mapping[str, Any] | None = None,
-) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0."""
-    counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
-    named = dict(model.named_parameters())
-    weights = {name: weight.detach() for name, weight in named.items()}
-    moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
-    tensors, facts = pruner.state() if pruner else ({}, None)
-    return Snapshot(
-        model.config.to_dict(),
-        **counts,
-        weights=weights,
-        moments=moments,
-        pruner_tensors=tensors,
-        pruner_facts=facts,
-    )
-
-
-def config_of(snapshot: Snapshot) -> PretrainedConfig:
-    values = dict(snapshot.config)
-    return CONFIG_MAPPING[values.pop("model_type")](**values)
-
-
-def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume: bool = False) -> Snapshot:
-    """The snapshot at narrower widths, none below the live ones; its tensors are new.
-
-    source: the config of the model that the run began with; a Llama that passes through a shape which only Mistral
-    takes becomes a Llama again where LlamaConfig allows. With `consume` each tensor is dropped from the given
-    snapshot once it is cut, so that old and new never stand in memory whole.
-    """
-    space = space_of(config_of(snapshot))
-    assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
-    live = Live(
-        **{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "layers", "ffn", "kv", "query")}
-    )
-    kept = choose_kept(live, widths)
-    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
-    prefix = "saliency."
-    scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
-    tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
-    tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    narrow = narrowed_config(source, widths).to_dict()
-    return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
-
-
 def restore(
     snapshot: Snapshot,
     train: TrainConfig,
@@ -240,21 +162,6 @@ def restore(
     return state
 
 
-def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:
-    """A new model of the snapshot's widths around its weights, which are not copied unless the device differs."""
-    model = empty_model(config_of(snapshot), device)
-    fill_model(model, {name: weight.detach().to(device) for name, weight in snapshot.weights.items()})
-    return model
-
-
-def fill_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Puts weights in the places of an empty model's, uncopied; tied ones stay tied."""
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    holes = [name for name, weight in model.named_parameters() if weight.is_meta]
-    assert not holes, f"the snapshot lacks {holes[0]}"
-
-
 def whole_model(state: TrainState) -> PreTrainedModel | None:
     """The run's model for export: itself on one process; with several a copy on rank 0's CPU, None elsewhere.
 
@@ -273,16 +180,6 @@ def whole_model(state: TrainState) -> PreTrainedModel | None:
     model = empty_model(state.model.config)
     fill_model(model, weights)
     return model
-
-
-def laid_out(snapshot: Snapshot, ranks: Ranks, device: torch.device | str) -> Snapshot:
-    """A snapshot of whole tensors as this run's processes keep it."""
-    weights = {name: sharded(weight.to(device), ranks) for name, weight in snapshot.weights.items()}
-    moments = {
-        name: {key: sharded(value.to(device) if value.ndim else value, ranks) for key, value in each.items()}
-        for name, each in snapshot.moments.items()
-    }
-    return replace(snapshot, weights=weights, moments=moments)
 
 
 def load_moments(
