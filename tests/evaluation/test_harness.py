@@ -184,3 +184,23 @@ def test_results_measured_in_another_way_are_not_mixed() -> None:
     assert joined_with(known, found)["results"] == {"piqa": {"acc": 0.5}, "boolq": {"acc": 0.6}}
     assert joined_with(known | {"data": "hub"}, found) == found
     assert joined_with({}, found) == found
+
+
+def test_an_answer_longer_than_the_model_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from efficientllm.errors import UsageError
+    from efficientllm.evaluation.harness import EvalRequest, _evaluate_task
+
+    def _loglikelihood_tokens(**_: object) -> None:
+        raise AssertionError  # as the harness's function of this name does
+
+    def another(**_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", _loglikelihood_tokens)
+    with pytest.raises(UsageError, match="longer than the model's 64 positions"):
+        _evaluate_task(SimpleNamespace(max_length=64), "piqa", EvalRequest(), None)
+    monkeypatch.setattr("lm_eval.simple_evaluate", another)
+    with pytest.raises(AssertionError):
+        _evaluate_task(SimpleNamespace(max_length=64), "piqa", EvalRequest(), None)

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -81,16 +82,23 @@ def evaluate(
 def _evaluate_task(runner: Any, task: str, request: EvalRequest, manager: Any) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    with torch.no_grad(), redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
-        output: dict[str, Any] = simple_evaluate(
-            model=runner,
-            tasks=[task],
-            num_fewshot=0,
-            limit=request.limit,
-            task_manager=manager,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
+    try:
+        with torch.no_grad(), redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
+            output: dict[str, Any] = simple_evaluate(
+                model=runner,
+                tasks=[task],
+                num_fewshot=0,
+                limit=request.limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+    except AssertionError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].name != "_loglikelihood_tokens":
+            raise
+        raise UsageError(
+            f"one of its answers is longer than the model's {runner.max_length:,} positions, which the harness refuses"
+        ) from error
     return output
 
 
