@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
             else:
                 weight.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    """No test, and nothing that it calls in this process, may leave another number of threads behind: on some CPUs
+    that changes the last bits of every matrix product after it."""
+    before = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert left == before, f"{left} threads are left of {before}"
 
 
 @pytest.fixture(params=list(FAMILIES))

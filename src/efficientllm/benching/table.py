@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from efficientllm.benching.contract import Settings
 from efficientllm.benching.results import machine
 from efficientllm.benching.statistics import spread, turn
-from efficientllm.benching.timing import measure
+from efficientllm.benching.timing import measure, threads
 from efficientllm.benching.transformers_backend import LoadedModel, rehearse
 from efficientllm.errors import UsageError
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, table_content
@@ -125,6 +125,13 @@ def latencies(
 ) -> tuple[list[float], list[float]]:
     """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
     median. Raises UsageError where a model does not fit in the memory of the device."""
+    with threads(settings.threads):
+        return _latencies(config, shapes, settings, advance)
+
+
+def _latencies(
+    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, advance: Callable[[], None]
+) -> tuple[list[float], list[float]]:
     rehearse(settings)
     ratios: list[list[float]] = [[] for _ in shapes]
     source: list[float] = []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+import torch
 
 from efficientllm.benching.contract import Backend, Sample
 
@@ -14,6 +17,18 @@ class Counter(Protocol):
     """Energy since some moment, in joules; it only grows."""
 
     def joules(self) -> float: ...
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many threads meanwhile, then with as many as before: their number changes the order of
+    sums, so a process that goes on to train must not keep another one's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(

@@ -1,4 +1,7 @@
-"""A model in transformers and PyTorch: the model's own forward with its dynamic cache, greedy, without generate()."""
+"""A model in transformers and PyTorch: the model's own forward with its dynamic cache, greedy, without generate().
+
+It computes with as many threads as the process has; `timing.threads` sets them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,6 @@ class LoadedModel:
     """A model that is on its device, in its dtype."""
 
     def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads)
         self._device = torch.device(settings.device)
         self._prompt = settings.prompt
         self.model: Any = model.eval()
@@ -78,6 +80,5 @@ class TransformersBackend(LoadedModel):
     """Raises UsageError where the model cannot be loaded."""
 
     def __init__(self, source: str, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads)
         dtype: torch.dtype = getattr(torch, settings.dtype)
         super().__init__(load_model(source, device=settings.device, dtype=dtype), settings)

@@ -22,7 +22,7 @@ import transformers
 from efficientllm.benching.contract import Backend, Settings
 from efficientllm.benching.energy import counter_for
 from efficientllm.benching.memory import peak_resident, resident
-from efficientllm.benching.timing import Counter, measure
+from efficientllm.benching.timing import Counter, measure, threads
 from efficientllm.errors import UsageError
 
 
@@ -48,10 +48,15 @@ def answers(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The first answer says what counts energy, or why nothing does."""
     first = next(requests)
     settings = Settings(**(first["settings"] | {"batches": tuple(first["settings"]["batches"])}))
+    with threads(settings.threads):
+        yield from _measured(first["source"], settings, requests)
+
+
+def _measured(source: str, settings: Settings, requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     joules, about = counter(settings)
     load = loader(settings)
     before = resident()
-    backend = load(first["source"], settings)
+    backend = load(source, settings)
     yield {"energy": about, "measurable": joules is not None}
     for request in requests:
         if "memory" in request:
@@ -61,7 +66,7 @@ def answers(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield asdict(measure(backend, request["batch"], settings.generate - 1, joules))
         except torch.OutOfMemoryError:
             raise UsageError(
-                f"{first['source']} with {request['batch']} sequences of {settings.context} tokens does not fit in the "
+                f"{source} with {request['batch']} sequences of {settings.context} tokens does not fit in the "
                 "memory of the device; lower --batch or --prompt"
             ) from None
 
