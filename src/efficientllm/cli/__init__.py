@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from efficientllm import __version__
-from efficientllm.cli import bench, compare, evaluate, export, plan, report, runs, saliency  # noqa: F401  each module adds its commands
+from efficientllm.cli import bench, compare, evaluate, export, keys, plan, report, runs, saliency  # noqa: F401  each module adds its commands
 from efficientllm.cli.app import app
 
 

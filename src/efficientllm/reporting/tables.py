@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PIPED_WIDTH = 160
@@ -40,3 +41,50 @@ def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> No
         cells = [f"{verdict[group]['rank_correlation']:.2f} ({verdict[group]['scale']:.3g})" for group in groups]
         table.add_row(name, *cells)
     console().print(table)
+
+
+KeyRow = tuple[str, str, str, tuple[str, ...]]  # dotted name, default, meaning, choices
+
+
+def print_keys(rows: Sequence[KeyRow]) -> None:
+    table = Table(box=box.SIMPLE)
+    table.add_column("key", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning", ratio=1)
+    for name, default, meaning, choices in rows:
+        table.add_row(escape(name), escape(default), escape(_with_choices(meaning, choices)))
+    console().print(table)
+
+
+def keys_page(rows: Sequence[KeyRow]) -> str:
+    """The reference of recipe keys in Markdown: a table for the keys at the top, and one for each section."""
+    groups: dict[str, list[KeyRow]] = {}
+    for row in rows:
+        groups.setdefault(row[0].split(".")[0].removesuffix("[]") if "." in row[0] else "", []).append(row)
+    lines = [
+        "# Keys of a recipe",
+        "",
+        "What `efficientllm keys --markdown` prints. Sizes read as `469M`, `74B` or `32K`; places in the run as tokens "
+        "or percent of",
+        "`train.tokens`; null restores the default. A key that is unknown, or without effect beside the others, is "
+        "refused.",
+    ]
+    for group, own in sorted(groups.items(), key=lambda item: item[0] != ""):
+        lines += [
+            "",
+            f"## {group}" if group else "## At the top",
+            "",
+            "| key | default | meaning |",
+            "| --- | --- | --- |",
+        ]
+        for name, default, meaning, choices in own:
+            cell = f"`{default}`" if default and default != "required" else default
+            lines.append(f"| `{name}` | {cell} | {_with_choices(meaning, choices)} |".replace("||", "\\|\\|"))
+    return "\n".join(lines) + "\n"
+
+
+def _with_choices(meaning: str, choices: tuple[str, ...]) -> str:
+    """The choices are listed where the sentence does not name them all itself."""
+    if all(choice in meaning for choice in choices):
+        return meaning
+    return f"{meaning}. One of: {', '.join(choices)}"
