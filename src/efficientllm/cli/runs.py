@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 @app.command()
 @one_sentence()
 def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Prune a source model while it keeps training. The same command goes on with an interrupted run."""
+    """Prune a source model while it keeps training. The same command goes on with an interrupted run.
+
+    The result is an ordinary transformers folder, RUN.DIR/model; its path is printed once it is there.
+
+    Several GPUs: torchrun --nproc-per-node 8 -m efficientllm prune RECIPE.yaml
+    """
 
     def read() -> Recipe:
         from efficientllm.config import load_recipe
