@@ -66,6 +66,19 @@ def test_loading_refuses_what_is_not_whole(tmp_path) -> None:
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mha-tied"])
+def test_loaded_weights_are_not_the_file_s(tmp_path, name: str) -> None:
+    """A map of the file would lie where the file has it, not where torch aligns, and go with the file."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    wanted = dict(model.named_parameters())
+    assert {key: weight.data_ptr() % 64 for key, weight in loaded.named_parameters()} == dict.fromkeys(wanted, 0)
+    assert all(weight.equal(wanted[key]) for key, weight in loaded.named_parameters())
+    tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+
+
 def test_a_missing_weight_is_never_made_up(tmp_path) -> None:
     model = tiny_model("llama-gqa")
     state = model.state_dict()

@@ -16,6 +16,7 @@ from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.distributed.watch import watched
 from efficientllm.errors import UsageError
+from efficientllm.jobs.arithmetic import arithmetic, other_bits
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.job import Job, prepare, teacher_of
@@ -96,6 +97,8 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         snapshot = load(saved, ranks, job.device)
         ranks.from_first(lambda: job.folder.rewind(snapshot.step))
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
+        for difference in other_bits(source, arithmetic(job.device)):
+            say(difference)
         return restore(snapshot, recipe.train, job.plan, job.device, ranks), source
     ranks.from_first(lambda: job.folder.rewind(0))
     if recipe.resume:
@@ -112,6 +115,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         "validation_loss": loss,
         "corpora": job.corpora,
         "precision": job.precision.name,
+        **arithmetic(job.device),
     }
     if job.plan and job.plan.landing.cost.name != "params":
         facts["cost"] = job.plan.landing.cost.key
