@@ -216,13 +216,15 @@ def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = F
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped modules, which hold each
-    other in circles, by the garbage collector, which no lack of GPU memory would wake."""
+    """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped or compiled modules, which
+    hold each other in circles, by the garbage collector, which no lack of GPU memory would wake."""
     device = next(state.model.parameters()).device
     snapshot = capture(state)
     for name in ("model", "optimizer", "pruner", "run"):
         setattr(state, name, None)
-    if state.ranks.world > 1:
+    if train.compile:
+        torch._dynamo.reset()
+    if state.ranks.world > 1 or train.compile:
         gc.collect()
     narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks)
     for name in ("model", "optimizer", "space", "pruner", "run"):
