@@ -91,14 +91,17 @@ def test_a_killed_rank_and_a_preemption_change_no_bit(world: World) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of ranks through /proc")
-def test_a_rank_that_hangs_is_named(world: World) -> None:
-    recipe = world.write("two-hung", **LONG)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named(world: World, rank: int) -> None:
+    recipe = world.write(f"two-hung-{rank}", **LONG)
     torchrun = begin(recipe, "distributed.timeout=6")
-    wait_for(lambda: steps_done(world.folder / "runs" / "two-hung") >= 3, torchrun, recipe)
-    os.kill(process_of(torchrun, 1), signal.SIGSTOP)
+    wait_for(lambda: steps_done(world.folder / "runs" / f"two-hung-{rank}") >= 3, torchrun, recipe)
+    os.kill(process_of(torchrun, rank), signal.SIGSTOP)
     assert torchrun.wait(timeout=90) != 0
-    assert "error: rank 1 (" in said(recipe)
-    assert "has not answered for 6 seconds" in said(recipe)
+    errors = [line for line in said(recipe).splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank {rank} (")
+    assert "has not answered for 6 seconds" in errors[0]
 
 
 def test_bad_input_is_said_once(world: World) -> None:

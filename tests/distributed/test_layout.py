@@ -27,6 +27,7 @@ def test_shares_cover_every_row_once(rows: int, world: int, micro_batch: int) ->
         ({}, 8, 8, True, (8, 1)),
         ({}, 8, 8, False, (1, 8)),
         ({}, 32, 8, False, (4, 8)),
+        ({}, 4, 1, False, (1, 4)),
         ({"shard": "hybrid"}, 4, 4, True, (2, 2)),
         ({"shard": "hybrid", "replicate": 4}, 16, 8, True, (4, 4)),
         ({"shard": "full", "replicate": 1}, 6, 6, True, (1, 6)),

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks
 from efficientllm.errors import SharedError
 
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-DEADLINE = timedelta(minutes=30)  # of a collective; the watch (watch.py) speaks earlier and names the rank
 PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among them
 
 
@@ -38,7 +39,7 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=DEADLINE)))
     # torchrun's store outlives its workers: what they wrote into it before a restart must not be read after it.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(agreed_name(store, rank, world), store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=DEADLINE
     )
@@ -55,6 +56,34 @@ def joined() -> Iterator[Ranks]:
             _part(slow)
         raise
     _part(slow)
+
+
+def agreed_name(store: Any, rank: int, world: int, seconds: float = DEADLINE.total_seconds()) -> str:
+    """A name for this start of the processes, the same on all of them and never used before.
+
+    TORCHELASTIC_RESTART_COUNT is none: each node's torchrun counts for itself, and not where it only follows another.
+    Rank 0 makes one up and gives it to whoever asks; each other rank asks by a word that it has made up, and takes no
+    answer but that to its own, so that what an earlier start has left in the store does no harm. Raises TimeoutError
+    after so many seconds without all of them.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name: str = store.get(f"answer/{own}").decode()  # waits, as long as the store was told to
+        store.add(f"{name}/here", 1)
+        return name
+    answered: set[str] = set()
+    end = time.monotonic() + seconds
+    while store.add(f"{own}/here", 0) < world - 1:
+        for other in range(1, world):
+            word = store.get(f"asks/{other}").decode() if store.check([f"asks/{other}"]) else None
+            if word is not None and word not in answered:
+                store.set(f"answer/{word}", own)
+                answered.add(word)
+        if time.monotonic() > end:
+            raise TimeoutError(f"not all {world} processes have come within {seconds:.0f} seconds")
+        time.sleep(0.02)
+    return own
 
 
 def _part(slow: Any) -> None:

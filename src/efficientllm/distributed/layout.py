@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from efficientllm.distributed.ranks import Ranks
+from efficientllm.distributed.ranks import DEADLINE, Ranks
 from efficientllm.errors import UsageError
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -33,13 +35,13 @@ def fits_whole(parameters: int, memory: int) -> bool:
 def mesh_shape(wanted: DistributedConfig, world: int, local_world: int, *, fits: bool) -> tuple[int, int]:
     """(replicas, shards) of each weight; their product is the number of processes.
 
-    auto: copies where a model fits whole beside its moments; else shards within a node and copies over nodes. Raises
-    UsageError for a mesh that does not fit the processes.
+    auto: copies where a model fits whole beside its moments; else shards within a node and copies over nodes (over all
+    processes, where each has a node of its own). Raises UsageError for a mesh that does not fit the processes.
     """
     nodes = max(1, world // local_world)
     kind = wanted.shard
     if kind == "auto":
-        kind = "none" if fits else "hybrid" if nodes > 1 else "full"
+        kind = "none" if fits else "hybrid" if 1 < nodes < world else "full"
     if kind == "none" or kind == "full":
         replicas = world if kind == "none" else 1
         if wanted.replicate not in ("auto", replicas):
@@ -58,11 +60,20 @@ def mesh_shape(wanted: DistributedConfig, world: int, local_world: int, *, fits:
 
 
 def with_mesh(ranks: Ranks, wanted: DistributedConfig, device: torch.device, *, fits: bool) -> Ranks:
-    """The ranks with the mesh that the recipe asks for."""
+    """The ranks with the mesh that the recipe asks for, whose collectives wait longer than the watch does."""
     if ranks.world == 1:
         return ranks
     shape = mesh_shape(wanted, ranks.world, ranks.local_world, fits=fits)
-    return replace(ranks, mesh=init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in (dist.group.WORLD, *mesh.get_all_groups()):
+        # A mesh's own groups begin with PyTorch's default: ten minutes with NCCL, whatever the processes' own was.
+        dist.distributed_c10d._set_pg_timeout(deadline(wanted.timeout), group)
+    return replace(ranks, mesh=mesh)
+
+
+def deadline(patience: float) -> timedelta:
+    """Of a collective, where the watch names a hung rank after `patience` seconds: never the earlier of the two."""
+    return max(DEADLINE, 2 * timedelta(seconds=patience))
 
 
 class Root(nn.Module):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from efficientllm.errors import SharedError, UsageError
 
 T = TypeVar("T")
+DEADLINE = timedelta(minutes=30)  # of a collective; the watch (watch.py) speaks earlier and names the rank
 
 
 @dataclass
@@ -133,13 +135,12 @@ class Ranks:
         if self.world == 1:
             return make()
         box: list[Any] = [None, None]
-        if self.leads:
-            try:
-                with self.patience():
+        with self.patience():  # once, so that every rank beats as often (distributed.watch)
+            if self.leads:
+                try:
                     box[0] = make()
-            except UsageError as caught:
-                box[1] = str(caught)
-        with self.patience():
+                except UsageError as caught:
+                    box[1] = str(caught)
             dist.broadcast_object_list(box, src=0, group=self.slow)
         if box[1] is not None:
             raise SharedError(box[1])

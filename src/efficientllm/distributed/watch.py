@@ -14,6 +14,7 @@ from typing import Any
 from efficientllm.distributed.ranks import Ranks
 
 EXIT_HUNG = 75  # EX_TEMPFAIL: try again
+OTHERS_FIRST = 3.0  # seconds; every process looks at least once a second
 
 
 @contextmanager
@@ -48,14 +49,18 @@ def _watch(ranks: Ranks, seconds: float, stop: threading.Event) -> None:
 
 
 def _leave(ranks: Ranks, store: Any, seconds: float) -> None:
-    """Names the rank that has come least far; of several the one that was heard of last the longest ago."""
+    """Names the rank that has come least far; of several the one that was heard of last the longest ago.
+
+    The first to get here has the words; the one that is named only where no other has come in time.
+    """
     places: dict[int, tuple[int, float]] = {}
     for rank in range(ranks.world):
         place, heard = store.get(f"beat/{rank}").split() if store.check([f"beat/{rank}"]) else (-1, 0.0)
         places[rank] = int(place), float(heard)
     behind = min(places, key=lambda rank: places[rank])
-    ahead = [rank for rank in places if rank != behind]
-    if ranks.rank == ahead[0]:
+    if ranks.rank == behind:
+        time.sleep(OTHERS_FIRST)
+    if store.add("named", 1) == 1:
         host = store.get(f"host/{behind}").decode()
         print(
             f"error: rank {behind} ({host}) has not answered for {seconds:.0f} seconds (distributed.timeout); what is "

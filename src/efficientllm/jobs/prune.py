@@ -55,15 +55,14 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
             say(f"{folder.path} is finished: {result_line(done)}")
             return done
         job = prepare(recipe, folder, say, ranks)
-        with memory_in_a_sentence():
+        with memory_in_a_sentence(), watched(job.ranks, recipe.distributed.timeout):
             state, source = begin(job, say)
             with stop_signals() as stop:
                 if ranks.leads:
                     job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
                 teacher = ranks.together(lambda: teacher_of(job))
                 try:
-                    with watched(job.ranks, recipe.distributed.timeout):
-                        train(job, state, stop, teacher)
+                    train(job, state, stop, teacher)
                 except Diverged as error:
                     raise ranks.error(f"{error}; {after_divergence(job)}") from error
                 finally:
