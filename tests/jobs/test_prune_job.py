@@ -321,7 +321,17 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
     assert next(iter(manifest)) == "widths"
     assert call("prune", recipe) == 0
     assert same_weights(folder, finished)
+    shutil.rmtree(newest)
+    (folder / "summary.json").unlink()
+    capsys.readouterr()
     (older / "manifest.json").write_text(json.dumps(manifest | {"format": 99, "efficientllm": "9.0"}))
+    assert call("prune", recipe) == 2
+    assert "was written by efficientllm 9.0, which is newer" in capsys.readouterr().err
+    for missing in ("files", "config", "step"):
+        less = {key: value for key, value in manifest.items() if key != missing}
+        (older / "manifest.json").write_text(json.dumps(less))
+        assert call("prune", recipe) == 2
+        assert f"{older} is damaged (its manifest.json cannot be read)" in capsys.readouterr().err
 
 
 def test_one_process_a_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,9 @@ number of processes that wrote them. No pickles: the layout stands in the safete
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,6 +20,7 @@ from efficientllm.distributed.layout import empty_sharded
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
 
+T = TypeVar("T")
 CHUNK = 1 << 24
 WHOLE = ("live.", "saliency.")  # tensors of the pruner: every process has them whole
 
@@ -33,24 +34,48 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> d
             dcp.save(dict(tensors), storage_writer=writer)
         except CheckpointException as error:
             raise OSError(_cause(error)) from error
-        files = sorted(folder.glob("*.safetensors"))
-        mine = {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
-    seen = ranks.gathered([file.name for file in files])
-    if any(names != seen[0] for names in seen):
+    parts = agreed(ranks, lambda: _look(folder, ranks))
+    if any(names != parts[0][0] for names, _ in parts):
         raise OSError("the processes do not see the same files: the run folder must lie on a disk that all nodes share")
-    return {name: each for part in ranks.gathered(mine) for name, each in part.items()}
+    return {name: each for _, part in parts for name, each in part.items()}
+
+
+def _look(folder: Path, ranks: Ranks) -> tuple[list[str], dict[str, Any]]:
+    """Names of all files, and facts of this process's share of them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file.name for file in files], {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
+
+
+def agreed(ranks: Ranks, do: Callable[[], T]) -> list[T]:
+    """What `do` returns on each rank. A collective; where the disk refuses one, OSError is raised on all of them, so
+    that none waits for another that has left."""
+    found: T | None = None
+    refused: str | None = None
+    with ranks.patience():
+        try:
+            found = do()
+        except OSError as error:
+            refused = str(error)
+    parts: list[Any] = []
+    for rank, (each, said) in enumerate(ranks.gathered((found, refused))):
+        if said is not None:
+            raise OSError(f"rank {rank}: {said}" if rank else said)
+        parts.append(each)
+    return parts
 
 
 def read_shards(folder: Path, ranks: Ranks, device: torch.device | str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's files as this run's processes keep them. A collective. Raises OSError."""
+    """All tensors of a checkpoint's files as this run's processes keep them. A collective. Raises OSError where one
+    process cannot read, on all of them."""
     reader = storage().HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Any] = {}
-    for name, facts in reader.read_metadata().state_dict_metadata.items():
-        whole = name.startswith(WHOLE) or not len(facts.size)
+    layout = agreed(ranks, lambda: reader.read_metadata().state_dict_metadata)[ranks.rank]
+    for name, each in layout.items():
+        whole = name.startswith(WHOLE) or not len(each.size)
         if whole:
-            tensors[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
+            tensors[name] = torch.empty(each.size, dtype=each.properties.dtype)
         else:
-            tensors[name] = empty_sharded(facts.size, facts.properties.dtype, device, ranks)
+            tensors[name] = empty_sharded(each.size, each.properties.dtype, device, ranks)
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)
     except CheckpointException as error:

@@ -111,14 +111,15 @@ def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -
 
     Raises UsageError when it is damaged or from a newer version.
     """
-    manifest = _read_manifest(path)
+    manifest = ranks.together(lambda: _read_manifest(path))
     names = sorted(manifest["files"])
     ranks.together(lambda: _check_files(path, manifest, names[ranks.rank :: ranks.world]))
-    if ranks.world == 1 and set(names) == ONE_PROCESS:
-        # Copied out of the file's memory map: the file may be deleted while the run goes on.
-        tensors = {key: value.clone() for name in names for key, value in load_file(path / name).items()}
-    else:
-        tensors = read_shards(path, ranks, device)
+    with _reading(path, ranks):
+        if ranks.world == 1 and set(names) == ONE_PROCESS:
+            # Copied out of the file's memory map: the file may be deleted while the run goes on.
+            tensors = {key: value.clone() for name in names for key, value in load_file(path / name).items()}
+        else:
+            tensors = read_shards(path, ranks, device)
     counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
     moments = {key: value for key, value in tensors.items() if "|" in key}
     pruner = {key: value for key, value in tensors.items() if key.startswith(WHOLE)}
@@ -132,10 +133,24 @@ def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -
     )
 
 
+@contextmanager
+def _reading(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Turns what the disk refuses to give, to all of these ranks at once, into a UsageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ranks.error(
+            f"checkpoint {path} cannot be read ({error}); mend the disk or its permissions and run the same command "
+            "again, or delete that folder, and the run goes on from the one before"
+        ) from error
+
+
 def _check_files(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in names:
         file, known = path / name, manifest["files"][name]
-        if not file.is_file() or file.stat().st_size != known["bytes"] or facts(file) != known:
+        with _reading(path):
+            whole = file.is_file() and file.stat().st_size == known["bytes"] and facts(file) == known
+        if not whole:
             raise UsageError(
                 f"checkpoint {path} is damaged ({name} is not as it was written); delete that folder, and the "
                 "run goes on from the one before"
@@ -146,6 +161,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         version = int(manifest["format"])
+        lacks = {"files", "config", "pruner", *COUNTS} - EARLIER.keys() - manifest.keys()
+        if version <= FORMAT and lacks:
+            raise KeyError(min(lacks))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"checkpoint {path} is damaged (its {MANIFEST} cannot be read); delete that folder, and the run goes on "

@@ -1,0 +1,62 @@
+"""What one process cannot read or write is told to all: none may wait for one that has left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efficientllm.checkpoint import store
+from efficientllm.checkpoint.sharded import agreed, write_shards
+from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.errors import UsageError
+from efficientllm.training.snapshot import COUNTS
+
+
+class Second(Ranks):
+    """One of two processes, the other of which gives the same word or the one that is set."""
+
+    others: Any = None
+
+    def gathered(self, part: Any) -> list[Any]:
+        return [part, self.others or part]
+
+
+def refuse() -> str:
+    raise OSError(5, "Input/output error")
+
+
+def test_what_one_disk_refuses_is_raised_on_all() -> None:
+    ranks = Second()
+    assert agreed(ranks, lambda: "mine") == ["mine", "mine"]
+    with pytest.raises(OSError, match="Input/output error"):
+        agreed(ranks, refuse)
+    ranks.others = (None, "Stale file handle")
+    with pytest.raises(OSError, match="rank 1: Stale file handle"):
+        agreed(ranks, lambda: "mine")
+
+
+def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr("efficientllm.checkpoint.sharded.facts", lambda file: refuse())
+    monkeypatch.setattr(Ranks, "gathered", lambda self, part: said.append(part) or [part])
+    with pytest.raises(OSError, match="Input/output error"):
+        write_shards(tmp_path, {"weight": torch.ones(2)}, ALONE)
+    assert said == [(None, "[Errno 5] Input/output error")]  # before it leaves
+
+
+def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"weights.safetensors": {"bytes": 1, "crc32": 0}}
+    manifest = {"format": 1, "files": files, "config": {}, "pruner": None} | dict.fromkeys(COUNTS, 0)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(store, "facts", lambda file: refuse())
+    with pytest.raises(UsageError, match=r"cannot be read \(.*Input/output error\); mend the disk"):
+        store.load(tmp_path)
+    monkeypatch.setattr(store, "facts", lambda file: files[file.name])
+    monkeypatch.setattr(store, "read_shards", lambda *_: refuse())
+    with pytest.raises(UsageError, match=r"cannot be read \(.*Input/output error\); mend the disk"):
+        store.load(tmp_path)
