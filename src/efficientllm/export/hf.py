@@ -85,7 +85,7 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     card = Card(subject, weights.config, parameters, request.licence)
     try:
-        with appearing(out) as partial:
+        with appearing(out, alone=False) as partial:
             _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
             _write_configs(weights.config, subject.folder, partial, DTYPES[request.dtype])
             save_tokenizer(tokenizer, partial)
