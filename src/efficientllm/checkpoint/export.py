@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
+from efficientllm.models.generation import savable
 
 OURS = frozenset({".json", ".safetensors", ".md", ".model", ".txt", ".jinja"})  # what a model folder is made of
 
@@ -38,7 +39,7 @@ def export_model(
         with appearing(folder) as partial:
             model.config = copy.deepcopy(config)
             model.config.use_cache = True
-            model.generation_config = generation or GenerationConfig.from_model_config(model.config)
+            model.generation_config, _ = savable(generation or GenerationConfig.from_model_config(model.config))
             model.generation_config.use_cache = True
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             if tokenizer is not None:

@@ -72,7 +72,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
     factors = rope_factors(config, architecture)
     tokenizer = tokenizer_of(request.subject.folder, say)
-    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder))
+    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
     card = Card(request.subject, config, sum(_count(each) for each in stored), request.licence)
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
         say(note)
