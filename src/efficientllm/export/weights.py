@@ -72,8 +72,8 @@ class Weights:
         """A head of its own beside `tie_word_embeddings`: transformers 5 uses it, transformers 4 does not."""
         if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
             raise UsageError(
-                f"{self.folder}: config.json ties the embeddings, but its {HEAD} differs from {EMBEDDING}, which versions "
-                'of transformers read in two ways; set "tie_word_embeddings" to false in config.json to keep it'
+                f"{self.folder}: config.json ties the embeddings, but its {HEAD} differs from {EMBEDDING}: what counts "
+                'depends on the version of transformers; set "tie_word_embeddings" to false in config.json to keep both'
             )
 
     def read(self, name: str) -> Tensor:
