@@ -71,3 +71,10 @@ def refuse_foreign(folder: Path) -> None:
     foreign = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix not in OURS)
     if foreign:
         raise UsageError(f"{folder} holds {foreign[0]}, which an export would delete; choose a new or empty folder")
+    names = {path.name for path in folder.iterdir()}
+    weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if names and not ("config.json" in names and weights):
+        raise UsageError(
+            f"{folder} holds {min(names)} and is no model folder (config.json and safetensors); an export would delete "
+            "it: choose a new or empty folder"
+        )
