@@ -109,4 +109,6 @@ def _gguf_of(name: str, settings: Settings, folder: Path, say: Callable[[str], N
         if not path.is_file():
             raise UsageError(f"there is no file {name}")
         return path
-    return export_gguf(GGUFRequest(subject_of(path), settings.dtype, folder / "model.gguf"), say)
+    kind = settings.dtype.split(" ")[0]  # as checks.llamacpp_dtype has it
+    mend = "free disk space there, or set TMPDIR to a folder on a larger disk"
+    return export_gguf(GGUFRequest(subject_of(path), kind, folder / "model.gguf", disk_mend=mend), say)

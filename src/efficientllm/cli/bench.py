@@ -49,7 +49,7 @@ def bench(
 ) -> None:
     """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first.
 
-    Runs among the models keep the result, and their next report shows it.
+    Runs among the models keep the latest result of each backend, and their next report shows it.
     """
     import torch
 
@@ -84,7 +84,7 @@ def bench(
     if out is not None:
         write_atomically(out, content)
     for home in homes(models):
-        write_atomically(home / "bench" / "results.json", content)
+        write_atomically(home / "bench" / f"{settings.backend}.json", content)
 
 
 def _or(value: int | None, default: int) -> int:

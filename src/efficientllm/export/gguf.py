@@ -44,13 +44,17 @@ MARGIN = 1 << 20  # bytes that the metadata and the file system may take besides
 
 @dataclass(frozen=True)
 class GGUFRequest:
-    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written."""
+    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written.
+
+    `disk_mend`: what the user can do where the disk refuses.
+    """
 
     subject: Subject
     kind: str = "f16"
     out: Path | None = None
     overwrite: bool = False
     licence: str | None = None
+    disk_mend: str = "free disk space or choose another place with --out"
 
 
 def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
@@ -77,7 +81,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
         say(note)
 
-    with _appearing(out, stored, architecture) as writer:
+    with _appearing(out, stored, architecture, request.disk_mend) as writer:
         _describe(writer, card)
         _hyperparameters(writer, config, architecture)
         _tokenizer(writer, vocabulary)
@@ -93,7 +97,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
 
 
 @contextmanager
-def _appearing(out: Path, stored: list[Stored], architecture: str) -> Iterator[gguf.GGUFWriter]:
+def _appearing(out: Path, stored: list[Stored], architecture: str, mend: str) -> Iterator[gguf.GGUFWriter]:
     """A writer beside `out`, whose file takes that name once it is whole and on the disk.
 
     Raises UsageError where the disk refuses; after that, or any other exception, nothing of it is left.
@@ -110,7 +114,7 @@ def _appearing(out: Path, stored: list[Stored], architecture: str) -> Iterator[g
         partial.replace(out)
         flush(out.parent)
     except OSError as error:
-        raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
+        raise UsageError(f"cannot write {out} ({error}); {mend}") from error
     finally:
         with suppress(OSError):
             if writer is not None:
