@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import torch
 
 from conftest import World, tiny_model
-from efficientllm.benching import runner
+from efficientllm.benching import runner, worker
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.subjects import Candidate
 from efficientllm.cli import main
+from efficientllm.errors import UsageError
 from efficientllm.reporting.report_page import _bench
 from efficientllm.reporting.run_record import read_run
 
@@ -110,6 +113,29 @@ def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.Captur
         worker._process.wait()
         with pytest.raises(runner.UsageError, match=r"that measured mine has died \(killed by the system"):
             worker.ask(batch=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("when", ["loading", "loading, wrapped", "measuring"])
+def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, when: str) -> None:
+    def fail(*_: object) -> Any:
+        if when == "loading, wrapped":
+            raise UsageError("cannot load the weights") from error
+        raise error
+
+    load = fail if when.startswith("loading") else lambda source, settings: None
+    monkeypatch.setattr(worker, "loader", lambda settings: load)
+    monkeypatch.setattr(worker, "measure", fail)
+    asked = {"source": "mine", "settings": asdict(Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))}
+    with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
+        list(worker.answers(iter([asked, {"batch": 1}])))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config
 
 gguf = pytest.importorskip("gguf")
 
-from conftest import FAMILIES  # noqa: E402
+from conftest import FAMILIES, tiny_config  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
-from efficientllm.export.gguf_tensors import paired  # noqa: E402
+from efficientllm.export.gguf_tensors import ARCHITECTURES, architecture_of, misfits, paired  # noqa: E402
+from efficientllm.models.adapter import registry  # noqa: E402
 from export.gguf_files import LLAMA3, field, write  # noqa: E402
 
 NAMES = {
@@ -163,9 +166,40 @@ def test_a_k_quant_leaves_the_f16_file_and_the_command(make_model: Any, tmp_path
     reader, said = write(folder, "q4_k_m", out=tmp_path / "it-f16.gguf")
     assert field(reader, "general.file_type") == int(gguf.LlamaFileType.MOSTLY_F16)
     assert len(said) == 2
-    assert said[0].startswith("FFN width 96 is no multiple of 256")
+    assert said[0].startswith(
+        "FFN width 96 is no multiple of 256: matrices with such rows become q5_0 instead of q4_k_m"
+    )
     assert "prune.align=256" in said[0]
     assert said[1].endswith(f"llama-quantize {tmp_path}/it-f16.gguf {tmp_path}/it-q4_k_m.gguf Q4_K_M")
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"), [("q2_k", "iq4_nl"), ("q3_k_l", "iq4_nl"), ("q5_k_m", "q5_1"), ("q6_k", "q8_0")]
+)
+def test_what_llamacpp_falls_back_to_is_named(kind: str, instead: str) -> None:
+    config = tiny_config("llama-gqa", hidden_size=96, intermediate_size=256, head_dim=64)
+    (said,) = misfits(config, kind)
+    assert f"become {instead} instead of {kind}" in said
+    (said, *_) = misfits(tiny_config("llama-gqa", hidden_size=100, intermediate_size=256, head_dim=64), kind)
+    assert f"become f16 instead of {kind}" in said
+
+
+def test_every_family_that_can_be_pruned_has_an_architecture_in_llamacpp() -> None:
+    assert ARCHITECTURES.keys() == registry().keys()
+    with pytest.raises(UsageError, match="models of type 'gpt2' are not written to GGUF"):
+        architecture_of(GPT2Config())
+
+
+def test_the_end_of_text_is_taken_from_config_json_where_nothing_else_names_it(make_model: Any) -> None:
+    folder, _ = make_model("llama-gqa", eos_token_id=[5, 9])
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key != "eos_token"})
+    )
+    reader, _ = write(folder)
+    assert field(reader, "tokenizer.ggml.eos_token_id") == 5
+    assert field(reader, "tokenizer.ggml.eot_token_id") == 9
 
 
 def test_the_command_for_a_k_quant_can_be_pasted_into_a_shell(make_model: Any, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def config_of(name: str, settings: Settings) -> PretrainedConfig:
     UsageError for a name that is none, or a model that takes no sequence of the length asked for."""
     from efficientllm.models.loading import load_config
 
-    config = load_config(_source_of(name), what="model")
+    config = load_config(_source_of(name), what="model", use="measured")
     _check_positions(name, settings, int(config.max_position_embeddings))
     return config
 
@@ -94,7 +94,7 @@ def _transformers_candidate(name: str, settings: Settings) -> Candidate:
     from efficientllm.models.loading import load_config
 
     source = _source_of(name)
-    config = load_config(source, what="model")
+    config = load_config(source, what="model", use="measured")
     facts = facts_of_config(config, settings.prompt, settings.context, getattr(torch, settings.dtype))
     return Candidate(name, source, facts)
 

@@ -50,7 +50,7 @@ assert "efficientllm" not in sys.modules
 before, after = logits
 same = (before.argmax(-1) == after.argmax(-1)).float().mean()
 print(json.dumps({"difference": float((before - after).abs().max()), "largest": float(before.abs().max()),
-                  "same_top": float(same)}))
+                  "same_top": float(same), "positions": ids.numel()}))
 """
 
 
@@ -150,7 +150,7 @@ def check_hf(source: Path, exported: Path, dtype: str) -> str:
     share = found["difference"] / max(found["largest"], 1e-30)
     text = (
         f"logits differ by at most {found['difference']:.2e} ({share:.1e} of the largest, {found['largest']:.3g}), "
-        f"same most likely token at {found['same_top']:.1%} of 128 positions"
+        f"same most likely token at {found['same_top']:.1%} of {found['positions']} positions"
     )
     if not share <= TOLERANCES[dtype]:
         raise UsageError(f"{exported} is not the model it was made from: {text}; rounding to {dtype} explains less")

@@ -39,7 +39,7 @@ class Weights:
         self.folder = folder
         self.config = read_config(folder)
         self._places = _places(folder)
-        space = space_of(_without_dropout(self.config))
+        space = space_of(_without_dropout(self.config), "exported")
         wanted = {spec.name: space.shape(spec, space.widths) for spec in space.params}
         self._check(wanted)
         self.shapes = wanted

@@ -90,7 +90,7 @@ def teacher_of(job: Job) -> Distillation | None:
         return None
     path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
     what = "distill.teacher" if distill.teacher else "source"
-    config = load_config(path, what=what, trust_remote_code=trust)
+    config = load_config(path, what=what, use="a teacher", trust_remote_code=trust)
     theirs = config.vocab_size
     if theirs != job.config.vocab_size or (
         distill.teacher

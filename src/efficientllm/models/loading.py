@@ -24,8 +24,8 @@ from efficientllm.models.generation import REFUSED, savable, token_ids
 from efficientllm.models.space import build, check_space, space_of
 
 
-def _located(source: str, what: str) -> str:
-    """The source itself, once it is a folder that exists or has the form of a hub id (org/name)."""
+def located(source: str, what: str) -> str:
+    """The source itself, once it is a folder that exists or has the form of a hub id (org/name). Raises UsageError."""
     if Path(source).is_dir():
         return source
     parts = source.split("/")
@@ -45,14 +45,19 @@ def reason_of(error: BaseException) -> str:
     return (line if expected else f"{type(error).__name__}: {line}")[:300]
 
 
-def load_config(source: str, *, what: str = "source", trust_remote_code: bool = False) -> PretrainedConfig:
-    """Raises UsageError for a missing, unreadable or unsupported model. what: it is called so to the user."""
-    _located(source, what)
+def load_config(
+    source: str, *, what: str = "source", use: str = "pruned", trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Raises UsageError for a missing, unreadable or unsupported model.
+
+    what, use: how the model is called to the user, and what is to be done with it.
+    """
+    located(source, what)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
         raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}") from error
-    space_of(config)
+    space_of(config, use)
     return config
 
 
@@ -63,13 +68,14 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     what: str = "source",
+    use: str = "pruned",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The source in `dtype` with SDPA attention; with `random_seed` its architecture with fresh weights, in fp32.
 
     Raises UsageError when files are missing, damaged, not safetensors, or do not fill the architecture.
     """
-    config = load_config(source, what=what, trust_remote_code=trust_remote_code)
+    config = load_config(source, what=what, use=use, trust_remote_code=trust_remote_code)
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return build(config, device)
@@ -94,7 +100,7 @@ def load_model(
 def load_tokenizer(source: str, *, what: str = "tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Raises UsageError for a folder without tokenizer. what: "tokenizer" where the user can name one, else what the
     model that it belongs to is called to the user."""
-    _located(source, what)
+    located(source, what)
     mend = "name one with `tokenizer:` in the recipe" if what == "tokenizer" else "its files lie beside the model's"
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

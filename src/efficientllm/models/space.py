@@ -28,9 +28,12 @@ def widths_of(config: PretrainedConfig) -> Widths:
     )
 
 
-def space_of(config: PretrainedConfig) -> Space:
-    """The pruning space of a model. Raises UsageError for a family or configuration that is not supported."""
-    adapter = adapter_for(config)
+def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
+    """The pruning space of a model. Raises UsageError for a family or configuration that is not supported.
+
+    use: what is to be done with the model, for the sentence.
+    """
+    adapter = adapter_for(config, use)
     widths = widths_of(config)
     vocabulary = config.vocab_size
     _check_widths(config)
