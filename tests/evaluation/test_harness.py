@@ -13,6 +13,7 @@ import pytest
 from conftest import World
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
+from efficientllm.evaluation import harness
 from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
 
@@ -146,6 +147,14 @@ def test_models_are_measured_and_missing_data_is_said(
 def test_bad_requests(world: World, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("eval", world.folder / "source", *argv) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_path_that_leads_nowhere_is_refused_before_the_harness_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "check_tasks", lambda request: pytest.fail("the harness was loaded"))
+    assert call("eval", "/nowhere/x") == 2
+    assert "model '/nowhere/x' is neither a folder nor a hub id" in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer_is_refused_first(

@@ -28,6 +28,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="File for all results and versions.")] = None,
 ) -> None:
     """Zero-shot accuracy by lm-evaluation-harness, beside the paper's Table 2; `n`: normalised by length, `a`: not."""
+    subjects = {model: _folders(model) for model in dict.fromkeys(models)}  # first: the harness takes long to load
     from efficientllm.evaluation.harness import EvalRequest, check_tasks, joined_with, known_results
     from efficientllm.evaluation.harness import evaluate as evaluate_model
     from efficientllm.evaluation.tasks import PAPER, TASKS
@@ -39,12 +40,11 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)
     request = EvalRequest(names, limit, _batch_size(batch_size), data_dir)
     manager = check_tasks(request)
-    subjects = {model: _folders(model) for model in dict.fromkeys(models)}
-    tokenizers = {model: load_tokenizer(source) for model, (source, _) in subjects.items()}
+    tokenizers = {model: load_tokenizer(source, what="model") for model, (source, _) in subjects.items()}
     found: dict[str, dict[str, Any]] = {}
     for model, (source, home) in subjects.items():
         say(f"{model}: {len(names)} tasks")
-        loaded = load_model(source, device=choose_device(device)).eval()
+        loaded = load_model(source, device=choose_device(device), what="model", use="evaluated").eval()
         found[model] = evaluate_model(loaded, tokenizers[model], request, manager, say)
         if home is not None and found[model]["results"]:
             (home / "eval").mkdir(exist_ok=True)
@@ -74,9 +74,12 @@ def _batch_size(text: str) -> int | str:
 
 
 def _folders(model: str) -> tuple[str, Path | None]:
-    """Where the model lies, and the run folder (or ladder's) that is to keep the results."""
+    """Where the model lies, and the run folder (or ladder's) that is to keep the results. Raises UsageError for a path
+    that leads nowhere."""
     if not Path(model).is_dir():
-        return model, None
+        from efficientllm.models.loading import located
+
+        return located(model, "model"), None
     from efficientllm.export.subject import subject_of
 
     subject = subject_of(Path(model))
