@@ -103,6 +103,7 @@ def hub() -> Any:
     """The client's own surface, with its signatures; nothing leaves this process."""
     api = create_autospec(HfApi, instance=True)
     api.token = "hf_secret"
+    api.repo_exists.return_value = False
     api.create_repo.return_value = "https://example.org/me/compact"
     return api
 

@@ -64,7 +64,7 @@ def export(
         if check:
             say(f"reloaded in a fresh process: {check_hf(subject.folder, folder, dtype)}")
         if push:
-            print(push_folder(folder, push, private=private))
+            print(push_folder(folder, push, private=private, say=say))
 
 
 def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence: str | None) -> None:

@@ -216,8 +216,8 @@ def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = F
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped or compiled modules, which
-    hold each other in circles, by the garbage collector, which no lack of GPU memory would wake."""
+    """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped or compiled modules,
+    which hold each other in circles, by the garbage collector, which no lack of GPU memory would wake."""
     device = next(state.model.parameters()).device
     snapshot = capture(state)
     for name in ("model", "optimizer", "pruner", "run"):
