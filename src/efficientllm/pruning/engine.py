@@ -15,6 +15,7 @@ from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import (
     ATTENTION_QUERY,
     DEPTH,
+    Cut,
     Event,
     Live,
     ParamSpec,
@@ -196,7 +197,7 @@ class PruningEngine:
                 calibration=self.calibration if self._compares_types else None,
                 types=self.options.types,
             )
-            falling = {each.event.type: self.space.event_cost(each.event.type, self.widths) for each in weighed}
+            falling = {each.event.type: each.parameters for each in weighed}
             report.damages = {each.event.type: each.event.saliency / falling[each.event.type] for each in weighed}
             event = self._choose(weighed)
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
@@ -226,7 +227,7 @@ class PruningEngine:
         final = self.landing.shape()
         return next_on_path(weighed, self.options.order, self.widths, source=self.landing.space.widths, final=final)
 
-    def _correct(self, bundle: Sequence[Event], probe: Probe, report: Corrections) -> None:
+    def _correct(self, bundle: Sequence[Cut], probe: Probe, report: Corrections) -> None:
         """Lets what is left of every layer make up for the inputs that the bundle takes from it."""
         assert self.options.correction is not None
         readers = list(losing_readers(self.space, bundle, self.live))
@@ -236,7 +237,7 @@ class PruningEngine:
         report.flops += done.flops
         report.skipped += done.skipped
 
-    def zero(self, events: Sequence[Event]) -> None:
+    def zero(self, events: Sequence[Cut]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         for part in group_slices(self.space, events):
             for tensor in (self.params[part.name], *self.moments(part.name).values()):
@@ -247,13 +248,13 @@ class PruningEngine:
     def _slices_to_hold(self) -> list[Slice]:
         """What a gradient reaches although it is dead: query heads whose KV head is live, biases of dead layers."""
         dead = (~self.live.query & self.live.kv[:, :, None]).flatten(0, 1)  # none in a dead layer
-        events = []
+        events: list[Cut] = []
         for unit in range(dead.shape[1]):
             units = torch.where(dead[:, unit], unit, -1)
             if bool((units >= 0).any()):
-                events.append(Event(ATTENTION_QUERY, units, 0.0, 1.0))
+                events.append(Cut(ATTENTION_QUERY, units))
         layers = (~self.live.layers).nonzero().flatten()
-        events += [Event(DEPTH, layer[None], 0.0, 1.0) for layer in layers]
+        events += [Cut(DEPTH, layer[None]) for layer in layers]
         parts = group_slices(self.space, events)
         return [Slice(part.name, part.dim, part.indices.to(self._device)) for part in parts]
 
@@ -273,7 +274,7 @@ class PruningEngine:
             share = min(self.options.bound, CALIBRATION_SHARE)
             number = min(left, max(1, round(share * self.parameters / cost)))
             units, predicted = ranking.upcoming(pruning_type, number)
-            events = [Event(pruning_type, row, 0.0, 1.0) for row in units]
+            events = [Cut(pruning_type, row) for row in units]
             saved = self._cut_out(events)
             measured = probe.loss() - unpruned
             for part, values in saved:
@@ -281,7 +282,7 @@ class PruningEngine:
             self.calibration.update(pruning_type, measured, predicted)
         self._uncalibrated = 0.0
 
-    def _cut_out(self, events: Sequence[Event]) -> list[tuple[Slice, Tensor]]:
+    def _cut_out(self, events: Sequence[Cut]) -> list[tuple[Slice, Tensor]]:
         """Zeroes the weights (not the moments) of the events' groups; returns what was there, with indices into the
         local parts."""
         saved = []

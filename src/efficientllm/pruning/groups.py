@@ -47,6 +47,11 @@ DEFAULT_TYPES = PRUNING_TYPES[:-1]
 ONE_ROW = (STEM, DEPTH)  # types whose units belong to the model, not to a layer
 
 
+def unknown(pruning_type: str) -> ValueError:
+    """For a word that is no pruning type, or one that the caller has no units of."""
+    return ValueError(f"'{pruning_type}' is no pruning type here; choose among {', '.join(PRUNING_TYPES)}")
+
+
 @dataclass(frozen=True)
 class Widths:
     """What is left: one number a dimension for the whole model (layers are uniform)."""
@@ -73,7 +78,9 @@ class Widths:
             return replace(self, intermediate=self.intermediate - events)
         if pruning_type == DEPTH:
             return replace(self, layers=self.layers - events)
-        return replace(self, hidden=self.hidden - events)
+        if pruning_type == STEM:
+            return replace(self, hidden=self.hidden - events)
+        raise unknown(pruning_type)
 
     def count(self, pruning_type: str) -> int:
         """Units of one type left in each of its rows."""
@@ -137,6 +144,7 @@ class Space:
             return widths.hidden
         if axis == FFN:
             return widths.intermediate
+        assert axis in (QUERY, KV), axis
         return (widths.heads if axis == QUERY else widths.kv_heads) * self.head_dim
 
     def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
@@ -158,15 +166,21 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One pruning act: a type and one unit of each of its live rows.
+class Cut:
+    """What falls in one pruning act: a type and one unit of each of its live rows.
 
     units: int64 (rows,), the unit taken in each row, -1 where the row is dead already (its KV head is gone).
-    saliency: predicted loss increase in nats, calibrated. cost: what it saves, in the run's cost (costs.py).
     """
 
     type: str
     units: Tensor
+
+
+@dataclass(frozen=True)
+class Event(Cut):
+    """A cut, weighed. saliency: predicted loss increase in nats, calibrated. cost: the price that it is weighed by,
+    what it saves in the run's cost (selection.py bounds a measured one from below)."""
+
     saliency: float
     cost: float
 
@@ -214,7 +228,11 @@ class Live:
             return self.query.flatten(0, 1)
         if pruning_type == DEPTH:
             return self.layers[None]
-        return self.ffn if pruning_type == FFN_TYPE else self.hidden[None]
+        if pruning_type == FFN_TYPE:
+            return self.ffn
+        if pruning_type == STEM:
+            return self.hidden[None]
+        raise unknown(pruning_type)
 
     def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
         """Live entries along one axis of one layer, bool (length,)."""
@@ -222,11 +240,12 @@ class Live:
             return self.hidden
         if axis == FFN:
             return self.ffn[layer]
+        assert axis in (QUERY, KV), axis
         heads = self.kv[layer] if axis == KV else self.query[layer].flatten()
         return heads.repeat_interleave(head_dim)
 
-    def remove(self, event: Event) -> None:
-        """Marks an event's units as dead. Raises AssertionError if one of them was dead before."""
+    def remove(self, event: Cut) -> None:
+        """Marks the units of a cut as dead. Raises AssertionError if one of them was dead before."""
         units = self.units(event.type)
         rows = (event.units >= 0).nonzero().flatten()
         taken = event.units[rows]
@@ -250,6 +269,8 @@ def entries(axis: str, rows: Tensor, units: Tensor, pruning_type: str, shape: tu
         return units.sort().values
     if pruning_type == ATTENTION_QUERY:
         heads = (rows % kv_heads) * queries + units
+    elif pruning_type != ATTENTION:
+        raise unknown(pruning_type)
     elif axis == KV:
         heads = units
     else:
@@ -267,8 +288,8 @@ def _layer_slices(space: Space, layers: set[int]) -> Iterator[Slice]:
 CUT_AXES = {ATTENTION: (QUERY, KV), ATTENTION_QUERY: (QUERY,), FFN_TYPE: (FFN,), STEM: (HIDDEN,)}
 
 
-def group_slices(space: Space, events: Sequence[Event]) -> Iterator[Slice]:
-    """Every slice that falls with the events, merged to one per weight, dimension and type.
+def group_slices(space: Space, events: Sequence[Cut]) -> Iterator[Slice]:
+    """Every slice that falls with the cuts, merged to one per weight, dimension and type.
 
     `space.widths` are the allocated widths, in which the units are counted.
     """

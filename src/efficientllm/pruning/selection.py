@@ -1,7 +1,7 @@
 """Which event comes next: damage per parameter removed (or per unit of another cost), one currency for all types.
 
-A score that ranks units well within a type still has another scale in each type (METHOD: |g w| overestimates the
-loss increase of FFN channels 22-fold and of heads 1.7-fold), so the types are compared through measured ratios.
+A score that ranks units well within a type still has another scale in each type (docs/method.md, "Which type"), so the
+types are compared through measured ratios.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from efficientllm.pruning.groups import (
     FFN_TYPE,
     PRUNING_TYPES,
     STEM,
+    Cut,
     Event,
     Live,
     Widths,
@@ -27,6 +28,9 @@ from efficientllm.pruning.landing import Landing
 
 # A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
 LEAST_RATIO = 1e-3
+# Where a measured cost is flat, noise may have hidden what an event saves: it counts as at least this share of what an
+# event of its type saves on average, or no saliency however small would make it fall.
+LEAST_PRICE = 0.05
 
 
 class Ranking:
@@ -55,7 +59,7 @@ class Ranking:
         first = self._taken[pruning_type]
         return units[first : first + events], float(saliency[first : first + events].sum())
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Cut) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] += 1
         layered = (ATTENTION, ATTENTION_QUERY, FFN_TYPE)
@@ -93,10 +97,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price."""
+    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price.
+    parameters: what falls with it."""
 
     event: Event
     allowed: bool
+    parameters: int
 
 
 def candidates(
@@ -118,8 +124,11 @@ def candidates(
             saliency *= calibration.ratio(pruning_type)
         after = widths.after(pruning_type)
         allowed = landing.reachable(after)  # below the floors a latency table may say nothing
-        event = Event(pruning_type, units[0], saliency, now - landing.cost(after) if allowed else 0)
-        weighed.append(Candidate(event, allowed))
+        price = now - landing.cost(after) if allowed else 0
+        if allowed and landing.cost.measured:
+            price = max(price, LEAST_PRICE * landing.mean_saving(pruning_type))
+        event = Event(pruning_type, units[0], saliency, price)
+        weighed.append(Candidate(event, allowed, landing.space.event_cost(pruning_type, widths)))
     return weighed
 
 
@@ -150,6 +159,8 @@ def next_on_path(
 
 
 def least_damage(weighed: Sequence[Candidate]) -> Event | None:
-    """The allowed event with the least damage; ties, events that save nothing among them, go to the first type."""
-    allowed = [candidate.event for candidate in weighed if candidate.allowed]
-    return min(allowed, key=lambda event: event.damage, default=None)
+    """The allowed event with the least damage; ties, events that save nothing among them, go to the least saliency a
+    parameter, then to the first type."""
+    allowed = [candidate for candidate in weighed if candidate.allowed]
+    least = min(allowed, key=lambda each: (each.event.damage, each.event.saliency / each.parameters), default=None)
+    return least.event if least else None
