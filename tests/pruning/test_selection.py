@@ -7,9 +7,10 @@ import torch
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
+from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live
 from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.selection import Calibration, Ranking, candidates, least_damage
+from efficientllm.pruning.selection import Ranking, candidates, least_damage
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52
 

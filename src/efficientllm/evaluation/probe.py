@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Cut, Live, Space, group_slices
+from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Cut, Live, Space
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, summed_loss
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Cut, Live, Space, group_slices
+from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.shards import Alone, Reduction, local
+from efficientllm.pruning.slices import group_slices
 
 ALONE = Alone()
 GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once

@@ -7,11 +7,12 @@ types are compared through measured ratios.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.calibration import CALIBRATION_SHARE, Bundle, Calibration
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
@@ -26,8 +27,6 @@ from efficientllm.pruning.groups import (
 )
 from efficientllm.pruning.landing import Landing
 
-# A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
-LEAST_RATIO = 1e-3
 # Where a measured cost is flat, noise may have hidden what an event saves: it counts as at least this share of what an
 # event of its type saves on average, or no saliency however small would make it fall.
 LEAST_PRICE = 0.05
@@ -68,33 +67,6 @@ class Ranking:
             self._orders.pop(other, None)
 
 
-@dataclass
-class Calibration:
-    """Measured over predicted loss increase of each type, smoothed over the measurements.
-
-    Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
-    does not. They share their weights, so the ratio needs no correction for their start at zero. At 0.8 about five
-    bundles of 1 % of the parameters speak: one, measured on a few hundred tokens, is often no more than noise.
-    """
-
-    smoothing: float = 0.8
-    measured: dict[str, float] = field(default_factory=dict)
-    predicted: dict[str, float] = field(default_factory=dict)
-
-    def update(self, pruning_type: str, measured: float, predicted: float) -> None:
-        """One measurement in nats: the loss increase of a zeroed bundle, and the sum of its saliency."""
-        for record, value in ((self.measured, measured), (self.predicted, predicted)):
-            old = record.get(pruning_type, 0.0)
-            record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
-
-    def ratio(self, pruning_type: str) -> float:
-        """Factor that turns predicted into measured loss increase; 1 before the first measurement."""
-        predicted = self.predicted.get(pruning_type, 0.0)
-        if predicted <= 0.0:
-            return 1.0
-        return max(self.measured[pruning_type] / predicted, LEAST_RATIO)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price.
@@ -130,6 +102,23 @@ def candidates(
         event = Event(pruning_type, units[0], saliency, price)
         weighed.append(Candidate(event, allowed, landing.space.event_cost(pruning_type, widths)))
     return weighed
+
+
+def next_bundles(
+    ranking: Ranking, widths: Widths, *, landing: Landing, bound: float, types: Sequence[str]
+) -> list[Bundle]:
+    """Of every type that may fall now the events that calibration measures: about 1 % of the live parameters (at most
+    `bound`), at least one event, and none below the type's floor."""
+    space, bundles = landing.space, []
+    for pruning_type in types:
+        left = widths.count(pruning_type) - landing.least(pruning_type)
+        if left < 1 or not landing.reachable(widths.after(pruning_type)):
+            continue
+        share = min(bound, CALIBRATION_SHARE) * space.num_params(widths)
+        number = min(left, max(1, round(share / space.event_cost(pruning_type, widths))))
+        units, predicted = ranking.upcoming(pruning_type, number)
+        bundles.append(Bundle(pruning_type, [Cut(pruning_type, row) for row in units], predicted))
+    return bundles
 
 
 # The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.
