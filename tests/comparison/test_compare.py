@@ -48,7 +48,9 @@ class Inline:
 
 def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[str]) -> None:
     out = world.folder / "comparison"
-    path = world.write("compared", prune={"correction": "none", "bound": 0.2}, train={"batch_tokens": 64, "micro_batch": 2})
+    path = world.write(
+        "compared", prune={"correction": "none", "bound": 0.2}, train={"batch_tokens": 64, "micro_batch": 2}
+    )
     arms = "loop+distill,one-shot:wanda@loop,scratch+distill,dense"
     options = ("--arms", arms, "--seeds", "3,4", "--budget", "flops", "--lr-grid", "2", "--out", out)
     assert call("compare", path, *options) == 0
