@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ def test_a_picture_or_page_that_fails_leaves_a_finished_run(
     monkeypatch.setattr(report, "write_report", fail)
     assert call("prune", world.write("undrawn", train={"tokens": 1024}, run={"report": True})) == 0
     folder = world.folder / "runs" / "undrawn"
+    known = json.loads((folder / "source.json").read_text())["on_disk"]
+    assert known == [str(world.folder / name) for name in ("source", "train.jsonl", "validation.jsonl")]
     said = capsys.readouterr().err
     assert (folder / "summary.json").is_file()
     assert not (folder / "run.png").exists()

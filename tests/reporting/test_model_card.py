@@ -120,3 +120,46 @@ def test_what_was_not_pruned_is_not_called_pruned(tmp_path: Path, init: str, sai
     assert front["tags"] == ["efficientllm"]
     assert "smaller than its source" not in body
     assert ("inherits" in body) == (init == "pretrained")
+
+
+def test_a_source_of_the_disk_is_never_published_as_the_hub_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the folder has gone since, or the card is written from another one."""
+    monkeypatch.chdir(tmp_path)
+    recipe = "data: {train: [{path: data/books, weight: 3.0}, {path: org/wiki}], validation: [{path: held/out.jsonl}]}"
+    source = facts()["source"] | {"path": "models/mine", "on_disk": ["models/mine", "data/books", "held/out.jsonl"]}
+    front, body = parts(write_model_card(tmp_path, facts(source=source, recipe=recipe)))
+    assert "base_model" not in front
+    assert "https://huggingface.co/" not in body
+    assert front["datasets"] == ["org/wiki"]
+    assert "Trained on `books` (75%) and `org/wiki` (25%); validated on `out.jsonl`." in body
+    hub = source | {"on_disk": []}
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    front, _ = parts(write_model_card(tmp_path, facts(source=hub, recipe="data: {train: notes.txt}")))
+    assert front["base_model"] == "models/mine"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("data: {train: /a/notes.txt}", "Trained on `notes.txt`; validated on documents of it that were held out."),
+        (
+            "data: {train: [{path: 'C:\\x\\a.txt'}, {path: 'o/d:en:train'}, b.txt]}",
+            "`a.txt` (33%), `o/d` (33%) and `b.txt`",
+        ),
+        ("a: 1", "transformers 5.23.0."),
+    ],
+)
+def test_the_text_is_named_in_plain_words(tmp_path: Path, recipe: str, said: str) -> None:
+    assert said in parts(write_model_card(tmp_path, facts(recipe=recipe)))[1]
+
+
+def test_an_evaluation_says_how_it_was_made(tmp_path: Path) -> None:
+    values = {"acc,none": 0.625, "acc_stderr,none": 0.1, "acc_norm,none": 0.5, "acc_norm_stderr,none": math.nan}
+    results = {"results": {"boolq": values}, "harness": "0.4.13", "limit": 40, "num_fewshot": 0}
+    _, body = parts(write_model_card(tmp_path, facts(evaluation=results)))
+    assert "| boolq | acc | 0.6250 +- 0.1000 |" in body
+    assert "| boolq | acc_norm | 0.5000 |" in body
+    way = "lm-evaluation-harness 0.4.13; zero-shot; only the first 40 records of each task; +- is the standard error"
+    assert f"Measured with `efficientllm eval` ({way}):" in body
+    _, body = parts(write_model_card(tmp_path, facts(evaluation=results | {"limit": None})))
+    assert "; all records;" in body

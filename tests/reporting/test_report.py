@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import html
+import io
+import json
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import World
 from efficientllm.cli import main
+from efficientllm.reporting import report_plots
+from efficientllm.reporting.report_style import run_style
+from efficientllm.reporting.run_record import read_run
 
 FIGURES = ["loss", "saliency", "ratio", "architecture", "units", "throughput"]
 
@@ -109,34 +119,188 @@ def test_a_damaged_run_is_shown_as_far_as_it_goes(
     assert "is no run folder" in capsys.readouterr().err
 
 
+def edited(run: Path, folder: Path, **files: Any) -> Path:
+    """A copy of the run's records. files: name without dots -> what becomes of its content (None: unchanged)."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report*", "checkpoints", "model", ".lock"))
+    for name, change in files.items():
+        file = folder / name.replace("__", "/").replace("_json", ".json")
+        file.parent.mkdir(exist_ok=True)
+        if file.suffix == ".jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            file.write_text(
+                "".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in change(lines))
+            )
+        else:
+            file.write_text(json.dumps(change))
+    return folder
+
+
+WIDTHS = {"layers": 2, "hidden": 40, "heads": 4, "kv_heads": 2, "intermediate": 52}
+DAMAGES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # files, sentences on the page, figures left out
+    "all losses null": (
+        {"metrics_jsonl": lambda lines: [line | {"loss": None, "validation_loss": None} for line in lines]}, [], [],
+    ),
+    "one line of many": (
+        {"metrics_jsonl": lambda lines: [*lines[:5], "{torn", *lines[5:-1], lines[-1] | {"tokens": "6144"}]},
+        ["metrics.jsonl: 2 of 25 lines cannot be read and are left out"], [],
+    ),
+    "no parameters": (
+        {"metrics_jsonl": lambda lines: [
+            {name: value for name, value in line.items() if name != "live_parameters"} for line in lines
+        ]}, [], [],
+    ),
+    "source without widths": (
+        {"source_json": {"path": "x"}}, ["source.json is not of the form that efficientllm writes and is left out"], [],
+    ),
+    "a list as source, no summary": (
+        {"source_json": [1], "summary_json": []},
+        ["source.json is not of the form", "summary.json is not of the form"], ["ratio", "architecture", "units"],
+    ),
+    "other widths": (
+        {"source_json": {"parameters": 9, "widths": WIDTHS | {"intermediate": 2}}},
+        ["the map of units is left out: events and compactions do not fit each other"], ["units"],
+    ),
+    "other samples": ({"samples_json": {"prompt": "x"}}, ["samples.json is not of the form"], []),
+    "other evaluation": ({"eval__results_json": {"results": {"piqa": 3}}}, ["results.json is not of the form"], []),
+    "other bench": ({"bench__results_json": {"models": 3}}, ["bench/results.json is not of the form"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_what_is_damaged_costs_itself_alone(run: Path, tmp_path: Path, damage: str) -> None:
+    files, sentences, left_out = DAMAGES[damage]
+    broken = edited(run, tmp_path / "broken", **files)
+    assert call("report", broken, "--no-samples") == 0
+    text = html.unescape((broken / "report.html").read_text())
+    for sentence in sentences:
+        assert sentence in text
+    assert text.count('class="note"') == len(sentences)
+    assert "no step has been recorded" not in text
+    assert list(Page(text).paths) == [name for name in FIGURES if name not in left_out]
+    assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+
+
+def test_a_figure_that_fails_is_a_note(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(report_plots, "_ratio", fail)
+    assert call("report", run, "--out", tmp_path) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "the figure of ratio is left out: by nothing" in text
+    assert list(Page(text).paths) == [name for name in FIGURES if name != "ratio"]
+
+
+def test_the_page_says_how_tasks_were_measured(run: Path, tmp_path: Path) -> None:
+    results = {"results": {"piqa": {"acc,none": 0.5125, "acc_stderr,none": 0.0625}}}
+    results |= {"harness": "0.4.13", "limit": 40, "num_fewshot": 0}
+    folder = edited(run, tmp_path / "measured", eval__results_json=results)
+    assert call("report", folder, "--no-samples") == 0
+    text = (folder / "report.html").read_text()
+    assert "<td>piqa</td><td>acc</td><td>0.5125</td><td>0.0625</td>" in text
+    assert "lm-evaluation-harness 0.4.13; zero-shot; only the first 40 records of each task" in text
+
+
+def test_many_runs_are_told_apart_below_the_data(run: Path) -> None:
+    runs = [read_run(run, f"an arm with a long name, number {index}") for index in range(9)]
+    assert len({run_style(index) for index in range(28)}) == 28
+    for name, _, make in report_plots.figures(runs):
+        figure = make()
+        assert figure is not None
+        if name in ("architecture", "units"):
+            continue
+        figure.savefig(io.BytesIO())  # lays it out
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) == 9  # one entry a run
+        top = legend.get_window_extent().y1
+        assert all(axes.get_window_extent().y0 > top for axes in figure.axes), name
+        assert all(axes.get_window_extent().height > 120 for axes in figure.axes), name
+        assert legend.get_window_extent().x1 < figure.bbox.x1, name
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def browse(page: Path, folder: Path) -> tuple[list[str], set[str], Path]:
-    """Console messages, addresses requested from this machine's network, and a screenshot of a page."""
+# Reports of the page itself: where its figures lie, and whether it or they have to be scrolled sideways.
+WHERE = """<script>
+const places = [...document.querySelectorAll("figure")].map(figure => {
+  const { left, top, width, height } = figure.getBoundingClientRect(), box = figure.querySelector(".wide")
+  return [figure.id, left, top, width, height, box.scrollWidth > box.clientWidth]
+})
+console.info("PLACES" + JSON.stringify([innerWidth, document.documentElement.scrollWidth, places]) + "END")
+</script></body>"""
+DESKTOP, PHONE, TALL = 900, 360, 6000
+
+
+def browse(page: Path, folder: Path, *flags: str) -> tuple[list[str], set[str], Path]:
+    """Console messages, addresses asked for, and a picture of the page."""
     assert CHROMIUM is not None
+    folder.mkdir()
     log, picture = folder / "net.json", folder / "page.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}"]
-    flags += ["--enable-logging=stderr", f"--log-net-log={log}", f"--screenshot={picture}", "--window-size=900,3000"]
-    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
+    kept = ["--enable-logging=stderr", f"--log-net-log={log}", f"--screenshot={picture}", "--hide-scrollbars"]
+    size = f"--window-size={DESKTOP + PHONE},{TALL}"
+    command = [CHROMIUM, *quiet, *kept, size, *flags, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
     urls = re.findall(r'"url":"(https?://[^"]+)"', log.read_text())
-    return re.findall("CONSOLE.*", done.stderr), {url for url in urls if "google" not in url}, picture
+    console = re.findall(r"CONSOLE[^\n]*", done.stderr)
+    return console, {url for url in urls if "google" not in url}, picture
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_browser_opens_it_without_error_or_request(run: Path, tmp_path: Path) -> None:
-    console, requests, picture = browse(run / "report.html", tmp_path)
-    assert not console
-    assert not requests
+def side_by_side(run: Path, folder: Path, *, control: bool) -> Path:
+    """The run's page on a desktop and on a phone; control: and a page that does what is looked for."""
+    (folder / "report.html").write_text((run / "report.html").read_text().replace("</body>", WHERE))
+    (folder / "control.html").write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("heard")</script>')
+    frame = '<iframe src="{}" style="position:absolute;border:0;top:0;left:{}px;width:{}px;height:{}px"></iframe>'
+    frames = [frame.format("report.html", 0, DESKTOP, TALL), frame.format("report.html", DESKTOP, PHONE, TALL)]
+    frames += [frame.format("control.html", 0, 1, 1)] if control else []
+    page = folder / "both.html"
+    page.write_text(f"<!doctype html><body style='margin:0'>{''.join(frames)}</body>")
+    return page
+
+
+def crops(console: list[str], picture: Path) -> Iterator[tuple[int, str, bool, np.ndarray]]:
+    """Width of the screen, name, whether it has to be scrolled, and the picture of every figure."""
     from matplotlib.image import imread
 
     shown = imread(picture)[..., :3]
-    assert shown.shape[:2] == (3000, 900)
-    assert ((shown.max(axis=2) - shown.min(axis=2)) > 0.25).mean() > 0.005  # coloured lines, not an empty page
-    control = tmp_path / "control.html"  # what is looked for above would be seen
-    control.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("heard")</script>')
-    (tmp_path / "control").mkdir()
-    console, requests, _ = browse(control, tmp_path / "control")
-    assert any("heard" in line for line in console)
-    assert "http://127.0.0.1:9/x.png" in requests
+    assert shown.shape[:2] == (TALL, DESKTOP + PHONE)
+    for found in (re.search("PLACES(.*)END", line) for line in console):
+        if found is None:
+            continue
+        screen, whole, places = json.loads(found[1])
+        assert whole <= screen  # the page itself is never scrolled sideways
+        for name, left, top, width, height, scrolled in places:
+            assert top + height < TALL
+            x = int(left) + (DESKTOP if screen == PHONE else 0)
+            yield screen, name, scrolled, shown[int(top) : int(top + height), x : x + int(width)]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_every_figure_without_error_or_request(run: Path, tmp_path: Path, dark: bool) -> None:
+    if CHROMIUM is None and os.environ.get("CI") != "true":
+        pytest.skip("no Chromium on this machine")
+    assert CHROMIUM is not None, "no Chromium on this machine: apt-get install chromium"
+    page = side_by_side(run, tmp_path, control=dark)
+    flags = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    console, requests, picture = browse(page, tmp_path / "browser", *flags)
+    errors = [line for line in console if "PLACES" not in line]
+    if dark:  # what the light one must not have would be seen
+        assert any("heard" in line for line in errors)
+        assert requests == {"http://127.0.0.1:9/x.png"}
+    else:
+        assert not errors
+        assert not requests
+    seen = []
+    for screen, name, scrolled, shown in crops(console, picture):
+        seen.append((screen, name))
+        assert scrolled == (screen == PHONE)
+        lightness, paper = shown.mean(axis=2), np.median(shown, axis=(0, 1))
+        assert (np.abs(shown - paper).max(axis=2) > 0.2).mean() > 0.02, name  # lines, not an empty box
+        assert (shown.max(axis=2) - shown.min(axis=2) > 0.15).mean() > 0.001, name  # in colour
+        if name == "units":  # its own colours cover it: the margin with the labels tells the paper
+            lightness = lightness[:, :20]
+        assert (np.median(lightness) < 0.25) == dark, name
+        assert ((lightness > 0.95).mean() < 0.05) == dark, name
+    assert sorted(seen) == sorted((screen, name) for screen in (DESKTOP, PHONE) for name in FIGURES)

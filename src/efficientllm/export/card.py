@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from efficientllm import __version__
 from efficientllm.export.subject import Subject
 from efficientllm.models.space import head_dim_of
-from efficientllm.reporting.card_metadata import hub_id, kind_of, license_of, metadata, title_of
+from efficientllm.reporting.card_metadata import base_model, kind_of, license_of, metadata, title_of
 from efficientllm.reporting.journal import write_atomically
 from efficientllm.reporting.model_card import TRANSFORMERS_USAGE, card_title, model_card
 from efficientllm.sizes import format_count
@@ -94,7 +94,7 @@ class Card:
 
     @property
     def base_model(self) -> str | None:
-        return hub_id(str(self.facts["source"]["path"])) if self.facts else None
+        return base_model(self.facts["source"]) if self.facts else None
 
     @property
     def tags(self) -> list[str]:

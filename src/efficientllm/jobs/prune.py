@@ -109,6 +109,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     facts: dict[str, Any] = {
         "path": recipe.source,
         "init": recipe.init,
+        "on_disk": on_disk(recipe),
         "parameters": state.allocated_parameters,
         "widths": asdict(widths_of(job.config)),
         "validation_loss": loss,
@@ -121,6 +122,12 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return state, facts
+
+
+def on_disk(recipe: Recipe) -> list[str]:
+    """Which of the recipe's source and texts lie on this machine: the others are the hub's, for a card to name."""
+    named = [recipe.source, *(each.path for each in (*recipe.data.train, *(recipe.data.validation or ())))]
+    return [path for path in dict.fromkeys(named) if Path(path).exists()]
 
 
 def _source_model(job: Job) -> PreTrainedModel:

@@ -8,8 +8,8 @@ from pathlib import Path
 from efficientllm.config import Recipe
 from efficientllm.jobs.samples import write_samples
 from efficientllm.reporting.journal import write_atomically
-from efficientllm.reporting.plots import save_figure
-from efficientllm.reporting.report_page import page
+from efficientllm.reporting.plot_style import save_figure
+from efficientllm.reporting.report_page import page, svg
 from efficientllm.reporting.report_plots import figures
 from efficientllm.reporting.run_record import RunRecord, read_run
 
@@ -23,12 +23,14 @@ def write_report(runs: Sequence[Path], out: Path, say: Callable[[str], None], *,
     folder that is no run; a run under way or damaged is shown as far as it goes, with a sentence on the page.
     """
     records = [_read(path, runs, say, samples=samples) for path in runs]
-    drawn = figures(records)
-    for name, (_, figure) in drawn.items():
-        for kind in ("svg", "png"):
-            save_figure(figure, out / PLOTS / f"{name}.{kind}")
-    content = page(records, drawn)
-    write_atomically(out / PAGE, content.encode())
+    notes: list[str] = []
+    drawn = _draw(records, out / PLOTS, notes)
+    for run in records:
+        for note in run.notes:
+            say(f"{run.path}: {note}")
+    for note in notes:
+        say(note)
+    write_atomically(out / PAGE, page(records, drawn, notes).encode())
     return out / PAGE
 
 
@@ -39,9 +41,24 @@ def _read(path: Path, runs: Sequence[Path], say: Callable[[str], None], *, sampl
     if samples and record.summary is not None and not record.samples:
         write_samples(path, say)
         record = read_run(path, name)
-    for note in record.notes:
-        say(f"{path}: {note}")
     return record
+
+
+def _draw(records: Sequence[RunRecord], folder: Path, notes: list[str]) -> dict[str, tuple[str, str]]:
+    """File stem -> (caption, inline SVG), each also as files; a figure that fails becomes a note, and no other does."""
+    drawn = {}
+    for name, caption, make in figures(records):
+        try:
+            figure = make()
+            if figure is None:
+                continue
+            drawn[name] = (caption, svg(figure, name))
+        except Exception as error:
+            notes.append(f"the figure of {name} is left out: {error or type(error).__name__}")
+            continue
+        for kind in ("svg", "png"):
+            save_figure(figure, folder / f"{name}.{kind}")
+    return drawn
 
 
 def report_after(recipe: Recipe, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""The block of metadata at the top of a model card, which the hub reads, and the table of an evaluation.
+"""The block of metadata at the top of a model card, which the hub reads, and what else a card says of its origin.
 
 The keys are those of https://huggingface.co/docs/hub/model-cards; what is not known is left out.
 """
@@ -6,7 +6,7 @@ The keys are those of https://huggingface.co/docs/hub/model-cards; what is not k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -23,9 +23,9 @@ def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["efficientllm", *(["pruned"] if kind_of(facts) == "pruned" else [])],
-        "base_model": hub_id(str(facts["source"]["path"])),
+        "base_model": base_model(facts["source"]),
         "license": facts.get("license"),
-        "datasets": _datasets(data),
+        "datasets": _datasets(data, facts["source"].get("on_disk")),
     }
     return {key: value for key, value in known.items() if value}
 
@@ -37,8 +37,19 @@ def kind_of(facts: Mapping[str, Any]) -> str:
     return "random" if facts["source"].get("init") == "random" else "trained"
 
 
-def hub_id(path: str) -> str | None:
-    """Return `path` when it names a repository on the hub (owner/name), None when it is a local folder."""
+def base_model(source: Mapping[str, Any]) -> str | None:
+    """The source's repository on the hub; None where it is a folder."""
+    return hub_id(str(source["path"]), source.get("on_disk"))
+
+
+def hub_id(path: str, on_disk: Any = None) -> str | None:
+    """Return `path` when it names a repository on the hub (owner/name), None when it is local.
+
+    on_disk: paths that were found on the disk when training began. By the time a card is written a folder may have
+    gone, or the current one be another; only for runs of older versions, which have not noted it, that has to do.
+    """
+    if isinstance(on_disk, list):
+        return path if path not in on_disk and _REPOSITORY.fullmatch(path) else None
     return path if _REPOSITORY.fullmatch(path) is not None and not Path(path).exists() else None
 
 
@@ -64,41 +75,41 @@ def license_of(folder: Path | str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _datasets(data: Any) -> list[str]:
+def _datasets(data: Any, on_disk: Any) -> list[str]:
     """Hub ids among the recipe's training sources, each once."""
-    sources = data.get("train") if isinstance(data, Mapping) else None
-    sources = sources if isinstance(sources, list) else [sources]
-    paths = [str(source.get("path")) if isinstance(source, Mapping) else str(source) for source in sources]
-    ids = (hub_id(path.split(":")[0]) for path in paths if not Path(path).suffix)
+    ids = (hub_id(path, on_disk) for path, _ in _sources(data, "train") if not Path(path).suffix)
     return list(dict.fromkeys(found for found in ids if found))
 
 
-def evaluation_table(results: Any) -> str | None:
-    """Task, metric and value of an evaluation's results; None where no number is found in them.
-
-    Read are {task: number}, {task: {metric: number}} and lm-evaluation-harness's {"results": {...}} with its
-    "acc,none" and standard errors, the latter of which are shown beside the value.
-    """
-    tasks = results.get("results", results.get("tasks", results)) if isinstance(results, Mapping) else None
-    if not isinstance(tasks, Mapping):
-        return None
-    rows = [row for task, values in tasks.items() for row in _rows(str(task), values)]
-    if not rows:
-        return None
-    return "\n".join(["| task | metric | value |", "| --- | --- | ---: |", *(f"| {' | '.join(row)} |" for row in rows)])
+def described_data(facts: Mapping[str, Any]) -> str:
+    """The texts in a sentence, such as "Trained on `HuggingFaceTB/cosmopedia` (70%) and `notes.txt` (30%)"."""
+    recipe = yaml.safe_load(str(facts.get("recipe", ""))) or {}
+    data = recipe.get("data") if isinstance(recipe, Mapping) else None
+    train, validation = (
+        _names(_sources(data, part), facts["source"].get("on_disk")) for part in ("train", "validation")
+    )
+    if not train:
+        return ""
+    held_out = f"validated on {validation}" if validation else "validated on documents of it that were held out"
+    return f"Trained on {train}; {held_out}."
 
 
-def _rows(task: str, values: Any) -> Iterator[tuple[str, str, str]]:
-    if _is_number(values):
-        yield task, "", f"{values:.4f}"
-    elif isinstance(values, Mapping):
-        for metric, value in values.items():
-            name, _, variant = str(metric).partition(",")
-            if not _is_number(value) or name.endswith("_stderr") or isinstance(value, int):
-                continue
-            error = values.get(f"{name}_stderr,{variant}" if variant else f"{name}_stderr")
-            yield task, name, f"{value:.4f}" + (f" +- {error:.4f}" if _is_number(error) else "")
+def _sources(data: Any, part: str) -> list[tuple[str, float]]:
+    """(path or hub id, weight) of each source."""
+    sources = data.get(part) if isinstance(data, Mapping) else None
+    found = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        path, weight = (source.get("path"), source.get("weight")) if isinstance(source, Mapping) else (source, 1.0)
+        if path:
+            windows = re.match(r"[A-Za-z]:[/\\]", str(path))
+            found.append((str(path) if windows else str(path).split(":")[0], float(weight or 1.0)))
+    return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _names(sources: list[tuple[str, float]], on_disk: Any) -> str:
+    total = sum(weight for _, weight in sources)
+    names = [
+        f"`{hub_id(path, on_disk) or last_component(path)}`" + (f" ({weight / total:.0%})" if len(sources) > 1 else "")
+        for path, weight in sources
+    ]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

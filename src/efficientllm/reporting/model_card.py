@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from efficientllm.reporting.card_metadata import (
-    evaluation_table,
-    hub_id,
+    base_model,
+    described_data,
     kind_of,
     last_component,
     metadata,
     title_of,
 )
+from efficientllm.reporting.evaluation_table import evaluation_table, evaluation_way
 from efficientllm.reporting.journal import write_atomically
 from efficientllm.sizes import format_count
 
@@ -46,7 +47,8 @@ Losses are nats per token on the validation text of this run; perplexity is thei
 ## How it was made
 
 {tokens} training tokens, {events} pruning events and {compactions} compactions in {duration},
-with efficientllm {efficientllm}, torch {torch} and transformers {transformers}. The recipe:
+with efficientllm {efficientllm}, torch {torch} and transformers {transformers}.
+{data} The recipe:
 
 {fence}yaml
 {recipe}
@@ -102,11 +104,11 @@ def model_card(
 
     `facts` has "source" and "result" ("path", "parameters", "widths", "validation_loss" in nats or None), "tokens",
     "events", "compactions", "seconds", the versions "efficientllm", "torch", "transformers", and "recipe" (YAML);
-    it may have "license" and "evaluation" (see evaluation_table).
+    it may have "license" and "evaluation" (see evaluation_rows), and source "on_disk" (see hub_id).
     Absolute paths are shown by their last component: the card is published, the machine's folders are not.
     """
     source, result = facts["source"], facts["result"]
-    base, kind = hub_id(str(source["path"])), kind_of(facts)
+    base, kind = base_model(source), kind_of(facts)
     names = {
         "result_count": format_count(result["parameters"]),
         "source_name": f"[{base}](https://huggingface.co/{base})" if base else f"`{title_of(source)}`",
@@ -128,6 +130,7 @@ def model_card(
         efficientllm=facts["efficientllm"],
         torch=facts["torch"],
         transformers=facts["transformers"],
+        data=described_data(facts),
         fence=_fence(recipe),
         recipe=recipe,
         comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
@@ -142,7 +145,10 @@ def card_title(facts: Mapping[str, Any]) -> str:
 
 def _evaluation(results: Any) -> str:
     table = evaluation_table(results)
-    return "" if table is None else f"\nMeasured with `efficientllm eval`:\n\n{table}\n"
+    if table is None:
+        return ""
+    way = evaluation_way(results)
+    return f"\nMeasured with `efficientllm eval`{f' ({way})' if way else ''}:\n\n{table}\n"
 
 
 def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:

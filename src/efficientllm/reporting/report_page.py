@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from efficientllm.reporting.bench_table import bench_parts
+from efficientllm.reporting.evaluation_table import evaluation_rows, evaluation_way
 from efficientllm.reporting.run_record import RunRecord
 from efficientllm.sizes import format_count
 
@@ -20,14 +21,18 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e6e3; --paper: #16181a; --soft: #202326; --line: #3a3f44; --link: #56B4E9 }
   figure:not(#units) svg { filter: invert(0.91) hue-rotate(180deg) }
-  figure#units svg { opacity: .9 }
+  /* The map's colours mean something and stay; its paper, text and lines are the page's. */
+  #units svg text { fill: var(--ink) !important }
+  #units svg [style*="fill: #ffffff"] { fill: none !important }
+  #units svg [style*="stroke: #000000"] { stroke: var(--ink) !important }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.2rem; max-width: 62rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper) }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-figure { margin: 1.2rem 0; overflow-x: auto } figure svg { width: 100%; height: auto; display: block }
-figcaption { font-size: .9rem; opacity: .85; margin-bottom: .3rem }
+figure { margin: 1.2rem 0 } figcaption { font-size: .9rem; opacity: .85; margin-bottom: .3rem }
+/* On a phone a plot scrolls sideways in its own box: shrunk to the screen its text would be 6 px high. */
+figure svg { width: 100%; min-width: 38rem; height: auto; display: block }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th:first-child, td:first-child, .left th { text-align: left }
@@ -38,8 +43,8 @@ summary { cursor: pointer; color: var(--link) }
 """
 
 
-def page(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, Figure]]) -> str:
-    """HTML of one or several runs."""
+def page(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, str]], notes: Sequence[str] = ()) -> str:
+    """HTML of one or several runs. figures: id -> (caption, inline SVG). notes: sentences about none of them alone."""
     title = " and ".join(run.name for run in runs)
     return "\n".join(
         [
@@ -49,21 +54,22 @@ def page(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, Figure]]) -
             '<link rel="icon" href="data:,">',  # or the browser would ask for one
             f"<title>{html.escape(title)}: efficientllm</title><style>{STYLE}</style></head><body>",
             f"<h1>{html.escape(title)}</h1>",
-            *_body(runs, figures),
+            *_body(runs, figures, notes),
             "</body></html>",
             "",
         ]
     )
 
 
-def _body(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, Figure]]) -> Iterator[str]:
+def _body(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, str]], notes: Sequence[str]) -> Iterator[str]:
     for run in runs:
-        for note in run.notes:
-            yield f'<p class="note">{html.escape(run.name)}: {html.escape(note)}</p>'
+        yield from (_note(f"{run.name}: {note}") for note in run.notes)
+    yield from map(_note, notes)
     yield "<h2>Source and result</h2>"
     yield from _models(runs)
-    for name, (caption, figure) in figures.items():
-        yield f'<figure id="{name}"><figcaption>{html.escape(caption)}</figcaption>{svg(figure, name)}</figure>'
+    for name, (caption, drawn) in figures.items():
+        yield f'<figure id="{name}"><figcaption>{html.escape(caption)}</figcaption>'
+        yield f'<div class="wide">{drawn}</div></figure>'
     for run in runs:
         yield from _evaluation(run)
         yield from _bench(run)
@@ -73,6 +79,10 @@ def _body(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, Figure]]) 
             label = f"Recipe of {run.name}" if len(runs) > 1 else "Recipe"
             yield f"<h2>{html.escape(label)}</h2><details open><summary>config.yaml</summary>"
             yield f"<pre>{html.escape(run.recipe)}</pre></details>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def _models(runs: Sequence[RunRecord]) -> Iterator[str]:
@@ -91,7 +101,8 @@ def _shape(facts: Mapping[str, Any]) -> list[str]:
     names = ("hidden", "heads", "kv_heads", "intermediate", "layers")
     loss = facts.get("validation_loss")
     shape = [str(widths[name]) for name in names]
-    return [format_count(facts["parameters"]), *shape, "-" if loss is None else f"{loss:.4f}"]
+    parameters = facts["parameters"]
+    return ["-" if parameters is None else format_count(parameters), *shape, "-" if loss is None else f"{loss:.4f}"]
 
 
 def _outcome(run: RunRecord) -> list[str]:
@@ -99,7 +110,7 @@ def _outcome(run: RunRecord) -> list[str]:
     seen = [line["validation_loss"] for line in run.metrics if line.get("validation_loss") is not None]
     facts = (run.summary or {}).get("result")
     if facts is None and "widths" in last:
-        facts = {"parameters": last["live_parameters"], "widths": last["widths"]}
+        facts = {"parameters": last.get("live_parameters"), "widths": last["widths"]}
         facts["validation_loss"] = seen[-1] if seen else None
     shape = _shape(facts) if facts else ["-"] * 7
     flops = last.get("flops")
@@ -114,22 +125,27 @@ def _row(cells: Sequence[str], *, text: bool = False) -> str:
 
 
 def _evaluation(run: RunRecord) -> Iterator[str]:
-    results = (run.evaluation or {}).get("results") or {}
-    if not results:
+    rows = evaluation_rows(run.evaluation)
+    if not rows:
         return
-    yield f"<h2>{html.escape(run.name)}: zero-shot tasks</h2><div class='wide'><table><tbody>"
-    for task, values in results.items():
-        for metric, value in values.items():
-            if isinstance(value, float) and "_stderr" not in metric:
-                yield _row([task, metric.partition(",")[0], f"{100 * value:.2f}"])
+    yield f"<h2>{html.escape(run.name)}: zero-shot tasks</h2>"
+    yield f"<p>{html.escape(evaluation_way(run.evaluation))}</p>"
+    yield '<div class="wide"><table><thead>'
+    yield "<tr><th>task</th><th>metric</th><th>value</th><th>standard error</th></tr></thead><tbody>"
+    yield from map(_row, rows)
     yield "</tbody></table></div>"
 
 
 def _bench(run: RunRecord) -> Iterator[str]:
     """What `efficientllm bench` has measured with this run's model, backend by backend."""
     for result in run.bench:
-        yield f"<h2>{html.escape(run.name)}: what it costs to run, in {html.escape(result['settings']['backend'])}</h2>"
-        *tables, notes = bench_parts(result)
+        backend = html.escape(str(result["settings"]["backend"]))
+        yield f"<h2>{html.escape(run.name)}: what it costs to run, in {backend}</h2>"
+        try:
+            *tables, notes = bench_parts(result)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:  # a file of another version
+            yield _note(f"this result of bench is not of the form that efficientllm writes and is left out ({error!r})")
+            continue
         for head, *rows in tables:
             yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
             yield "</tr></thead><tbody>"

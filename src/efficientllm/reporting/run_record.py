@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from efficientllm.errors import UsageError
-from efficientllm.reporting.journal import read_journal
-
-Record = Mapping[str, Any]
+from efficientllm.reporting.run_forms import (
+    Record,
+    are_samples,
+    is_bench,
+    is_compaction,
+    is_evaluation,
+    is_event,
+    is_metrics,
+    is_model,
+    is_summary,
+    read_facts,
+    read_lines,
+)
 
 
 @dataclass
@@ -36,10 +43,6 @@ class RunRecord:
         return dict(self.source["widths"]) if self.source else None
 
 
-def _measured(content: Any) -> bool:
-    return isinstance(content, dict) and content.keys() >= {"settings", "machine", "models"}
-
-
 def read_run(path: Path, name: str | None = None) -> RunRecord:
     """Raises UsageError for a folder that holds no run."""
     if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
@@ -47,42 +50,30 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
             f"{path} is no run folder: it has neither config.yaml nor metrics.jsonl; name the run.dir of a run"
         )
     notes: list[str] = []
-
-    def journal(kind: str) -> list[Record]:
-        try:
-            return [line for line in read_journal(path / f"{kind}.jsonl") if "tokens" in line and "step" in line]
-        except UsageError as error:
-            notes.append(str(error))
-            return []
-
-    def facts(file: str) -> Any:
-        try:
-            return json.loads((path / file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            notes.append(f"{path / file} cannot be read ({error})")
-            return None
-
-    metrics = journal("metrics")
-    summary, source = facts("summary.json"), facts("source.json")
-    if not metrics:
+    metrics = read_lines(path / "metrics.jsonl", is_metrics, notes)
+    summary = read_facts(path / "summary.json", is_summary, notes)
+    if not metrics and not notes:
         notes.append("no step has been recorded yet")
-    elif summary is None:
+    elif not (path / "summary.json").is_file():
         notes.append("the run has not finished: what follows is its state when this page was written")
-    config = path / "config.yaml"
-    recipe = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
     return RunRecord(
-        path,
-        name or path.resolve().name,
-        metrics,
-        journal("events"),
-        journal("compactions"),
-        source or (summary or {}).get("source"),
-        summary,
-        recipe,
-        facts("samples.json") or [],
-        facts("eval/results.json"),
-        [found for file in sorted((path / "bench").glob("*.json")) if _measured(found := facts(f"bench/{file.name}"))],
-        notes,
+        path=path,
+        name=name or path.resolve().name,
+        metrics=metrics,
+        events=read_lines(path / "events.jsonl", is_event, notes),
+        compactions=read_lines(path / "compactions.jsonl", is_compaction, notes),
+        source=read_facts(path / "source.json", is_model, notes) or (summary or {}).get("source"),
+        summary=summary,
+        recipe=_text(path / "config.yaml"),
+        samples=read_facts(path / "samples.json", are_samples, notes) or [],
+        evaluation=read_facts(path / "eval" / "results.json", is_evaluation, notes),
+        bench=[each for file in sorted((path / "bench").glob("*.json")) if (each := read_facts(file, is_bench, notes))],
+        notes=notes,
     )
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
