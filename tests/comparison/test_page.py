@@ -23,10 +23,10 @@ def arm(mean: float, half: float, *, over: str = "seeds", lr: float = 2e-3) -> d
 
 def test_every_claim_has_its_interval_and_its_basis() -> None:
     lines = list(_verdict({"good": arm(-0.2, 0.1), "bad": arm(0.3, 0.1, over="windows"), "same": arm(0.01, 0.1)}))
-    together = "when all 3 comparisons of this table are tested together (Holm, 5 %)"
+    together = "after correction for 3 comparisons"
     assert lines[0] == f"* Better than the loop: `good` **-0.2000 (-0.3000 to -0.1000)**; holds {together}."
-    assert lines[1].endswith(f"; no longer holds {together}.")
-    assert "Holm" not in lines[2]
+    assert lines[1].endswith(f"; does not hold {together}.")
+    assert "correction" not in lines[2]
     assert "`bad` **+0.3000 (+0.2000 to +0.4000)**, over windows of one seed" in lines[1]
     assert "`same` +0.0100 (-0.0900 to +0.1100)" in lines[2]
     assert len(lines) == 3
@@ -36,14 +36,14 @@ def test_every_claim_has_its_interval_and_its_basis() -> None:
 def test_a_rate_at_the_edge_is_said_in_the_claim(lr: float, edge: bool) -> None:
     assert at_edge(arm(0.0, 0.1, lr=lr)) == edge
     (line,) = _verdict({"it": arm(0.0, 0.1, lr=lr)})
-    assert ("; `it` at the edge of the tried rates" in line) == edge
+    assert ("; `it` best at the edge of the tried rates" in line) == edge
 
 
 def test_a_loop_at_the_edge_weakens_every_claim() -> None:
     loop = arm(0.0, 0.1, lr=4e-3) | {"difference": None}
     lines = list(_verdict({"loop": loop, "it": arm(0.3, 0.1), "that": arm(0.3, 0.1, lr=1e-3)}))
-    assert "; `loop` at the edge" in lines[0]
-    assert "; `that` and `loop` at the edge" in lines[1]
+    assert "; `loop` best at the edge" in lines[0]
+    assert "; `that` and `loop` best at the edge" in lines[1]
 
 
 def test_sensitivity_to_the_rate_is_a_table() -> None:

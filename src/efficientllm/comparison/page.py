@@ -42,7 +42,9 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     yield (
         "FLOPs are those of training: steps, calibration, refreshed scores, corrections, the teacher's forward pass. "
         f"An arm meets a budget of FLOPs within {CLOSE:.0%}, or no claim is made about it. "
-        "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero."
+        "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero. Corrected for "
+        "several comparisons is what is claimed below each table, with all of its differences tested together (Holm, "
+        "5 %). An arm that is best at the edge of the tried rates may be better still beyond it."
     )
     yield from ("", *_reach(results))
     for budget, arms in results["budgets"].items():
@@ -199,14 +201,14 @@ def _verdict(arms: Mapping[str, Any]) -> Iterator[str]:
 def _among(difference: Mapping[str, Any], count: int) -> str:
     if count < 2:
         return "the only comparison of this table"
-    holds = "holds" if difference["survives"] else "no longer holds"
-    return f"{holds} when all {count} comparisons of this table are tested together (Holm, 5 %)"
+    holds = "holds" if difference["survives"] else "does not hold"
+    return f"{holds} after correction for {count} comparisons"
 
 
 def _edge_remark(name: str, arms: Mapping[str, Any]) -> str:
     edge = [each for each in dict.fromkeys((name, "loop")) if each in arms and at_edge(arms[each])]
     who = " and ".join(f"`{each}`" for each in edge)
-    return f"; {who} at the edge of the tried rates, so perhaps better still beyond it" if edge else ""
+    return f"; {who} best at the edge of the tried rates" if edge else ""
 
 
 def at_edge(arm: Mapping[str, Any]) -> bool:
