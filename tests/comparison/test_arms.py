@@ -10,7 +10,9 @@ from efficientllm.config import Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.training.planning import cost_of
 
 LOOP = {
     "result": {
@@ -79,3 +81,21 @@ def test_proportional_widths_fill_the_budget(world: World, share: float) -> None
     assert widths.intermediate == pytest.approx(space.widths.intermediate * widths.hidden / space.widths.hidden, abs=1)
     with pytest.raises(ValueError, match="raise the target"):
         proportional_widths(space, 10)
+
+
+def test_fixed_is_as_dear_as_the_loop_in_what_the_recipe_counts(world: World) -> None:
+    """A loop that prunes by KV cache may keep many parameters; matching those would leave `fixed` too large a cache."""
+    base = world.recipe("base", prune={"cost": "kv-cache", "target": {"kv_cache": "50%"}, "correction": "none"})
+    recipe = Recipe.model_validate(base)
+    config = load_config(recipe.source)
+    space = space_of(config)
+    found = {"layers": 2, "hidden": 40, "heads": 2, "kv_heads": 1, "intermediate": 52}
+    assert recipe.prune is not None
+    loop = {"result": {"path": "", "parameters": space.num_params(Widths(**found)), "widths": found}}
+    cost = cost_of(recipe.prune, config, 32)
+    settings = {"seed": 0, "lr": 1e-3, "tokens": 512, "folder": "x", "loop": loop}
+    for given, kv_heads in ((cost, 1), (None, 2)):
+        made = arm_recipe(parse_arm("fixed"), recipe, space, **settings, cost=given)  # type: ignore[arg-type]
+        assert made.prune is not None
+        assert isinstance(made.prune.target, WidthTarget)
+        assert made.prune.target.kv_heads == kv_heads

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from efficientllm.comparison import equal_flops
 from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.budget import CLOSE, fixed_cost, solved_tokens, tail_cost
 from efficientllm.comparison.equal_flops import Search
 from efficientllm.comparison.runner import Outcome
-from efficientllm.comparison.work import ArmResult
+from efficientllm.comparison.work import ArmResult, Work
 
 
 def test_tail_of_a_run_of_one_step() -> None:
@@ -36,7 +39,7 @@ def test_further_guesses_follow_the_runs() -> None:
 def outcome(folder: Path, tokens: int, fixed: float, share: float) -> Outcome:
     """A run that costs `fixed` and 2 FLOPs a token, and `share` a token more over its first half."""
     folder = folder / str(tokens)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     flops = [fixed + 2 * at + share * min(at, tokens / 2) for at in range(10, tokens + 1, 10)]
     lines = [{"tokens": 10 * (index + 1), "flops": cost} for index, cost in enumerate(flops)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -64,3 +67,22 @@ def test_what_cannot_meet_a_budget_says_so(tmp_path: Path) -> None:
     while (tokens := coarse.next_tokens(330)) is not None:
         coarse.tried.append(outcome(tmp_path, tokens, 0.0, 0.0))
     assert "within 2%: pruning alone costs 0, a batch 660, and the nearest run spent 0.88" in str(coarse.problem(330))
+
+
+def test_the_pipeline_charges_the_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch may spend what the source cost; scratch taught by the source may not, for it stands on it as the loop."""
+    runs = {name: outcome(tmp_path / name, 1000, 0.0, 0.0) for name in ("loop", "scratch", "scratch+distill", "dense")}
+    equal = {name: ArmResult(parse_arm(name), rate=1e-3, runs={0: run}) for name, run in runs.items()}
+
+    def run_work(comparison: object, work: Sequence[Work], *rest: object) -> list[Outcome]:
+        return [outcome(tmp_path / result.arm.name, tokens, 0.0, 0.0) for result, _, _, tokens in work]
+
+    monkeypatch.setattr(equal_flops, "run_work", run_work)
+    monkeypatch.setattr(equal_flops, "batch_tokens", lambda recipe: 10)
+    monkeypatch.setattr(equal_flops, "source_flops", lambda recipe, space: 6000)
+    found = equal_flops.equal_flops(SimpleNamespace(recipe=None, space=None), equal, "pipeline", print)  # type: ignore[arg-type]
+    assert list(found) == ["loop", "scratch", "scratch+distill"]
+    tokens = {name: [run.summary["tokens"] for run in arm.runs.values() if run.summary] for name, arm in found.items()}
+    assert tokens == {"loop": [1000], "scratch": [4000], "scratch+distill": [1000]}
+    assert [arm.inherited for arm in found.values()] == [6000, 0, 6000]
+    assert not equal["loop"].inherited

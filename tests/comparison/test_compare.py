@@ -12,7 +12,10 @@ import pytest
 from conftest import World, tiny_model
 from efficientllm.cli import main
 from efficientllm.comparison import runner, worker
+from efficientllm.comparison.arms import parse_arms
 from efficientllm.comparison.budget import CLOSE, close
+from efficientllm.comparison.work import Comparison
+from efficientllm.config import Recipe
 
 
 def call(*argv: str | Path) -> int:
@@ -138,13 +141,17 @@ def test_results_are_measured_on_tasks_too(world: World, in_process: list[str], 
     out = world.folder / "tasked"
     path = world.write("tasked", prune={"correction": "none"}, train={"tokens": 6 * 256})
     options = ["--arms", "dense", "--seeds", "1,2", "--lr-grid", "1", "--out", out]
-    assert call("compare", path, *options, "--tasks", "boolq", "--limit", "4", "--data-dir", tmp_path) == 0
+    assert call("compare", path, *options, "--tasks", "boolq,piqa", "--limit", "4", "--data-dir", tmp_path) == 0
     arms = json.loads((out / "results.json").read_text())["budgets"]["tokens"]
     assert arms["loop"]["tasks"]["boolq"]["difference"] is None
     dense = arms["dense"]["tasks"]["boolq"]
     assert 0 <= dense["mean"] <= 1
     assert dense["difference"]["mean"] == pytest.approx(dense["mean"] - arms["loop"]["tasks"]["boolq"]["mean"])
-    assert "| arm | boolq |" in (out / "comparison.md").read_text()
+    page = (out / "comparison.md").read_text()
+    assert "| arm | boolq | piqa |" in page
+    assert "`dense` is not measured on piqa: " in page  # its records are not there, and all else is kept
+    assert dense["difference"] is not None
+    assert "piqa" not in arms["dense"]["tasks"]
 
 
 def test_a_run_has_a_process_of_its_own(world: World, capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +173,7 @@ def test_a_run_has_a_process_of_its_own(world: World, capfd: pytest.CaptureFixtu
         (["--budget", "pipeline"], "set source_tokens"),
         (["--lr-grid", "1,a"], "'a' is no number"),
         (["--lr-grid", "1,-1"], "positive multiples"),
+        (["--tasks", "boolq", "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
     ],
 )
 def test_bad_requests_are_refused_at_once(
@@ -173,3 +181,27 @@ def test_bad_requests_are_refused_at_once(
 ) -> None:
     assert call("compare", world.write("refused"), *options) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_lies_ahead(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = world.write("dry"), world.folder / "dry"
+    options = ("--arms", "one-shot,scratch,dense", "--budget", "flops", "--out", out, "--dry-run")
+    assert call("compare", path, *options) == 0
+    said = capsys.readouterr().out
+    assert "equal tokens: 20 runs of 6.144K tokens (3 rates and 2 more seeds of 4 arms), 122.9K in all" in said
+    assert "budget flops: 9 to 27 runs" in said
+    assert not out.exists()
+
+
+def test_runs_side_by_side_only_where_each_has_a_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for device, devices in (("auto", 4), ("cuda", 4), ("cpu", 0), ("cuda:1", 0)):
+        recipe = Recipe.model_validate(world.recipe("devices", train={"device": device}))
+        made = Comparison.of(recipe, parse_arms(["dense"]), [0], ["tokens"], [1.0], world.folder)
+        assert made.devices == devices
+
+
+def test_the_help_shows_a_whole_arm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call("compare", "--help") == 0
+    assert "[@loop]" in capsys.readouterr().out

@@ -6,20 +6,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from efficientllm.comparison.page import _rates, _table, _verdict, at_edge
-from efficientllm.comparison.results import check_same_text
+from efficientllm.comparison.arms import parse_arm
+from efficientllm.comparison.page import _problems, _rates, _reach, _structure, _table, _verdict, at_edge
+from efficientllm.comparison.results import _between_shapes, arm_figures, check_same_text
+from efficientllm.comparison.runner import Outcome
+from efficientllm.comparison.work import ArmResult
 from efficientllm.errors import UsageError
 
 
 def arm(mean: float, half: float, *, over: str = "seeds", lr: float = 2e-3) -> dict[str, object]:
     low, high = mean - half, mean + half
     difference = {"mean": mean, "low": low, "high": high, "over": over, "resolved": low > 0 or high < 0}
+    difference["survives"] = mean < 0
     return {"difference": difference, "lr": lr, "losses_by_lr": {"0.001": 3.0, "0.002": 2.0, "0.004": 2.5}}
 
 
 def test_every_claim_has_its_interval_and_its_basis() -> None:
     lines = list(_verdict({"good": arm(-0.2, 0.1), "bad": arm(0.3, 0.1, over="windows"), "same": arm(0.01, 0.1)}))
-    assert lines[0] == "* Better than the loop: `good` **-0.2000 (-0.3000 to -0.1000)**."
+    together = "after correction for 3 comparisons"
+    assert lines[0] == f"* Better than the loop: `good` **-0.2000 (-0.3000 to -0.1000)**; holds {together}."
+    assert lines[1].endswith(f"; does not hold {together}.")
+    assert "correction" not in lines[2]
     assert "`bad` **+0.3000 (+0.2000 to +0.4000)**, over windows of one seed" in lines[1]
     assert "`same` +0.0100 (-0.0900 to +0.1100)" in lines[2]
     assert len(lines) == 3
@@ -29,14 +36,14 @@ def test_every_claim_has_its_interval_and_its_basis() -> None:
 def test_a_rate_at_the_edge_is_said_in_the_claim(lr: float, edge: bool) -> None:
     assert at_edge(arm(0.0, 0.1, lr=lr)) == edge
     (line,) = _verdict({"it": arm(0.0, 0.1, lr=lr)})
-    assert ("; `it` at the edge of the tried rates" in line) == edge
+    assert ("; `it` best at the edge of the tried rates" in line) == edge
 
 
 def test_a_loop_at_the_edge_weakens_every_claim() -> None:
     loop = arm(0.0, 0.1, lr=4e-3) | {"difference": None}
     lines = list(_verdict({"loop": loop, "it": arm(0.3, 0.1), "that": arm(0.3, 0.1, lr=1e-3)}))
-    assert "; `loop` at the edge" in lines[0]
-    assert "; `that` and `loop` at the edge" in lines[1]
+    assert "; `loop` best at the edge" in lines[0]
+    assert "; `that` and `loop` best at the edge" in lines[1]
 
 
 def test_sensitivity_to_the_rate_is_a_table() -> None:
@@ -51,9 +58,17 @@ def test_what_was_spent_of_a_budget_is_a_column(shares: tuple[float | None, floa
     names = ("loss", "bits_per_byte", "perplexity", "flops", "tokens")
     run = {"parameters": 10, "seconds": 1.0, "peak_memory_bytes": 2**20}
     runs = {seed: run | {"budget_spent": share} for seed, share in enumerate(shares)}
-    figures = {"lr": 2e-3, "spread": None, "difference": None, "mean": dict.fromkeys(names, 1.0), "runs": runs}
+    figures = {
+        "lr": 2e-3,
+        "inherited_flops": 5,
+        "spread": None,
+        "difference": None,
+        "mean": dict.fromkeys(names, 1.0),
+        "runs": runs,
+    }
     header, _, row = _table({"it": figures})
     assert ("| FLOPs / budget |" in header) == ("| 0.99 to 1.39 |" in row) == (shares[0] is not None)
+    assert "| 1 + 5 |" in row
 
 
 def test_runs_on_other_text_are_refused() -> None:
@@ -65,3 +80,42 @@ def test_runs_on_other_text_are_refused() -> None:
     for other in (outcome("books", 4), outcome("code", 3)):
         with pytest.raises(UsageError, match="runs/odd was trained or measured on other text"):
             check_same_text([outcome("books", 3), other])  # type: ignore[list-item]
+
+
+def test_an_arm_with_a_seed_that_diverged_claims_nothing() -> None:
+    summary = {"result": {"parameters": 1, "widths": {}, "path": "", "validation_loss": 1.0}, "tokens": 1, "flops": 1}
+    summary |= {"seconds": 1.0, "peak_memory_bytes": 1}
+    run = Outcome(summary, {"losses": [1.0, 2.0], "bytes": 8, "tokens": 2})
+    loop = ArmResult(parse_arm("loop"), runs=dict.fromkeys(range(3), run))
+    result = ArmResult(parse_arm("dense"), runs=dict.fromkeys(range(2), run))
+    assert arm_figures(result, loop)["difference"] is not None
+    result.keep(2, Outcome(None, None), print)
+    figures = arm_figures(result, loop)
+    assert figures["difference"] is None
+    assert figures["problem"] == "seed 2: its loss diverged"
+    assert list(_problems({"dense": figures}))[1] == "No claim about `dense`: seed 2: its loss diverged"
+
+
+def test_shapes_are_tested_where_two_seeds_have_each() -> None:
+    assert _between_shapes([[1.0, 1.1], [1.2]]) is None
+    assert _between_shapes([[1.0]]) is None
+    found = _between_shapes([[1.0], [1.1, 1.2], [2.0, 2.1, 2.2]])
+    assert found is not None
+    assert found["mean"] == pytest.approx(2.1 - 1.15)
+
+
+def test_structure_says_what_cannot_be_said() -> None:
+    widths = [{"intermediate": 72, "heads": 3, "hidden": 100}, {"intermediate": 112, "heads": 2, "hidden": 100}]
+    runs = {str(seed): {"widths": each, "loss": 4.0} for seed, each in enumerate(widths)}
+    overlap = {"ffn": {"jaccard": 0.5, "chance": 0.1}}
+    structure = {"loop": {"overlap": overlap, "spread": {"intermediate": 40, "heads": 1, "hidden": 0}, "shapes": None}}
+    lines = list(_structure({"structure": structure, "budgets": {"tokens": {"loop": {"runs": runs}}}}))
+    assert "| 40/1/0 |" in lines[-3]
+    assert "cannot be said: that takes two seeds" in lines[-1]
+
+
+def test_a_shape_that_was_given_is_said() -> None:
+    settings = {"seeds": [0, 1], "arms": ["loop", "one-shot@loop", "dense", "scratch+distill"]}
+    text = " ".join(_reach({"settings": settings}))
+    assert "`one-shot@loop`, `scratch+distill` were given" in text
+    assert "this one source" in text

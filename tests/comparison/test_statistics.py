@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efficientllm.comparison.statistics import chance_jaccard, jaccard, over_seeds, over_windows
+from efficientllm.comparison.statistics import (
+    between_groups,
+    chance_jaccard,
+    jaccard,
+    over_seeds,
+    over_windows,
+    student_p,
+    surviving,
+)
 
 
 def test_paired_interval_over_seeds() -> None:
@@ -42,3 +50,34 @@ def test_chance_jaccard_equals_enumeration(total: int, data: st.DataObject) -> N
     a = frozenset(range(first))
     want = statistics.fmean(jaccard([a, frozenset(b)]) for b in combinations(range(total), second))
     assert chance_jaccard(first, second, total) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "critical"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (30, 2.042)]
+)
+def test_students_tail_is_that_of_the_tables(degrees: int, critical: float) -> None:
+    assert student_p(critical, degrees) == pytest.approx(0.05, abs=1e-4)
+    assert student_p(0.0, degrees) == 1.0
+
+
+def test_holm_is_stricter_than_one_test_and_milder_than_bonferroni() -> None:
+    assert surviving({"a": 0.04}) == {"a"}
+    assert surviving({"a": 0.04, "b": 0.03}) == set()
+    assert surviving({"a": 0.01, "b": 0.02, "c": 0.04}) == {"a", "b", "c"}  # Bonferroni would keep `a` alone
+    assert surviving({"a": 0.001, "b": 0.04, "c": 0.03}) == {"a"}
+
+
+def test_p_and_interval_agree() -> None:
+    for other in ([1.0, 1.3, 1.1], [1.01, 1.3, 1.22]):
+        interval = over_seeds([1.2, 1.4, 1.3], other)
+        assert interval.resolved == (interval.p < 0.05)
+    assert over_seeds([1.5, 2.5], [1.0, 2.0]).p == 0.0
+    assert over_seeds([1.0, 2.0], [1.0, 2.0]).p == 1.0
+
+
+def test_two_groups_against_a_textbook() -> None:
+    interval = between_groups([3.0, 4.0, 5.0], [1.0, 2.0])  # pooled variance (2 + 0.5) / 3
+    half = 3.182 * math.sqrt(2.5 / 3 * (1 / 3 + 1 / 2))
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    with pytest.raises(ValueError, match="two values in each"):
+        between_groups([1.0], [1.0, 2.0])

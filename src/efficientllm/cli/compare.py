@@ -18,7 +18,9 @@ def compare(
     overrides: Overrides = None,
     arms: Annotated[
         str,
-        typer.Option(help="Comma-separated: BASE[:CRITERION][@loop][+second-order][+distill]; default: the full set."),
+        typer.Option(
+            help="Comma-separated: BASE[:CRITERION]\\[@loop][+second-order][+distill]; default: the full set."
+        ),
     ] = "",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which ones: 1,5,9.")] = "3",
     budget: Annotated[
@@ -31,9 +33,11 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="Records of each task; default: all.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local records of the tasks, as in `eval`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs and the page; default: RUN.DIR-compare.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say how many runs, tokens and FLOPs lie ahead, and run none.")] = False,
 ) -> None:
     """The loop against its rivals at equal budgets: same batches, tuned rates, several seeds, paired intervals."""
     from efficientllm.comparison.arms import DEFAULT_ARMS, parse_arms
+    from efficientllm.comparison.forecast import forecast
     from efficientllm.comparison.report import compare_and_report
     from efficientllm.comparison.work import Comparison
     from efficientllm.config import load_recipe
@@ -49,7 +53,7 @@ def compare(
         out or Path(f"{loaded.run.dir}-compare"),
         EvalRequest(_list(tasks), limit, data_dir=data_dir) if tasks else None,
     )
-    print(compare_and_report(comparison, say))
+    print(forecast(comparison) if dry_run else compare_and_report(comparison, say))
 
 
 def _list(text: str) -> list[str]:

@@ -20,8 +20,9 @@ from typing import Any
 
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
+from efficientllm.pruning.costs import Cost, Params
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import Space
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.shapes import proportional_widths
 
 DEFAULT_ARMS = (
@@ -112,10 +113,12 @@ def arm_recipe(
     tokens: int,
     folder: str,
     loop: Mapping[str, Any] | None,
+    cost: Cost | None = None,
 ) -> Recipe:
     """What one arm runs: the user's recipe with seed, peak rate, tokens and run folder, and the arm's own settings.
 
-    space: of the source. loop: summary of the loop with this seed, where the arm needs it.
+    space: of the source. loop: summary of the loop with this seed, where the arm needs it. cost: what the recipe prunes
+    by, in which `fixed` is to be no dearer than the loop; default: parameters.
     Raises UsageError where the result is no valid recipe, e.g. for a warm-up longer than the run.
     """
     content = recipe.model_dump(mode="json")
@@ -133,11 +136,13 @@ def arm_recipe(
         tokenizer = recipe.tokenizer or recipe.source
         content |= {"source": loop["result"]["path"], "tokenizer": tokenizer, "init": "random"}
     if arm.prunes:
-        content["prune"] = _prune_section(arm, prune, space, loop)
+        content["prune"] = _prune_section(arm, prune, space, loop, cost or Params(space))
     return Recipe.model_validate(content)
 
 
-def _prune_section(arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[str, Any] | None) -> dict[str, Any]:
+def _prune_section(
+    arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[str, Any] | None, cost: Cost
+) -> dict[str, Any]:
     if not arm.corrected:
         kept = {"correction_tokens"}
         prune = {key: value for key, value in prune.items() if not key.startswith("correction") or key in kept}
@@ -153,7 +158,7 @@ def _prune_section(arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[
         widths = found
         if arm.base == "fixed":
             try:
-                shape = proportional_widths(space, loop["result"]["parameters"])
+                shape = proportional_widths(space, cost(Widths(**found)), cost)
             except ValueError as error:
                 raise UsageError(str(error)) from error
             widths = {name: getattr(shape, name) for name in found}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from efficientllm.comparison.equal_flops import equal_flops
+from efficientllm.comparison.forecast import forecast
 from efficientllm.comparison.rates import tune_and_run
 from efficientllm.comparison.tasks import measure_tasks
 from efficientllm.comparison.work import ArmResult, Comparison, Say, summary_of
 from efficientllm.errors import UsageError
-from efficientllm.sizes import format_count
 
 
 def run_comparison(comparison: Comparison, say: Say) -> dict[str, dict[str, ArmResult]]:
@@ -18,9 +18,7 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, dict[str, ArmR
     """
     loop = ArmResult(comparison.arms[0])
     others = [ArmResult(arm) for arm in comparison.arms[1:]]
-    count = len(comparison.arms) * (len(comparison.grid) + len(comparison.seeds) - 1)
-    tokens = format_count(comparison.recipe.train.tokens)
-    say(f"equal tokens: {count} runs of {tokens} tokens; finished ones are only read")
+    say(forecast(comparison))
     tune_and_run(comparison, [loop], {}, say)
     if loop.problem:
         raise UsageError(f"the loop cannot be run, and all arms are compared with it: {loop.problem}")
@@ -30,6 +28,6 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, dict[str, ArmR
     for budget in comparison.budgets[1:]:
         results[budget] = equal_flops(comparison, results["tokens"], budget, say)
     if comparison.tasks is not None:
-        done = [run for arms in results.values() for arm in arms.values() for run in arm.runs.values()]
-        measure_tasks(done, comparison.tasks, comparison.recipe.train.device, say)
+        every = [arm for arms in results.values() for arm in arms.values()]
+        measure_tasks(every, comparison.tasks, comparison.recipe.train.device, say)
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from efficientllm.comparison.budget import (
@@ -75,19 +75,21 @@ class Search:
 def equal_flops(comparison: Comparison, equal: Mapping[str, ArmResult], budget: str, say: Say) -> dict[str, ArmResult]:
     """Arms again, at the rates found for equal tokens, within CLOSE of what the loop of each seed has spent.
 
-    Under `pipeline` only scratch arms run, with what the source's own pretraining cost on top. An arm that cannot meet
-    the budget keeps its nearest run, with its sentence.
+    Under `pipeline` only scratch arms run, with what the source's own pretraining cost on top; not where the source
+    teaches, for then it had to be trained for that arm as well. An arm that cannot meet the budget keeps its nearest
+    run, with its sentence.
     """
-    loop = equal["loop"]
+    source = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
+    loop = replace(equal["loop"], inherited=source)
     loops = {seed: summary_of(outcome) for seed, outcome in loop.runs.items()}
-    extra = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
     results = {"loop": loop}
     searches: list[Search] = []
     say(f"budget {budget}: up to {TRIES} runs of each arm and seed, until one is within {CLOSE:.0%} of the FLOPs")
     for name, known in equal.items():
         if name == "loop" or (budget == "pipeline" and known.arm.base != "scratch"):
             continue
-        result = results[name] = ArmResult(known.arm, known.rates, known.rate)
+        inherited, extra = (source, 0) if known.arm.distilled else (0, source)
+        result = results[name] = ArmResult(known.arm, known.rates, known.rate, inherited=inherited)
         if known.problem:
             result.problem = f"at equal tokens, {known.problem}"
             continue

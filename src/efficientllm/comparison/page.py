@@ -13,7 +13,7 @@ from efficientllm.sizes import format_count
 TITLES = {
     "tokens": "Equal training tokens",
     "flops": "Equal training FLOPs",
-    "pipeline": "Equal FLOPs of the whole pipeline, the source's own pretraining counted for scratch",
+    "pipeline": "Equal FLOPs of the whole pipeline, the source's own pretraining counted",
 }
 
 
@@ -42,8 +42,11 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     yield (
         "FLOPs are those of training: steps, calibration, refreshed scores, corrections, the teacher's forward pass. "
         f"An arm meets a budget of FLOPs within {CLOSE:.0%}, or no claim is made about it. "
-        "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero."
+        "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero. Corrected for "
+        "several comparisons is what is claimed below each table, with all of its differences tested together (Holm, "
+        "5 %). An arm that is best at the edge of the tried rates may be better still beyond it."
     )
+    yield from ("", *_reach(results))
     for budget, arms in results["budgets"].items():
         yield from ("", f"## {TITLES[budget]}", "")
         yield from _table(arms)
@@ -56,8 +59,36 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     if results["structure"]:
         yield from ("", "## Is the structure stable over seeds?", "")
         yield from _structure(results)
-    yield from ("", "## Recipe", "", "```yaml", settings["recipe"].rstrip(), "```", "")
+    yield from (
+        "",
+        "## Recipe",
+        "",
+        "As it was given. Arms set seed, rate, tokens, mode and shape by themselves, and correct or distil only where "
+        "their names say so.",
+    )
+    yield from ("", "```yaml", settings["recipe"].rstrip(), "```", "")
     yield f"efficientllm {settings['efficientllm']}, torch {settings['torch']}, transformers {settings['transformers']}"
+
+
+def _reach(results: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures do not say by themselves."""
+    seeds = len(results["settings"]["seeds"])
+    yield (
+        "An interval over seeds speaks of other orders of the batches (and, where an arm starts from fresh weights, of "
+        "other weights), from this one source and on this one validation text. The first seed's runs stand in it "
+        "although rates were chosen among them, on other windows."
+        if seeds > 1
+        else "With one seed an interval speaks of other windows of this validation text, not of other runs."
+    )
+    borrowed = [
+        name for name in results["settings"]["arms"] if "@loop" in name or name.startswith(("scratch", "fixed"))
+    ]
+    if borrowed:
+        names = ", ".join(f"`{name}`" for name in borrowed)
+        yield (
+            f"A loop has found the shape (of `fixed`: the size) that {names} were given; its FLOPs are not on their "
+            "bills."
+        )
 
 
 def _table(arms: Mapping[str, Any]) -> Iterator[str]:
@@ -83,7 +114,7 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
             f"{mean['perplexity']:.2f}",
             difference_cell(arm["difference"]),
             format_count(round(mean["tokens"])),
-            f"{mean['flops']:.3g}",
+            f"{mean['flops']:.3g}" + (f" + {arm['inherited_flops']:.3g}" if arm["inherited_flops"] else ""),
             *([_shares(runs)] if limited else []),
             f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
             f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
@@ -115,12 +146,14 @@ def _rates(arms: Mapping[str, Any]) -> Iterator[str]:
 
 def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
     """Accuracy in percent, mean over seeds, with the difference to the loop in points where it has an interval."""
-    tasks = list(dict.fromkeys(task for arm in arms.values() for task in arm["tasks"]))
+    tasks = list(dict.fromkeys(task for arm in arms.values() for task in [*arm["tasks"], *arm["task_problems"]]))
     if not tasks:
         return
     yield from ("", f"| arm | {' | '.join(tasks)} |", "| --- | " + " | ".join(["---"] * len(tasks)) + " |")
     for name, arm in arms.items():
         cells = []
+        if not arm["runs"]:
+            continue
         for task in tasks:
             found = arm["tasks"].get(task)
             difference = found["difference"] if found else None
@@ -131,6 +164,9 @@ def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
                 text = f"**{text}**" if difference["resolved"] else text
             cells.append(text)
         yield f"| {name} | {' | '.join(cells)} |"
+    for name, arm in arms.items():
+        for task, why in arm["task_problems"].items():
+            yield from ("", f"`{name}` is not measured on {task}: {why}")
 
 
 def difference_cell(difference: Mapping[str, Any] | None) -> str:
@@ -158,13 +194,21 @@ def _verdict(arms: Mapping[str, Any]) -> Iterator[str]:
     for title, holds in words.items():
         for name, each in differences.items():
             if holds(each):
-                yield f"* {title}: `{name}` {difference_cell(each)}{_edge_remark(name, arms)}."
+                among = f"; {_among(each, len(differences))}" if each["resolved"] else ""
+                yield f"* {title}: `{name}` {difference_cell(each)}{among}{_edge_remark(name, arms)}."
+
+
+def _among(difference: Mapping[str, Any], count: int) -> str:
+    if count < 2:
+        return "the only comparison of this table"
+    holds = "holds" if difference["survives"] else "does not hold"
+    return f"{holds} after correction for {count} comparisons"
 
 
 def _edge_remark(name: str, arms: Mapping[str, Any]) -> str:
     edge = [each for each in dict.fromkeys((name, "loop")) if each in arms and at_edge(arms[each])]
     who = " and ".join(f"`{each}`" for each in edge)
-    return f"; {who} at the edge of the tried rates, so perhaps better still beyond it" if edge else ""
+    return f"; {who} best at the edge of the tried rates" if edge else ""
 
 
 def at_edge(arm: Mapping[str, Any]) -> bool:
@@ -176,12 +220,29 @@ def at_edge(arm: Mapping[str, Any]) -> bool:
 def _structure(results: Mapping[str, Any]) -> Iterator[str]:
     yield "Jaccard index of the units that two seeds keep, mean over pairs and layers; in brackets: by chance."
     yield ""
-    kinds = list(dict.fromkeys(kind for arm in results["structure"].values() for kind in arm))
-    yield f"| arm | {' | '.join(kinds)} | widths by seed (FFN/heads/hidden) | loss by seed |"
-    yield "| --- | " + " | ".join(["---"] * len(kinds)) + " | --- | --- |"
+    kinds = list(dict.fromkeys(kind for arm in results["structure"].values() for kind in arm["overlap"]))
+    widths = "widths by seed (FFN/heads/hidden) | their spread | loss by seed | do two shapes differ in loss?"
+    yield f"| arm | {' | '.join([*kinds, widths])} |"
+    yield "| --- | " + " | ".join(["---"] * (len(kinds) + 4)) + " |"
     for name, arm in results["structure"].items():
-        cells = [f"{arm[kind]['jaccard']:.2f} ({arm[kind]['chance']:.2f})" if kind in arm else "-" for kind in kinds]
+        found = arm["overlap"]
+        cells = [
+            f"{each['jaccard']:.2f} ({each['chance']:.2f})" if (each := found.get(kind)) else "-" for kind in kinds
+        ]
         runs = results["budgets"]["tokens"][name]["runs"].values()
-        widths = ", ".join("{intermediate}/{heads}/{hidden}".format(**run["widths"]) for run in runs)
-        losses = ", ".join(f"{run['loss']:.3f}" for run in runs)
-        yield f"| {name} | {' | '.join(cells)} | {widths} | {losses} |"
+        cells.append(", ".join("{intermediate}/{heads}/{hidden}".format(**run["widths"]) for run in runs))
+        cells.append("{intermediate}/{heads}/{hidden}".format(**arm["spread"]))
+        cells.append(", ".join(f"{run['loss']:.3f}" for run in runs))
+        yield f"| {name} | {' | '.join([*cells, _shapes_cell(arm['shapes'])])} |"
+    if all(arm["shapes"] is None for arm in results["structure"].values()):
+        yield from (
+            "",
+            "Whether different shapes end at different losses cannot be said: that takes two seeds of each.",
+        )
+
+
+def _shapes_cell(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "cannot be said"
+    text = f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
+    return f"**{text}**" if difference["resolved"] else text

@@ -16,9 +16,9 @@ import transformers
 from efficientllm import __version__
 from efficientllm.comparison.rates import reported_windows
 from efficientllm.comparison.runner import Outcome
-from efficientllm.comparison.statistics import Interval, over_seeds, over_windows
+from efficientllm.comparison.statistics import Interval, between_groups, over_seeds, over_windows, surviving
 from efficientllm.comparison.structure import kept_units, overlaps
-from efficientllm.comparison.tasks import accuracies
+from efficientllm.comparison.tasks import task_accuracy
 from efficientllm.comparison.work import ArmResult, Comparison
 from efficientllm.config import dump_recipe
 from efficientllm.errors import UsageError
@@ -49,7 +49,7 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
         },
         "source": source["source"],
         "budgets": {
-            budget: {name: arm_figures(arm, arms["loop"], tasks) for name, arm in arms.items()}
+            budget: with_survivors({name: arm_figures(arm, arms["loop"], tasks) for name, arm in arms.items()})
             for budget, arms in results.items()
         },
         "structure": {
@@ -97,6 +97,8 @@ def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -
             for task in tasks
             if (pair := (_task(result, task), _task(loop, task))) and (values := list(pair[0].values()))
         },
+        "task_problems": dict(result.task_problems),
+        "inherited_flops": result.inherited,
         "mean": {
             name: _mean(runs.values(), name) for name in ("loss", "bits_per_byte", "perplexity", "flops", "tokens")
         },
@@ -105,9 +107,19 @@ def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -
     }
 
 
+def with_survivors(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Notes in each difference of loss whether it holds when all of the budget are tested together."""
+    found = surviving({name: arm["difference"]["p"] for name, arm in arms.items() if arm["difference"]})
+    for name, arm in arms.items():
+        if arm["difference"]:
+            arm["difference"]["survives"] = name in found
+    return arms
+
+
 def _task(result: ArmResult, task: str) -> dict[int, float]:
-    found = {seed: accuracies(outcome, [task]) for seed, outcome in result.runs.items()}
-    return {seed: values[task] for seed, values in found.items() if task in values}
+    """By seed; nothing where a seed is not measured, for the mean over the others would be no match for the rest."""
+    found = {seed: task_accuracy(outcome, task) for seed, outcome in result.runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None} if None not in found.values() else {}
 
 
 def _task_difference(own: dict[int, float], loop: dict[int, float]) -> dict[str, Any] | None:
@@ -160,16 +172,34 @@ def difference_to(result: ArmResult, loop: ArmResult) -> Interval | None:
 
 
 def structure(result: ArmResult) -> dict[str, Any]:
-    """Overlap of the units that each seed kept, by type; each seed's widths and loss."""
-    kept, source = [], None
+    """overlap: of the units that each seed kept, by type. spread: widest minus narrowest over seeds, by width.
+    shapes: whether seeds of different shapes differ in loss, None where no two shapes have two seeds each."""
+    kept, source, widths = [], None, []
+    shapes: dict[tuple[int, ...], list[float]] = {}
     for outcome in result.runs.values():
         assert outcome.summary is not None
         folder = Path(outcome.summary["result"]["path"]).parent
         source = Widths(**outcome.summary["source"]["widths"])
         journals = (read_journal(folder / f"{name}.jsonl") for name in ("events", "compactions"))
         kept.append(kept_units(source, *journals))
+        widths.append(outcome.summary["result"]["widths"])
+        shapes.setdefault(tuple(widths[-1].values()), []).append(statistics.fmean(reported_windows(outcome)))
     assert source is not None
-    return {name: asdict(overlap) for name, overlap in overlaps(kept, source).items()}
+    spread = {name: max(each[name] for each in widths) - min(each[name] for each in widths) for name in widths[0]}
+    return {
+        "overlap": {name: asdict(overlap) for name, overlap in overlaps(kept, source).items()},
+        "spread": spread,
+        "shapes": _between_shapes(list(shapes.values())),
+    }
+
+
+def _between_shapes(groups: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """Difference in loss between the two shapes with the most seeds."""
+    one, other = sorted([*groups, [], []], key=len, reverse=True)[:2]
+    if len(other) < 2:
+        return None
+    interval = between_groups(one, other)
+    return asdict(interval) | {"resolved": interval.resolved}
 
 
 def _mean(runs: Any, name: str) -> float | None:

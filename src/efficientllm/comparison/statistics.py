@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,12 +19,14 @@ _STUDENT = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference with its 95 % interval, and what it is over: seeds or validation windows."""
+    """A mean difference with its 95 % interval, what it is over (seeds, validation windows, runs of two shapes), and
+    how probable so large a one would be if there were none."""
 
     mean: float
     low: float
     high: float
     over: str
+    p: float
 
     @property
     def resolved(self) -> bool:
@@ -37,11 +39,50 @@ def over_seeds(own: Sequence[float], other: Sequence[float]) -> Interval:
     differences = [a - b for a, b in zip(own, other, strict=True)]
     if len(differences) < 2:
         raise ValueError("an interval over seeds needs at least two of them")
-    mean = statistics.mean(differences)
-    degrees = len(differences) - 1
-    student = _STUDENT[degrees - 1] if degrees <= len(_STUDENT) else 1.96
-    half = student * statistics.stdev(differences) / math.sqrt(len(differences))
-    return Interval(mean, mean - half, mean + half, "seeds")
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return _student_interval(statistics.mean(differences), error, len(differences) - 1, "seeds")
+
+
+def between_groups(own: Sequence[float], other: Sequence[float]) -> Interval:
+    """Student's interval of mean(own) - mean(other), unpaired, with one variance for both groups.
+
+    Raises ValueError for fewer than two values in a group.
+    """
+    if min(len(own), len(other)) < 2:
+        raise ValueError("a test between two groups needs at least two values in each")
+    degrees = len(own) + len(other) - 2
+    squares = sum((len(group) - 1) * statistics.variance(group) for group in (own, other))
+    error = math.sqrt(squares / degrees * (1 / len(own) + 1 / len(other)))
+    return _student_interval(statistics.mean(own) - statistics.mean(other), error, degrees, "runs")
+
+
+def _student_interval(mean: float, error: float, degrees: int, over: str) -> Interval:
+    half = error * (_STUDENT[degrees - 1] if degrees <= len(_STUDENT) else 1.96)
+    p = student_p(abs(mean) / error, degrees) if error > 0 else float(mean == 0)
+    return Interval(mean, mean - half, mean + half, over, p)
+
+
+def student_p(t: float, degrees: int) -> float:
+    """Probability that |T| > t for Student's T: the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine, odd = math.cos(angle), degrees % 2
+    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    inside = math.sin(angle) * total
+    return max(0.0, 1.0 - (2 / math.pi * (angle + inside) if odd else inside))
+
+
+def surviving(ps: Mapping[str, float], level: float = 0.05) -> set[str]:
+    """Names whose difference holds when all are tested together: Holm's procedure, which bounds the chance of even one
+    false claim by `level`."""
+    found = set()
+    for rank, name in enumerate(sorted(ps, key=lambda name: ps[name])):
+        if ps[name] > level / (len(ps) - rank):
+            break
+        found.add(name)
+    return found
 
 
 def over_windows(own: Sequence[float], other: Sequence[float], *, draws: int = 2000, seed: int = 0) -> Interval:
@@ -53,7 +94,9 @@ def over_windows(own: Sequence[float], other: Sequence[float], *, draws: int = 2
     chooser, count = random.Random(seed), len(differences)
     means = sorted(statistics.fmean(chooser.choices(differences, k=count)) for _ in range(draws))
     low, high = means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
-    return Interval(statistics.fmean(differences), low, high, "windows")
+    beyond = min(sum(mean <= 0 for mean in means), sum(mean >= 0 for mean in means))
+    p = min(1.0, 2 * (beyond + 1) / (draws + 1))
+    return Interval(statistics.fmean(differences), low, high, "windows", p)
 
 
 def jaccard(sets: Sequence[frozenset[int]]) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from efficientllm.comparison.runner import Outcome
+from efficientllm.comparison.work import ArmResult, Say, summary_of
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import (
     EvalRequest,
@@ -23,27 +26,51 @@ from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.reporting.journal import write_atomically
 
 
-def measure_tasks(outcomes: Iterable[Outcome], request: EvalRequest, device: str, say: Callable[[str], None]) -> None:
-    """Writes eval/results.json into each run folder that does not have these tasks, measured in this way, yet."""
+def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: str, say: Say) -> None:
+    """Writes eval/results.json into each run folder that does not have these tasks, measured in this way, yet.
+
+    A task that cannot be measured is noted in its arm's task_problems; the rest of the comparison stays.
+    """
     manager = check_tasks(request)
-    for outcome in outcomes:
-        assert outcome.summary is not None
-        model = Path(outcome.summary["result"]["path"])
-        file = model.parent / "eval" / "results.json"
-        known = known_results(file)
-        if same_way(known, way_of(request)) and set(request.tasks) <= set(known.get("results", ())):
-            continue
-        loaded = load_model(str(model), device=choose_device(device)).eval()
-        found = evaluate(loaded, load_tokenizer(str(model)), request, manager, say)
-        if found["problems"]:
-            task, why = next(iter(found["problems"].items()))
-            raise UsageError(f"task {task} cannot be measured: {why}")
-        file.parent.mkdir(exist_ok=True)
-        write_atomically(file, (json.dumps(joined_with(known, found), indent=1) + "\n").encode())
+    for result in results:
+        for outcome in result.runs.values():
+            try:
+                problems = _measure(outcome, request, manager, device, say)
+            except (UsageError, OSError) as error:
+                problems = dict.fromkeys(request.tasks, str(error))
+            result.task_problems = problems | result.task_problems
 
 
-def accuracies(outcome: Outcome, tasks: Iterable[str]) -> dict[str, float]:
-    """Task -> accuracy in [0, 1] of one run, normalised by length where the harness reports that."""
-    assert outcome.summary is not None
-    known = known_results(Path(outcome.summary["result"]["path"]).parent / "eval" / "results.json").get("results", {})
-    return {task: accuracy(known[task])[0] for task in tasks if task in known}
+def _measure(outcome: Outcome, request: EvalRequest, manager: Any, device: str, say: Say) -> dict[str, str]:
+    """What could not be measured: task -> why."""
+    model, file = _model_and_results(outcome)
+    known = known_results(file)
+    there: Mapping[str, Any] = known.get("results", {}) if same_way(known, way_of(request)) else {}
+    missing = [task for task in request.tasks if task not in there]
+    if not missing:
+        return _without_accuracy(there, request.tasks)
+    loaded = load_model(str(model), device=choose_device(device)).eval()
+    found = evaluate(loaded, load_tokenizer(str(model)), replace(request, tasks=missing), manager, say)
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, (json.dumps(joined_with(known, found), indent=1) + "\n").encode())
+    problems: dict[str, str] = found["problems"]
+    return _without_accuracy({**there, **found["results"]}, request.tasks) | problems
+
+
+def _without_accuracy(results: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, str]:
+    return {
+        task: "the harness gives no accuracy for it"
+        for task in tasks
+        if task in results and not {"acc,none", "acc_norm,none"} & set(results[task])
+    }
+
+
+def task_accuracy(outcome: Outcome, task: str) -> float | None:
+    """Accuracy in [0, 1] of one run, normalised by length where the harness reports that; None where unmeasured."""
+    known = known_results(_model_and_results(outcome)[1]).get("results", {})
+    return accuracy(known[task])[0] if task in known and not _without_accuracy(known, [task]) else None
+
+
+def _model_and_results(outcome: Outcome) -> tuple[Path, Path]:
+    model = Path(summary_of(outcome)["result"]["path"])
+    return model, model.parent / "eval" / "results.json"

@@ -19,7 +19,9 @@ from efficientllm.evaluation.harness import EvalRequest, check_tasks
 from efficientllm.jobs.run_folder import RunFolder, fingerprint
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
+from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.groups import Space
+from efficientllm.training.planning import cost_of
 
 Say = Callable[[str], None]
 Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop
@@ -31,7 +33,9 @@ class ArmResult:
     """One arm under one budget.
 
     rates: every rate tried -> loss with the first seed; runs: by seed, at the best. allowed: by seed, the FLOPs that
-    the budget grants; empty at equal tokens. problem: why no claim can be made about it.
+    the budget grants; empty at equal tokens. inherited: FLOPs of the source's pretraining where this budget counts
+    them and the arm stands on it. problem: why no claim can be made about it. task_problems: by task, why it is not
+    measured.
     """
 
     arm: Arm
@@ -39,7 +43,9 @@ class ArmResult:
     rate: float | None = None
     runs: dict[int, Outcome] = field(default_factory=dict)
     allowed: dict[int, float] = field(default_factory=dict)
+    inherited: int = 0
     problem: str | None = None
+    task_problems: dict[str, str] = field(default_factory=dict)
 
     def keep(self, seed: int, outcome: Outcome, say: Say) -> None:
         """Takes the run of a seed, or the reason why there is none."""
@@ -68,6 +74,7 @@ class Comparison:
     folder: Path
     devices: int = 0
     tasks: EvalRequest | None = None
+    cost: Cost | None = None
 
     @classmethod
     def of(
@@ -96,14 +103,18 @@ class Comparison:
             raise UsageError(f"'{unknown}' is no budget: choose from {', '.join(BUDGETS)}")
         if not grid or min(grid) <= 0 or len(set(grid)) < len(grid):
             raise UsageError("--lr-grid wants different positive multiples of train.lr, such as 0.5,1,2")
-        space = space_of(load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
+        config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
+        space, cost = space_of(config), cost_of(recipe.prune, config, recipe.data.sequence_length)
         if "pipeline" in budgets:
             source_flops(recipe, space)
         if tasks is not None:
+            if tasks.data_dir is not None and not tasks.data_dir.is_dir():
+                raise UsageError(f"--data-dir {tasks.data_dir} is no folder: give one as `efficientllm eval` takes it")
             check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
-        devices = torch.cuda.device_count()
-        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks)
+        # Runs side by side, one a GPU; a CPU, or one GPU of the user's choice, would only be shared among them.
+        devices = torch.cuda.device_count() if recipe.train.device in ("auto", "cuda") else 0
+        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks, cost)
 
 
 def loss_of(outcome: Outcome) -> float | None:
@@ -133,6 +144,7 @@ def run_work(comparison: Comparison, work: Sequence[Work], budget: str, loops: L
                 tokens=tokens,
                 folder=str(folder),
                 loop=loops.get(seed),
+                cost=comparison.cost,
             )
             recipes[index] = placed(recipe)
         except UsageError as error:

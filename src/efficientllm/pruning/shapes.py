@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from efficientllm.pruning.groups import Space, Widths
 
 
-def proportional_widths(space: Space, parameters: int) -> Widths:
-    """The widest shape of at most `parameters` whose hidden, heads and FFN keep the source's proportions.
+def proportional_widths(space: Space, limit: float, size: Callable[[Widths], float] | None = None) -> Widths:
+    """The widest shape of at most `limit` whose hidden, heads and FFN keep the source's proportions.
 
-    Heads are whole, groups of query heads stay as large, layers stay. Raises ValueError where nothing fits.
+    size: what the limit counts, such as a cost of pruning/costs.py; default: parameters. Heads are whole, groups of
+    query heads stay as large, layers stay. Raises ValueError where nothing fits.
     """
-    source, best = space.widths, None
-    for hidden in range(1, source.hidden + 1):
+    size = size or space.num_params
+    source = space.widths
+    for hidden in range(source.hidden, 0, -1):
         scale = hidden / source.hidden
         kv_heads = max(1, round(scale * source.kv_heads))
         heads, ffn = kv_heads * source.queries_per_kv, max(1, round(scale * source.intermediate))
         widths = Widths(source.layers, hidden, heads, kv_heads, ffn)
-        if space.num_params(widths) <= parameters:
-            best = widths
-    if best is None:
-        raise ValueError(f"no proportional shape has at most {parameters:,} parameters: raise the target")
-    return best
+        if size(widths) <= limit:
+            return widths
+    raise ValueError(
+        f"no proportional shape has at most {limit:,} {getattr(size, 'unit', 'parameters')}: raise the target"
+    )

@@ -1,0 +1,36 @@
+"""Whether a recipe belongs to a run folder: asking writes nothing, adopting writes the recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import World
+from efficientllm.config import Recipe
+from efficientllm.errors import UsageError
+from efficientllm.jobs.run_folder import RunFolder, fingerprint
+
+
+def test_a_check_writes_nothing(world: World) -> None:
+    recipe = Recipe.model_validate(world.recipe("checked"))
+    folder = RunFolder(recipe.run.dir)
+    folder.check(recipe)
+    assert not folder.path.exists()
+    folder.adopt(recipe)
+    (folder.checkpoints / "step-8").mkdir(parents=True)
+    before = folder.config.read_bytes()
+    other = Recipe.model_validate(world.recipe("checked", train={"lr": 5e-3}))
+    assert folder.difference(recipe) is None
+    assert folder.difference(other) == ("train.lr", 0.01, 0.005)
+    for refused in (folder.check, folder.adopt):
+        with pytest.raises(UsageError, match=r"belongs to a recipe with train\.lr=0\.01, not 0\.005"):
+            refused(other)
+    assert folder.config.read_bytes() == before
+
+
+def test_a_fingerprint_is_of_what_a_run_is_to_learn(world: World) -> None:
+    recipe = Recipe.model_validate(world.recipe("one"))
+    elsewhere = Recipe.model_validate(world.recipe("two", train={"device": "cpu"}, run={"keep": 5}))
+    assert fingerprint(recipe) == fingerprint(elsewhere)
+    assert len(fingerprint(recipe)) == 8
+    longer = Recipe.model_validate(world.recipe("one", train={"tokens": 48 * 256}))
+    assert fingerprint(recipe) != fingerprint(longer)
