@@ -37,12 +37,8 @@ if len(sys.argv) == 2:
     sys.exit("error: name a source and a text file, or neither: source_to_gguf.py [SOURCE TEXT_FILE]")
 if len(sys.argv) > 2:
     source, train, held_out = sys.argv[1], sys.argv[2], {}
-    length, tokens, batch, rate = (
-        1024,
-        "60M",
-        "32K",
-        2e-4,
-    )  # a trained model forgets at the rate that a new one learns at
+    length, tokens, batch = 1024, "60M", "32K"
+    rate = 5e-4  # as in recipes/: what has been trained wants a gentler rate than what begins
 else:
     size = DemoSize(
         vocabulary=512, hidden=64, layers=2, heads=2, intermediate=192, sequence_length=128, batch_tokens=2048

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import World, tiny_model
+from conftest import World, need_llamacpp, tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHAT = EXAMPLES / "edge" / "chat.py"
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(chat: Any, capsys: pyte
 
 
 def test_the_chat_speaks_with_a_real_file(world: World, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    need_llamacpp()
     from efficientllm.export.gguf import GGUFRequest, export_gguf
     from efficientllm.export.subject import subject_of
 
