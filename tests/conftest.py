@@ -61,13 +61,9 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
 
 
 def need_llamacpp() -> None:
-    """Skips a test that runs llama.cpp in a process of its own, as it comes: where it is not installed, and on
-    processors that announce AMX, whose tiles some virtual machines fault on."""
+    """Skips a test that runs llama.cpp in a process of its own, where it is not installed."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf", reason="the gguf package is not installed")
-    processor = Path("/proc/cpuinfo")
-    if processor.is_file() and "amx_tile" in processor.read_text():
-        pytest.skip("llama.cpp would use AMX, on which a virtual machine may fault")
 
 
 @pytest.fixture(autouse=True)
