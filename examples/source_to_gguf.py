@@ -15,7 +15,7 @@ from pathlib import Path
 from efficientllm.config import Recipe
 from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, write_architecture
 from efficientllm.export.gguf import GGUFRequest, export_gguf
-from efficientllm.export.hf import check_hf
+from efficientllm.export.hf import HFRequest, check_hf, export_hf
 from efficientllm.export.subject import subject_of
 from efficientllm.jobs.prune import run
 from efficientllm.jobs.report import write_report
@@ -33,9 +33,12 @@ folder = Path("runs/source-to-gguf")
 # Any Llama, Mistral, Qwen2 or Qwen3 in the hub's format, and text of the kind that it was trained on.
 
 # %%
+if len(sys.argv) == 2:
+    sys.exit("error: name a source and a text file, or neither: source_to_gguf.py [SOURCE TEXT_FILE]")
 if len(sys.argv) > 2:
     source, train, held_out = sys.argv[1], sys.argv[2], {}
     length, tokens, batch = 1024, "60M", "32K"
+    rate = 5e-4  # as in recipes/: what has been trained wants a gentler rate than what begins
 else:
     size = DemoSize(
         vocabulary=512, hidden=64, layers=2, heads=2, intermediate=192, sequence_length=128, batch_tokens=2048
@@ -45,7 +48,7 @@ else:
     run(Recipe.model_validate(stage_recipe(folder, "source", start, 100_000, size) | {"init": "random"}), say)
     source, train = str(folder / "source" / "model"), str(corpus / "train.jsonl")
     held_out = {"validation": str(corpus / "validation.jsonl")}
-    length, tokens, batch = 128, "60K", "2K"
+    length, tokens, batch, rate = 128, "60K", "2K", 1.5e-3
 
 # %% [markdown]
 # ## 2. Prune it while it trains
@@ -57,7 +60,7 @@ recipe = Recipe.model_validate(
     {
         "source": source,
         "data": {"train": train, "sequence_length": length} | held_out,
-        "train": {"tokens": tokens, "batch_tokens": batch, "micro_batch": 8, "lr": 1.5e-3},
+        "train": {"tokens": tokens, "batch_tokens": batch, "micro_batch": 8, "lr": rate},
         "prune": {"target": "50%", "end": "40%"},
         "run": {"dir": str(folder / "run"), "validation_tokens": "16K"},
     }
@@ -76,10 +79,12 @@ print(write_report([Path(recipe.run.dir)], Path(recipe.run.dir), say))
 # %% [markdown]
 # ## 4. One file for the device
 #
-# `check_hf` reloads the result in a fresh process by transformers alone. The GGUF file runs in llama.cpp and what is
-# built on it; `python examples/edge/chat.py FILE` talks to it.
+# In bf16 for transformers, where `check_hf` holds the exported folder against the run's model in a fresh process; as
+# GGUF for llama.cpp and what is built on it: `python examples/edge/chat.py FILE` talks to it.
 
 # %%
-print(check_hf(Path(after["path"]), Path(after["path"]), "float32"))
-file = export_gguf(GGUFRequest(subject_of(Path(recipe.run.dir)), "q8_0", overwrite=True), say)
+result = subject_of(Path(recipe.run.dir))
+exported = export_hf(HFRequest(result, "bfloat16", out=folder / "hf", overwrite=True), say)
+print(check_hf(result.folder, exported, "bfloat16"))
+file = export_gguf(GGUFRequest(result, "q8_0", overwrite=True), say)
 print(f"{file}: {file.stat().st_size:,} bytes")

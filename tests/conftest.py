@@ -60,6 +60,12 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
     return model
 
 
+def need_llamacpp() -> None:
+    """Skips a test that runs llama.cpp in a process of its own, where it is not installed."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before() -> Iterator[None]:
     """No test, and nothing that it calls in this process, may leave another number of threads behind: on some CPUs

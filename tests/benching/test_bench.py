@@ -12,7 +12,7 @@ from typing import Any, Self
 import pytest
 import torch
 
-from conftest import World, tiny_model
+from conftest import World, need_llamacpp, tiny_model
 from efficientllm.benching import runner, worker
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.subjects import Candidate
@@ -104,6 +104,33 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
     assert "Energy" in shown
     assert "what it costs to run, in transformers" in shown
     assert "what it costs to run, in llamacpp" in shown
+
+
+def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder and a file, each in its process, to the results and the page."""
+    need_llamacpp()
+    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.subject import subject_of
+
+    folder, file, out = world.folder / "source", tmp_path / "m.gguf", tmp_path / "bench.json"
+    export_gguf(GGUFRequest(subject_of(folder), "f32", file), lambda note: None)
+    options = ("--backend", "llamacpp", *SHORT, "--batch", "1,2", "--repeats", "2", "--json", out)
+    assert call("bench", folder, file, *options) == 0
+    page = capsys.readouterr().out
+    assert "llamacpp on cpu" in page
+    assert "f16 (.gguf files: as in the file)" in page
+    assert f"| {folder} | f16 |" in page
+    assert f"| {file} | f32 |" in page
+    result = json.loads(out.read_text())
+    assert "llama-cpp-python" in result["machine"]
+    weights = [model["facts"]["weight_bytes"] for model in result["models"]]
+    assert weights[0] < weights[1] < 2 * weights[0]  # norms are f32 in both
+    for model in result["models"]:
+        for batch in ("1", "2"):
+            found = model["batches"][batch]
+            assert len(found["samples"]) == 2
+            assert 0 < found["decode_tokens_per_second"]["low"] <= found["decode_tokens_per_second"]["high"]
+    assert result["models"][1]["batches"]["2"]["prefill_ratio"]["median"] > 0
 
 
 def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:

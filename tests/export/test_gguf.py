@@ -174,7 +174,7 @@ def test_a_k_quant_leaves_the_f16_file_and_the_command(make_model: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "instead"), [("q2_k", "iq4_nl"), ("q3_k_l", "iq4_nl"), ("q5_k_m", "q5_1"), ("q6_k", "q8_0")]
+    ("kind", "instead"), [("q2_k", "q4_0"), ("q3_k_l", "q4_0"), ("q5_k_m", "q5_1"), ("q6_k", "q8_0")]
 )
 def test_what_llamacpp_falls_back_to_is_named(kind: str, instead: str) -> None:
     config = tiny_config("llama-gqa", hidden_size=96, intermediate_size=256, head_dim=64)

@@ -1,7 +1,8 @@
 """Energy counters of the machine: RAPL of the processor through the kernel's files, NVML of an NVIDIA GPU.
 
-The kernel's files are read here and not through pyRAPL, whose last release is of 2019 and which knows Intel alone:
-AMD's counters lie in the same folder. RAPL counts the whole processor, other programs included.
+A deviation: elsewhere this package stands on libraries, here it reads the kernel's files itself. pyRAPL's last release
+is of 2019 and it knows Intel alone, though AMD's counters lie in the same folder; CodeCarbon and zeus are large for
+a few lines. RAPL counts the whole processor, other programs included.
 https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 """
 

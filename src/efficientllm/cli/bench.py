@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -57,10 +57,9 @@ def bench(
     from efficientllm.benching.contract import Settings
     from efficientllm.benching.results import result_of
     from efficientllm.benching.runner import measure_all, runs
-    from efficientllm.benching.subjects import candidates, homes
+    from efficientllm.benching.subjects import candidates
     from efficientllm.jobs.interruption import stopping
     from efficientllm.reporting.bench_table import bench_page
-    from efficientllm.reporting.journal import without_nonfinite, write_atomically
     from efficientllm.reporting.progress import track
 
     count = torch.get_num_threads() if threads is None else threads
@@ -80,11 +79,17 @@ def bench(
         with track("bench", runs(len(subjects), settings)) as bar:
             result = result_of(subjects, settings, measure_all(subjects, settings, bar.advance))
     print(bench_page(result))
+    _keep(result, models, settings.backend, out)
+
+
+def _keep(result: dict[str, Any], models: list[str], backend: str, out: Path | None) -> None:
+    """In the file that was asked for, and in the folders of the runs among the models."""
+    from efficientllm.benching.subjects import homes
+    from efficientllm.reporting.journal import without_nonfinite, write_atomically
+
     content = (json.dumps(without_nonfinite(result), indent=1) + "\n").encode()
-    if out is not None:
-        write_atomically(out, content)
-    for home in homes(models):
-        write_atomically(home / "bench" / f"{settings.backend}.json", content)
+    for file in [*([out] if out else []), *(home / "bench" / f"{backend}.json" for home in homes(models))]:
+        write_atomically(file, content)
 
 
 def _or(value: int | None, default: int) -> int:

@@ -34,12 +34,13 @@ WRITTEN = {
     "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-# And what most of their matrices become in llama.cpp's quantiser where a row is a multiple of 32, not of 256.
+# And what most of their matrices become where a row is a multiple of 32 and not of 256, as measured with the quantiser
+# of llama-cpp-python 0.3.36 (tests/export/test_llamacpp.py).
 K_QUANTS = {
-    "q2_k": "iq4_nl",
-    "q3_k_s": "iq4_nl",
-    "q3_k_m": "iq4_nl",
-    "q3_k_l": "iq4_nl",
+    "q2_k": "q4_0",
+    "q3_k_s": "q4_0",
+    "q3_k_m": "q4_0",
+    "q3_k_l": "q4_0",
     "q4_k_s": "q5_0",
     "q4_k_m": "q5_0",
     "q5_k_s": "q5_1",
