@@ -23,9 +23,7 @@ def test_what_differs_is_said_and_nothing_else() -> None:
     assert "began with those for MINE" in kernels
 
 
-def test_a_resumed_run_says_that_it_began_with_other_threads(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_says_that_it_began_with_other_threads(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, folder = world.write("threads", train={"tokens": 1024}), world.folder / "runs" / "threads"
     with pytest.raises(SystemExit):
         main(["prune", str(recipe)])

@@ -202,7 +202,8 @@ class Recipe(Section):
         default="pretrained", description="random: the source's architecture with fresh weights, the control"
     )
     resume: Text | None = Field(
-        default=None, description="Snapshot of a ladder to go on from: its weights, moments and place in the run"
+        default=None,
+        description="Checkpoint of another run, or snapshot of a ladder, to go on from: its weights, moments and place",
     )
     source_tokens: Count | None = Field(
         default=None, description="Tokens that the source was pretrained on; `compare --budget pipeline` counts them"

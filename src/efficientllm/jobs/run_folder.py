@@ -62,6 +62,16 @@ class RunFolder:
         for journal in self.journals:
             journal.sync()
 
+    def take_over(self, other: RunFolder) -> None:
+        """Writes another run's facts of its source and its journals here, in place of what there is."""
+        try:
+            for mine, theirs in zip(self.journals, other.journals, strict=True):
+                if theirs.path.is_file():
+                    write_atomically(mine.path, theirs.path.read_bytes())
+            write_atomically(self.source, other.source.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot copy the journals of {other.path} to {self.path} ({error})") from error
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps other processes off this folder. Raises UsageError when one is at work in it."""
