@@ -6,6 +6,7 @@ of a recipe's train section that the loop reads.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -226,7 +227,10 @@ class Subject:
         widths = compaction_widths(self.state, replace(plan, compact_at=0.0))
         assert widths is not None
         self._compile(False)
+        self._compiled = []  # of the blocks that are about to go
+        torch._dynamo.reset()
         self._engine = engine = None
+        gc.collect()
         synchronise(self.device)
         began = time.perf_counter()
         compact(self.state, widths, train, plan)  # type: ignore[arg-type]
