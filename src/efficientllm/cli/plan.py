@@ -65,7 +65,7 @@ def plan(
         print(json.dumps(asdict(found) | more, indent=1))
         return
     rows = _rows(found, spread.memory if spread else found.memory, bf16=bf16)
-    rows.append(("main memory, each node", f"{format_bytes(host)} while {min(gpus, per_node)} x the source is loaded"))
+    rows.append(("main memory, a node", f"{format_bytes(host)} while {min(gpus, per_node)} x the source is loaded"))
     if spread:
         rows += _sharding_rows(spread, gpus)
     if machine is not None and hours is not None:

@@ -108,6 +108,9 @@ class TrainConfig(Section):
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     seed: Natural = Field(default=0, description="Of fresh weights and of the order of the rows")
     compile: bool = Field(default=False, description="Run the model through torch.compile")
+    deterministic: bool = Field(
+        default=False, description="On a GPU: kernels that add up in the same order every time, slower ones"
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
     )

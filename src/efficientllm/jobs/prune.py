@@ -13,6 +13,7 @@ from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.distributed.watch import watched
 from efficientllm.errors import UsageError
+from efficientllm.jobs.arithmetic import deterministic
 from efficientllm.jobs.begin import begin
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
@@ -39,6 +40,7 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
     folder = RunFolder(recipe.run.dir, writes=ranks.leads)
     say = say if ranks.leads else lambda message: None
     with ExitStack() as held:
+        held.enter_context(deterministic(recipe.train.deterministic))
 
         def claim() -> dict[str, Any] | None:
             held.enter_context(folder.lock())

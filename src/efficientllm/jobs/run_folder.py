@@ -21,13 +21,13 @@ from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.reporting.journal import Journal, write_atomically
 
-# Keys that say how a run is kept, shown or fitted into memory, not what it is to learn; they may change when it is
-# resumed (with other bits, but the same run). Of the run section only validation_tokens is bound: the source was
-# measured on those rows.
+# Keys that say how a run is kept, shown, fitted into memory or computed, not what it is to learn; they may change when
+# it is resumed (with other bits, but the same run), the correction's solver among them. Of the run section only
+# validation_tokens is bound: the source was measured on those rows. docs/distributed.md has the list too.
 FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
     "data": {"cache_dir", "workers"},
-    "train": {"micro_batch", "gradient_checkpointing", "compile", "device", "loss"},
+    "train": {"micro_batch", "gradient_checkpointing", "compile", "deterministic", "device", "loss"},
     "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
     "distill": {"chunk_tokens"},
     "distributed": {"shard", "replicate", "timeout"},
