@@ -4,8 +4,8 @@
 
 A Llama of 10 M parameters from its config (hidden 256, 8 layers, FFN 1,024, vocabulary 4,096, untied), fp32, every
 weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward
-and backward, gradients scattered in fp32, (n - 1) / n of the data each. The rest is counted where it is reduced
-(Ranks.communicated).
+and backward (embedding, last norm and LM head once), gradients scattered in fp32, (n - 1) / n of the data each. The
+rest is counted where it is reduced (Ranks.communicated).
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     plan = PruningPlan(model.config, landings, schedule, options, 1.0, correction_tokens=512)
     train = TrainConfig.model_validate({"tokens": tokens, "lr": 1e-4, "batch_tokens": ROWS * LENGTH, "micro_batch": 8})
     state = start(model, train, plan, ranks)
-    plain = 12 * int(space.num_params()) * (ranks.world - 1) // ranks.world
-    events = added = before = 0
+    outside = 2 * CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size
+    plain = (12 * int(space.num_params()) - 4 * outside) * (ranks.world - 1) // ranks.world
+    events = added = pruned = before = 0
     for record in train_steps(
         state,
         Batches(),
@@ -78,10 +79,10 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     ):
         number = len(record.prune.events) if record.prune else 0
         sent, before = ranks.communicated - before, ranks.communicated
-        events, added = events + number, added + (sent if number else 0)
+        events, added, pruned = events + number, added + (sent if number else 0), pruned + bool(number)
     scores = 4 * (CONFIG.hidden_size + CONFIG.num_hidden_layers * (1024 + 256 + 256 + 1))
     loss = 4  # the step's mean loss
-    an_event = (added - STEPS * (scores + loss)) / events
+    an_event = (added - pruned * (scores + loss)) / events  # in the steps that had one
     return [
         f"| correction {correction}, {events} events | {(scores + loss) / 1e3:.1f} kB ({(scores + loss) / plain:.3%}) "
         f"| {an_event / 1e3:.1f} kB ({an_event / plain:.2%}) | {plain / 1e6:.1f} MB |"

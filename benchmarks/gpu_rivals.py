@@ -86,6 +86,7 @@ def beside_trainer(
             report_to=[],
             disable_tqdm=True,
         )
+        arguments._n_gpu = 1  # else it splits a batch over all GPUs of the machine (DataParallel)
         data: Any = [{"input_ids": row, "labels": row} for row in rows]
         trainer = Trainer(build(shape.config, device), arguments, train_dataset=data, callbacks=[InTurn()])
         trainer.remove_callback(PrinterCallback)

@@ -6,6 +6,7 @@ of a recipe's train section that the loop reads.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
+from efficientllm.models import parts
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.space import build, narrowed_config, space_of
 from efficientllm.pruning.correction import SolverOptions
@@ -166,8 +168,7 @@ class Subject:
 
     def _compile(self, wanted: bool) -> None:
         """Switches every block's forward, as efficientllm.distributed.layout.wrap sets it."""
-        model: Any = self.state.model
-        blocks = model.model.layers
+        blocks = parts.blocks(self.state.model)
         if wanted and not self._compiled:
             self._compiled = [torch.compile(each.forward, dynamic=False, backend=self._backend) for each in blocks]
         for place, block in enumerate(blocks):
@@ -200,7 +201,7 @@ class Subject:
         """Relative difference of the chunked loss from the plain one on one micro-batch: of the loss, and of the
         embedding's gradient in the L2 norm."""
         model: Any = self.state.model
-        weight = model.model.embed_tokens.weight
+        weight = model.get_input_embeddings().weight
         rows = RandomRows(self.shape).batch(0)[: self.shape.micro].to(self.device)
         losses, gradients = [], []
         for chunked in (False, True):
@@ -226,7 +227,10 @@ class Subject:
         widths = compaction_widths(self.state, replace(plan, compact_at=0.0))
         assert widths is not None
         self._compile(False)
+        self._compiled = []  # of the blocks that are about to go
+        torch._dynamo.reset()
         self._engine = engine = None
+        gc.collect()
         synchronise(self.device)
         began = time.perf_counter()
         compact(self.state, widths, train, plan)  # type: ignore[arg-type]

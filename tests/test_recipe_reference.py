@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,12 @@ def test_one_section_or_key_and_a_wrong_name(capsys: pytest.CaptureFixture[str])
     assert "prune.floors.hidden" in capsys.readouterr().out
     assert call("keys", "prunes") == 2
     assert "sections are" in capsys.readouterr().err
+
+
+def test_the_keys_that_may_change_on_resume_are_listed() -> None:
+    from efficientllm.jobs.run_folder import FREE_KEYS
+
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    for section, keys in FREE_KEYS.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{section}` |"))
+        assert set(re.findall(r"`(\w+)`", line)) == {section, *keys}

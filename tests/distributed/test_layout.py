@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from efficientllm.config import DistributedConfig
 from efficientllm.distributed.layout import mesh_shape
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
+from efficientllm.training.gradient import gradient_norm
 
 
 @given(rows=st.integers(0, 200), world=st.integers(1, 16), micro_batch=st.integers(1, 9))
@@ -51,3 +53,18 @@ def test_meshes(wanted: dict[str, object], world: int, local: int, fits: bool, s
 def test_a_mesh_that_does_not_fit_is_refused(wanted: dict[str, object], world: int) -> None:
     with pytest.raises(UsageError, match=r"distributed\.(replicate|shard)"):
         mesh_shape(DistributedConfig.model_validate(wanted), world, world, fits=True)
+
+
+def test_copies_of_shards_clip_by_the_same_norm() -> None:
+    """Summed over all processes at once, as scores are: four of them, two copies of two shards, this one's alike."""
+
+    class Four(Ranks):
+        shards = 2  # type: ignore[assignment]
+
+        def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor * 4
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert gradient_norm([weight], Four(world=4)) == pytest.approx(50**0.5)
+    assert gradient_norm([weight]) == 5.0

@@ -104,11 +104,11 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def test_ctrl_c_before_the_first_step(world: World, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from efficientllm.jobs import prune
+    from efficientllm.jobs import begin
 
     recipe = world.write("early")
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "load_model", interrupt)
+        patch.setattr(begin, "load_model", interrupt)
         assert call("prune", recipe) == 130
     assert call("prune", recipe) == 0
     assert losses(world.folder / "runs" / "early") == losses(calm)

@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import World, tiny_config
 from efficientllm.cli import main
+from efficientllm.cli.plan import _fit
 from efficientllm.config import Recipe, TrainConfig
 from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops
-from efficientllm.models.space import space_of
-from efficientllm.planning.memory import step_memory
+from efficientllm.models.loading import load_config, load_tokenizer
+from efficientllm.models.space import build, space_of
+from efficientllm.planning.gpus import Gpu
+from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.plan import Plan, plan_of
 
 
@@ -25,8 +29,6 @@ def call(*argv: str | Path) -> int:
 
 
 def planned(world: World, recipe: dict[str, object]) -> Plan:
-    from efficientllm.models.loading import load_config
-
     return plan_of(Recipe.model_validate(recipe), load_config(str(world.folder / "source")), bf16=False)
 
 
@@ -41,7 +43,7 @@ def test_plain_training_costs_what_was_planned(world: World) -> None:
 
 
 def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
-    """Without calibration and correction, which the plan leaves out; the path of the shape is the run's own."""
+    """Without calibration and correction; the path of the shape is the run's own."""
     prune = {"selection": "raw", "correction": "none", "end": "75%", "bound": 1.0}
     recipe = world.recipe("as-planned", prune=prune, train={"tokens": 96 * 256})
     plan = planned(world, recipe)
@@ -50,6 +52,63 @@ def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
     assert plan.target == pytest.approx(summary["result"]["parameters"], rel=0.02)
     assert sum(plan.phases) == summary["tokens"]
     assert plan.phases[1] == 72 * 256
+
+
+def test_a_run_at_default_settings_costs_about_what_was_planned(world: World, tmp_path: Path) -> None:
+    """Calibration, refreshes and correction are two thirds of it, with 24 steps for half of the parameters."""
+    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 12, "num_key_value_heads": 6}
+    more = {"vocab_size": 300, "head_dim": 8, "intermediate_size": 256, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    build(tiny_config("llama-gqa", **shape, **more)).save_pretrained(tmp_path)
+    load_tokenizer(str(world.folder / "source")).save_pretrained(tmp_path)
+    recipe = Recipe.model_validate(world.recipe("by-default", source=str(tmp_path)))  # type: ignore[arg-type]
+    plan = plan_of(recipe, load_config(str(tmp_path)), bf16=False)
+    summary = run(recipe, lambda line: None)
+    assert plan.flops == pytest.approx(summary["flops"], rel=0.1)
+    assert plan.pruning_flops > 0.5 * plan.flops
+    assert plan.refreshes == pytest.approx(summary["refresh_tokens"] / plan.batch_tokens, abs=2)
+    assert plan.compactions == pytest.approx(summary["compactions"], abs=2)
+
+
+def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(world: World) -> None:
+    once = planned(world, world.recipe("once", prune={"compact_at": 1.0}))
+    assert once.compactions == 1
+    ladder = planned(world, world.recipe("ladder", prune={"compact_at": 1.0, "ladder": ["80%", "65%"]}))
+    assert ladder.compactions == 3
+    shot = planned(world, world.recipe("shot", prune={"mode": "one-shot", "bound": None, "end": None}))
+    assert (shot.compactions, shot.refreshes) == (1, 0)
+    wide = planned(world, world.recipe("wide", prune={"saliency": "wanda", "end": "50%"}))
+    assert wide.refreshes == 0
+    assert wide.pruning_flops > 0
+
+
+def test_a_bug_in_planning_is_no_user_s_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Plan:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("efficientllm.planning.plan.plan_of", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["plan", str(world.write("broken"))])
+
+
+def test_fp32_is_planned_at_the_rate_of_fp32(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = world.write("rates")
+    hours = []
+    for precision in ("bf16", "fp32"):
+        assert call("plan", recipe, "--gpu", "h100-80gb", "--json", f"train.precision={precision}") == 0
+        hours.append(json.loads(capsys.readouterr().out)["hours"])
+    assert hours[1] / hours[0] == pytest.approx(989 / 67)
+
+
+def test_what_does_not_fit_gets_a_micro_batch_that_would() -> None:
+    gpu = Gpu("small", 1e12, 1e12, 1000.0, "a sheet")
+    train = {"tokens": 10**6, "batch_tokens": 8 * 32, "micro_batch": 8, "lr": 1e-3}
+    data = {"train": "text.txt", "sequence_length": 32}
+    recipe = Recipe.model_validate({"source": "a/b", "data": data, "train": train, "run": {"dir": "run"}})
+    step = StepMemory(50, 50, 100, 700, 100)  # 200 stay, 100 a row: seven rows in 920
+    assert "train.micro_batch=7 would" in _fit(gpu, step.total, step, recipe)
+    assert "fits in" in _fit(gpu, step.total - 100, step, recipe)
+    assert "not with train.micro_batch=1 either" in _fit(gpu, step.total + 700, step, recipe)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

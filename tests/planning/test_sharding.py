@@ -28,8 +28,11 @@ def test_shards_divide_the_state_and_not_the_activations(shard: str, pieces: int
     parameters = int(space.num_params())
     outside = 2 * 61 * 40 + 40  # embedding, LM head, last norm
     ahead = outside + (parameters - outside) // 2  # two of four layers: the one at work and the one that is fetched
-    assert found.gathered == 2 * (parameters if pieces == 1 else ahead)
-    scattered = parameters * (pieces - 1) // pieces * 8 * 3
+    layered = parameters - outside
+    assert found.gathered == 4 * outside + 2 * (layered if pieces == 1 else ahead - outside)  # the root in fp32
+    assert found.scattered == 4 * outside + 6 * layered // 4
+    assert found.total == found.memory.total + found.gathered + found.scattered
+    scattered = (8 * layered + 8 * outside) * (pieces - 1) // pieces * 3
     assert found.sent == scattered + 2 * (parameters // pieces) * 4 * (4 // pieces - 1) // (4 // pieces)
 
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_config, tiny_model
 from efficientllm.config import PruneConfig, TrainConfig
-from efficientllm.models.space import space_of
+from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.groups import PRUNING_TYPES, Cut
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.training.planning import options_and_landings
-from efficientllm.training.snapshot import cut
+from efficientllm.training.snapshot import cut, fill_model
 from efficientllm.training.state import PruningPlan, TrainState, capture, compact, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
@@ -118,3 +118,13 @@ def test_cutting_a_snapshot_leaves_it_alone_unless_consumed() -> None:
     cut(snapshot, state.live_widths, plan.source, consume=True)
     assert not snapshot.weights
     assert not snapshot.moments
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_missing_weight_is_not_made_up(family: str, missing: str) -> None:
+    model = tiny_model(family)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    fill_model(empty_model(model.config), weights)
+    del weights[missing]
+    with pytest.raises(AssertionError, match=f"lacks {missing}"):
+        fill_model(empty_model(model.config), weights)

@@ -39,20 +39,19 @@ def plan(
     from efficientllm.models.loading import load_config
     from efficientllm.planning.gpus import gpu_named
     from efficientllm.planning.plan import plan_of
+    from efficientllm.sizes import format_bytes
 
     loaded = load_recipe(recipe, overrides or [])
     machine = gpu_named(gpu) if gpu else None
     bf16 = loaded.train.precision == "bf16" or (machine is not None and loaded.train.precision == "auto")
     config = load_config(loaded.source, trust_remote_code=loaded.trust_remote_code)
     say("tracing the memory of one step; no weights are allocated")
-    try:
-        teacher = loaded.distill.teacher if loaded.distill else None
-        taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
-        found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    teacher = loaded.distill.teacher if loaded.distill else None
+    taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
+    found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
-    hours = found.flops / (machine.flops * utilisation) / 3600 if machine else None
+    hours = found.flops / (machine.peak(bf16=bf16) * utilisation) / 3600 if machine else None
+    host = 4 * found.parameters * min(gpus, per_node)
     if as_json:
         more: dict[str, object] = {
             "gpu_hours": hours,
@@ -60,16 +59,19 @@ def plan(
             "gpus": gpus,
             "utilisation": utilisation,
             "bf16": bf16,
+            "host_memory": host,
         }
         more |= {"hours": hours / gpus if hours is not None else None, "sharding": asdict(spread) if spread else None}
         print(json.dumps(asdict(found) | more, indent=1))
         return
     rows = _rows(found, spread.memory if spread else found.memory, bf16=bf16)
+    rows.append(("main memory, a node", f"{format_bytes(host)} while {min(gpus, per_node)} x the source is loaded"))
     if spread:
         rows += _sharding_rows(spread, gpus)
     if machine is not None and hours is not None:
         total = spread.total if spread else found.memory.total
-        rows += _gpu_rows(machine, total, hours, gpus, utilisation)
+        rows.append((machine.name, _fit(machine, total, found.memory, loaded)))
+        rows.append(("hours", _hours(machine, hours, gpus, utilisation, bf16=bf16)))
     for name, value in rows:
         print(f"{name:<22}{value}")
 
@@ -109,22 +111,36 @@ def _sharding_rows(spread: Sharding, gpus: int) -> list[tuple[str, str]]:
     copies = "1 copy" if spread.replicas == 1 else f"{spread.replicas} copies"
     return [
         ("memory, gathered", f"{format_bytes(spread.gathered)} of weights while they compute"),
+        ("memory, scattered", f"{format_bytes(spread.scattered)} of gradients on their way to their shards"),
         ("memory, each GPU", format_bytes(spread.total)),
         ("sharding", f"{copies}, each weight {pieces}: {spread.why}"),
         ("communication", f"each of {gpus} GPUs sends {format_bytes(spread.sent)} a step at full shape"),
     ]
 
 
-def _gpu_rows(gpu: Gpu, memory: float, hours: float, gpus: int, utilisation: float) -> list[tuple[str, str]]:
+def _fit(gpu: Gpu, total: float, step: StepMemory, recipe: Recipe) -> str:
+    """Whether it fits, and if not what would: activations and temporaries grow with the rows of a micro-batch."""
     from efficientllm.sizes import format_bytes
 
-    fits = memory <= 0.92 * gpu.memory
-    mend = "" if fits else ": lower train.micro_batch or set train.gradient_checkpointing=true"
+    room = 0.92 * gpu.memory
+    if total <= room:
+        return f"fits in {format_bytes(gpu.memory)}"
+    rows = min(recipe.train.micro_batch, recipe.train.batch_rows(recipe.data.sequence_length))
+    moving = step.activations + step.temporary
+    fitting = int(rows * (room - total + moving) / moving)
+    if fitting >= 1:
+        mend = f"train.micro_batch={fitting} would by a linear estimate; or set train.gradient_checkpointing=true"
+    else:
+        mend = "not with train.micro_batch=1 either, by a linear estimate: shard it over more GPUs, or set " + (
+            "distributed.shard" if recipe.train.gradient_checkpointing else "train.gradient_checkpointing=true"
+        )
+    return f"does not fit in {format_bytes(gpu.memory)}: {mend}"
+
+
+def _hours(gpu: Gpu, hours: float, gpus: int, utilisation: float, *, bf16: bool) -> str:
     together = f" ({hours:,.0f} GPU-hours)" if gpus > 1 else ""
-    return [
-        (gpu.name, f"{'fits' if fits else 'does not fit'} in {format_bytes(gpu.memory)}{mend}"),
-        ("hours", f"{hours / gpus:,.1f}{together} at {utilisation:.0%} of {gpu.flops:.3g} FLOP/s ({gpu.sheet})"),
-    ]
+    peak = f"{utilisation:.0%} of {gpu.peak(bf16=bf16):.3g} FLOP/s in {'bf16' if bf16 else 'fp32'} ({gpu.sheet})"
+    return f"{hours / gpus:,.1f}{together} at {peak}"
 
 
 def _goal(plan: Plan) -> str:
@@ -143,10 +159,12 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
         ("source", f"{format_count(plan.parameters)} parameters: {plan.widths}"),
         ("result", f"{_goal(plan)}; in the source's proportions {plan.proportional}"),
         ("", "(saliency chooses widths of its own, of the same size)"),
-        ("events, compactions", f"about {plan.events:,} and {plan.compactions:,}"),
+        ("events, compactions", f"about {plan.events:,} and {plan.compactions:,}; "
+         f"the gradient anew {plan.refreshes:,} times"),
         ("tokens", f"{before} before, {pruning} while, {after} after pruning; {plan.steps:,} steps of "
          f"{format_count(plan.batch_tokens)}"),
-        ("FLOPs", f"{plan.flops:.3g} in all; {plan.step_flops:.3g} a step at full shape"),
+        ("FLOPs", f"{plan.flops:.3g} in all, {plan.pruning_flops:.3g} of them for pruning; "
+         f"{plan.step_flops:.3g} a step at full shape"),
         ("memory, weights", format_bytes(memory.weights)),
         ("memory, gradients", format_bytes(memory.gradients)),
         ("memory, AdamW", format_bytes(memory.optimizer)),

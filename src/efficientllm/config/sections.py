@@ -108,6 +108,9 @@ class TrainConfig(Section):
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     seed: Natural = Field(default=0, description="Of fresh weights and of the order of the rows")
     compile: bool = Field(default=False, description="Run the model through torch.compile")
+    deterministic: bool = Field(
+        default=False, description="On a GPU: kernels that add up in the same order every time, slower ones"
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
     )
@@ -202,7 +205,8 @@ class Recipe(Section):
         default="pretrained", description="random: the source's architecture with fresh weights, the control"
     )
     resume: Text | None = Field(
-        default=None, description="Snapshot of a ladder to go on from: its weights, moments and place in the run"
+        default=None,
+        description="Checkpoint of another run, or snapshot of a ladder, to go on from: its weights, moments and place",
     )
     source_tokens: Count | None = Field(
         default=None, description="Tokens that the source was pretrained on; `compare --budget pipeline` counts them"

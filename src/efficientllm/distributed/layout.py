@@ -108,18 +108,27 @@ class Runner:
             self._root.set_requires_all_reduce(is_last)
 
 
-def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_blocks: bool, bf16: bool) -> Runner:
+def wrap(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    ranks: Ranks,
+    *,
+    gradient_checkpointing: bool,
+    compile_blocks: bool,
+    bf16: bool,
+) -> Runner:
     """Activation checkpointing, compile, sharding: in that order, on a model whose weights may have no memory yet.
 
     On one process nothing is sharded. With several, each block and the root (embedding, last norm, LM head) are a unit
     of FSDP2: weights are kept in fp32, gradients are reduced in fp32. Blocks are gathered in the dtype of computation;
-    the root in fp32 and inputs as they are, so that under autocast the stem stays in fp32, as on one process.
+    the root in fp32 and inputs as they are, so that under autocast the stem stays in fp32, as on one process. blocks:
+    the model's layers.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compile_blocks:
         torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
-        for block in model.model.layers:  # its forward alone: hooks that gather weights stay outside the graph
+        for block in blocks:  # its forward alone: hooks that gather weights stay outside the graph
             block.forward = torch.compile(block.forward, dynamic=False)
     if ranks.mesh is None:
         return Runner()
@@ -127,11 +136,8 @@ def wrap(model: Any, ranks: Ranks, *, gradient_checkpointing: bool, compile_bloc
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     keeps = ranks.shards == 1  # copies stay gathered from forward to backward
-    blocks = [
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not keeps)
-        for block in model.model.layers
-    ]
-    return Runner(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), blocks)
+    units = [fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not keeps) for block in blocks]
+    return Runner(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), units)
 
 
 def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> Tensor:

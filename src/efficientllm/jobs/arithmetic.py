@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """While the body runs, PyTorch takes only kernels that give the same bits every time, and fails where it has none.
+
+    cuBLAS reads its variable when it starts, so the body is to be entered before a GPU multiplies anything; a value
+    that the user has set is left.
+    """
+    if not wanted:
+        yield
+        return
+    set_before, mode = os.environ.get(CUBLAS), torch.get_deterministic_debug_mode()
+    os.environ.setdefault(CUBLAS, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        if set_before is None:
+            del os.environ[CUBLAS]
 
 
 def arithmetic(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from efficientllm.models.space import space_of
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_amount, format_count
 from efficientllm.training.cache import file_digest
-from efficientllm.training.chunked_loss import is_chunked
+from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
@@ -64,8 +64,8 @@ class Job:
     @property
     def chunked_loss(self) -> bool:
         """Whether the logits of a micro-batch are made chunk by chunk (train.loss)."""
-        tokens = self.recipe.train.micro_batch * self.recipe.data.sequence_length
-        return is_chunked(self.recipe.train.loss, self.device.type, tokens, self.config.vocab_size)
+        recipe = self.recipe
+        return loss_is_chunked(recipe.train, recipe.data.sequence_length, self.device.type, self.config.vocab_size)
 
     @property
     def stream(self) -> TextIO | None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from efficientllm.checkpoint.store import checkpoints, load, retain, save
+from efficientllm.checkpoint.store import checkpoints, retain, save
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.distributed.watch import watched
 from efficientllm.errors import UsageError
-from efficientllm.jobs.arithmetic import arithmetic, other_bits
+from efficientllm.jobs.arithmetic import deterministic
+from efficientllm.jobs.begin import begin
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.job import Job, prepare, teacher_of
@@ -24,14 +22,12 @@ from efficientllm.jobs.ladder import leave_rung
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
-from efficientllm.models.loading import load_model
-from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation
-from efficientllm.training.loop import Diverged, StepRecord, train_steps
+from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
 from efficientllm.training.planning import calibration_rows
-from efficientllm.training.state import TrainState, capture, restore, start
+from efficientllm.training.state import TrainState, capture
 
 
 def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -44,6 +40,7 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
     folder = RunFolder(recipe.run.dir, writes=ranks.leads)
     say = say if ranks.leads else lambda message: None
     with ExitStack() as held:
+        held.enter_context(deterministic(recipe.train.deterministic))
 
         def claim() -> dict[str, Any] | None:
             held.enter_context(folder.lock())
@@ -88,91 +85,6 @@ def memory_in_a_sentence() -> Iterator[None]:
         ) from error
 
 
-def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from: the newest checkpoint, or the source model; and the facts of the source."""
-    recipe, ranks = job.recipe, job.ranks
-    saved, source = ranks.from_first(lambda: _what_is_there(job))
-    if saved is not None:
-        snapshot = load(saved, ranks, job.device)
-        ranks.from_first(lambda: job.folder.rewind(snapshot.step))
-        say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
-        for difference in other_bits(source, arithmetic(job.device)):
-            say(difference)
-        return restore(snapshot, recipe.train, job.plan, job.device, ranks), source
-    ranks.from_first(lambda: job.folder.rewind(0))
-    if recipe.resume:
-        state = restore(load(Path(recipe.resume), ranks, job.device), recipe.train, job.plan, job.device, ranks)
-    else:
-        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.plan, ranks)
-    with RunProgress(0, description="source", stream=job.stream) as progress:
-        loss = validate(job, state, progress)
-    facts: dict[str, Any] = {
-        "path": recipe.source,
-        "init": recipe.init,
-        "on_disk": on_disk(recipe),
-        "parameters": state.allocated_parameters,
-        "widths": asdict(widths_of(job.config)),
-        "validation_loss": loss,
-        "corpora": job.corpora,
-        "precision": job.precision.name,
-        **arithmetic(job.device),
-    }
-    if job.plan and job.plan.landing.cost.name != "params":
-        facts["cost"] = job.plan.landing.cost.key
-    ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
-    say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
-    return state, facts
-
-
-def on_disk(recipe: Recipe) -> list[str]:
-    """Which of the recipe's source and texts lie on this machine: the others are the hub's, for a card to name."""
-    named = [recipe.source, *(each.path for each in (*recipe.data.train, *(recipe.data.validation or ())))]
-    return [path for path in dict.fromkeys(named) if Path(path).exists()]
-
-
-def _source_model(job: Job) -> PreTrainedModel:
-    recipe = job.recipe
-    return load_model(
-        recipe.source,
-        random_seed=recipe.train.seed if recipe.init == "random" else None,
-        device=job.device if job.ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
-def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint, if any, and the facts of the source beside it. Raises UsageError where the run on the
-    disk is not the one that this recipe would go on with."""
-    saved = checkpoints(job.folder.checkpoints)
-    source = job.folder.read_json(job.folder.source)
-    if not saved:
-        return None, {}
-    if source is None:
-        raise UsageError(
-            f"{job.folder.source} is missing, though there are checkpoints beside it; restore it, or choose another "
-            "run.dir"
-        )
-    changed = [each for each in source["corpora"] if each not in job.corpora]
-    if changed:
-        name = changed[0].rsplit(maxsplit=1)[0]
-        raise UsageError(
-            f"{name} is not the text that run folder {job.folder.path} began with; restore it, or choose another "
-            "run.dir"
-        )
-    cost = job.plan.landing.cost if job.plan else None
-    if cost and source.get("cost", "params") != cost.key:
-        raise UsageError(
-            f"run folder {job.folder.path} was begun with another prune.latency_table under that name; restore it, or "
-            "choose another run.dir"
-        )
-    if source.get("precision") != job.precision.name:
-        raise UsageError(
-            f"run folder {job.folder.path} was begun in {source.get('precision')}, and this machine would go on in "
-            f"{job.precision.name}; go on where it was begun, or choose another run.dir"
-        )
-    return saved[-1], source
-
-
 def crossed(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, after]."""
     return after // every > before // every
@@ -203,6 +115,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             if record.compaction:
                 progress.note(compaction_line(record))
             if record.prune and record.prune.rung is not None:
+                check_finite(state)
                 leave_rung(job, state, record.prune.rung, progress)
             if state.skipped_in_a_row:
                 progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
@@ -239,7 +152,8 @@ def agreed(job: Job, stop: StopRequest) -> int | None:
 def after_divergence(job: Job) -> str:
     saved = checkpoints(job.folder.checkpoints)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-    return f"{last}; start again in another run.dir with a lower train.lr or a longer train.warmup"
+    again = f", resume={saved[-1]}" if saved else ""
+    return f"{last}; run it again with a lower train.lr in another run.dir{again}"
 
 
 SKIPPED = (
@@ -249,16 +163,14 @@ SKIPPED = (
 
 
 def validate_unless_stopped(job: Job, state: TrainState, progress: RunProgress, stop: StopRequest) -> float | None:
-    """None where a signal came before it was done: saving comes first, since the time left may be short.
-
-    Several processes agree before they begin, and then bring it to its end.
-    """
+    """None where a signal came before it was done: saving comes first, since the time left may be short."""
     if agreed(job, stop) is not None:
         return None
 
     def check() -> None:
-        if stop.signum is not None and job.ranks.world == 1:
-            raise Interrupted("", stop.signum)
+        signum = agreed(job, stop)
+        if signum is not None:
+            raise Interrupted("", signum)
 
     try:
         return validate(job, state, progress, check)
@@ -292,7 +204,9 @@ def compaction_line(record: StepRecord) -> str:
 
 
 def checkpoint(job: Job, state: TrainState) -> None:
-    """Saves, with the records that lead up to it on the disk before it."""
+    """Saves, with the records that lead up to it on the disk before it. Raises Diverged instead of saving weights that
+    are not finite."""
+    check_finite(state)
     job.ranks.from_first(job.folder.sync)
     save(job.folder.checkpoints, capture(state), job.ranks)
     if job.ranks.leads:

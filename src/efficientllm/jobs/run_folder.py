@@ -22,13 +22,13 @@ from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.reporting.journal import Journal, write_atomically
 
-# Keys that say how a run is kept, shown or fitted into memory, not what it is to learn; they may change when it is
-# resumed (with other bits, but the same run). Of the run section only validation_tokens is bound: the source was
-# measured on those rows.
+# Keys that say how a run is kept, shown, fitted into memory or computed, not what it is to learn; they may change when
+# it is resumed (with other bits, but the same run), the correction's solver among them. Of the run section only
+# validation_tokens is bound: the source was measured on those rows. docs/distributed.md has the list too.
 FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
     "data": {"cache_dir", "workers"},
-    "train": {"micro_batch", "gradient_checkpointing", "compile", "device", "loss"},
+    "train": {"micro_batch", "gradient_checkpointing", "compile", "deterministic", "device", "loss"},
     "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
     "distill": {"chunk_tokens"},
     "distributed": {"shard", "replicate", "timeout"},
@@ -62,6 +62,16 @@ class RunFolder:
         """Forces all journals to the disk."""
         for journal in self.journals:
             journal.sync()
+
+    def take_over(self, other: RunFolder) -> None:
+        """Writes another run's facts of its source and its journals here, in place of what there is."""
+        try:
+            for mine, theirs in zip(self.journals, other.journals, strict=True):
+                if theirs.path.is_file():
+                    write_atomically(mine.path, theirs.path.read_bytes())
+            write_atomically(self.source, other.source.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot copy the journals of {other.path} to {self.path} ({error})") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from efficientllm.config import TrainConfig
 from efficientllm.models.space import build
-from efficientllm.training.chunked_loss import is_chunked
+from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
 
 
@@ -53,7 +53,7 @@ def step_memory(
         tracker.track_external(model)
         rows = min(train.micro_batch, train.batch_rows(length))
         ids = torch.zeros(rows, length, dtype=torch.long)
-        chunked = is_chunked(train.loss, "cuda" if gpu else "cpu", train.micro_batch * length, config.vocab_size)
+        chunked = loss_is_chunked(train, length, "cuda" if gpu else "cpu", config.vocab_size)
         with tracker:
             for _ in range(2):
                 summed_loss(model, ids, precision, chunked=chunked).backward()

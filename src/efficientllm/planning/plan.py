@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from transformers import PretrainedConfig
 
@@ -12,15 +11,12 @@ from efficientllm.config import Recipe
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
-from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
-from efficientllm.pruning.schedule import scheduled_size
+from efficientllm.planning.walk import StepFlops, Walk, Walker
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.sizes import format_amount
-from efficientllm.training.planning import pruning_plan
+from efficientllm.training.planning import calibration_rows, pruning_plan
 from efficientllm.training.state import PruningPlan
-
-CostOf = Callable[[float], float]
-POINTS = 64  # at which the size over the pruning span is sampled
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,8 @@ class Plan:
     """target: parameters at most; where prune.cost counts something else, those of `proportional`, and `reaches` is the
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
-    and after pruning. flops: of the whole run. Bytes throughout."""
+    and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
+    pruning_flops: those of it that refreshes, calibration, scores and corrections take. Bytes throughout."""
 
     parameters: int
     target: int
@@ -37,10 +34,12 @@ class Plan:
     proportional: Widths
     events: int
     compactions: int
+    refreshes: int
     phases: tuple[int, int, int]
     steps: int
     batch_tokens: int
     flops: float
+    pruning_flops: float
     step_flops: int
     memory: StepMemory
     checkpoint: int
@@ -64,31 +63,25 @@ def plan_of(
     batch_rows = recipe.train.batch_rows(length)
     batch, steps = batch_rows * length, recipe.train.steps(length)
     target, shape, reaches = _goal(space, plan)
-    events = sum(space.widths.count(kind) - shape.count(kind) for kind in PRUNING_TYPES) if plan else 0
-    phases = _phases(recipe, plan, batch, steps, events)
     teaching = space if teacher is None else space_of(teacher)
-    cost = _costs(recipe, space, teaching, batch_rows, shape)
+    cost = _step_flops(recipe, space, teaching, batch_rows)
+    done = _walk(recipe, plan, space, cost, batch_rows, steps)
     parameters = int(space.num_params())
-    sizes = _sizes(recipe, plan, parameters, target)
-    pruning = sum(cost(size) for size in sizes) / len(sizes) * phases[1] / batch if sizes else 0.0
-    flops = cost(parameters) * phases[0] / batch + pruning + cost(target) * phases[2] / batch
-    flops += _refreshes(recipe, parameters, target, phases[1] // batch) * cost(parameters)
-    compactions = (
-        math.ceil(math.log(parameters / target) / -math.log1p(-recipe.prune.compact_at)) if recipe.prune else 0
-    )
     return Plan(
         parameters,
         target,
         reaches,
         space.widths,
         shape,
-        events,
-        compactions,
-        phases,
+        done.events,
+        done.compactions,
+        done.refreshes,
+        _phases(recipe, plan, batch, steps, done.events),
         steps,
         batch,
-        flops,
-        int(cost(parameters)),
+        done.flops,
+        done.pruning,
+        int(cost(space.widths)),
         replace(
             step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
@@ -105,7 +98,10 @@ def _goal(space: Space, plan: PruningPlan | None) -> tuple[int, Widths, str]:
     landing = plan.landing
     if landing.cost.name == "params":
         target = int(landing.target)
-        return target, proportional_widths(space, target), ""
+        try:
+            return target, proportional_widths(space, target), ""
+        except ValueError:  # with all layers; where those may fall too, the run still finds a shape
+            return target, landing.balanced(), ""
     shape = landing.balanced()
     return int(space.num_params(shape)), shape, format_amount(landing.target, landing.cost.unit)
 
@@ -126,34 +122,31 @@ def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
     return int(teacher.num_params()) * (2 if bf16 else 4) if recipe.distill else 0
 
 
-def _costs(recipe: Recipe, space: Space, teaching: Space, batch_rows: int, shape: Widths) -> CostOf:
-    """FLOPs of a step as a function of the parameters, linear between source and target. Calibration and
-    correction are left out: they come with events, of which there are few beside steps in a run of this kind."""
+def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) -> StepFlops:
+    """FLOPs of a step as a function of the allocated widths, a teacher's included."""
     length, distill = recipe.data.sequence_length, recipe.distill is not None
     keeps = recipe.distill is not None and recipe.distill.top_k is not None
-    options = {"gradient_checkpointing": recipe.train.gradient_checkpointing, "chunked": distill}
+    teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
 
+    @lru_cache(1 << 16)
     def at(widths: Widths) -> float:
-        own = training_flops(forward_flops(space, batch_rows, length, widths), **options)
-        teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
-        return float(own + teacher)
+        forward = forward_flops(space, batch_rows, length, widths)
+        recomputes = recipe.train.gradient_checkpointing
+        return training_flops(forward, gradient_checkpointing=recomputes, chunked=distill) + teacher
 
-    source, target = int(space.num_params()), int(space.num_params(shape))
-    ends = at(space.widths), at(shape)
-    slope = (ends[0] - ends[1]) / max(1, source - target)
-    return lambda parameters: ends[1] + slope * (parameters - target)
+    return at
 
 
-def _sizes(recipe: Recipe, plan: PruningPlan | None, source: int, target: int) -> list[float]:
-    if plan is None or recipe.prune is None:
-        return []
-    curve = getattr(plan.schedule, "curve", "linear")
-    return [scheduled_size((point + 0.5) / POINTS, source, target, curve) for point in range(POINTS)]
-
-
-def _refreshes(recipe: Recipe, source: int, target: int, batches: int) -> int:
-    """Gradients taken anew because the schedule asks for more than `bound` in one step; each costs a step's FLOPs."""
-    if recipe.prune is None or recipe.prune.mode != "loop":
-        return 0
-    looks = math.ceil(math.log(source / target) / -math.log1p(-min(recipe.prune.bound, 0.99)))
-    return max(0, looks - batches)
+def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
+    if plan is None:
+        return Walk(space.widths, space.widths, flops=cost(space.widths) * steps)
+    walker = Walker(
+        space,
+        plan,
+        plan.landing.balanced(),
+        cost,
+        rows=batch_rows,
+        length=recipe.data.sequence_length,
+        calibration_rows=calibration_rows(recipe, batch_rows),
+    )
+    return walker.walk(steps)

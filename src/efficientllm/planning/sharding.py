@@ -9,22 +9,26 @@ from efficientllm.distributed.layout import fits_whole, mesh_shape
 from efficientllm.planning.memory import StepMemory
 from efficientllm.pruning.groups import Space
 
+FP32 = 4  # bytes; what lies outside the blocks is gathered in it whatever the precision
+
 
 @dataclass(frozen=True)
 class Sharding:
-    """Copies of the model and shards of each copy, why, and the bytes that each process sends in a step's gradient
-    reduction and weight gathering (ring algorithms: (n - 1) / n of the data a pass)."""
+    """Copies of the model and shards of each copy, why, and bytes: gathered weights that stand whole at once; whole
+    gradients on their way to their shards; what each process sends in a step's gradient reduction and weight gathering
+    (ring algorithms: (n - 1) / n of the data a pass)."""
 
     replicas: int
     shards: int
     why: str
     memory: StepMemory
     gathered: int
+    scattered: int
     sent: int
 
     @property
     def total(self) -> int:
-        return self.memory.total + self.gathered
+        return self.memory.total + self.gathered + self.scattered
 
 
 def sharding_of(
@@ -48,7 +52,9 @@ def sharding_of(
         why += f" in 60 % of {device_memory / 1e9:.0f} GB"
     else:
         why = f"distributed.shard {wanted.shard}"
-    width = 2 if bf16 else 4
+    width = 2 if bf16 else FP32
+    layered = sum(_count(space, spec.axes) for spec in space.params if spec.layer is not None)
+    outside, block = parameters - layered, layered // space.widths.layers
     return Sharding(
         replicas,
         shards,
@@ -61,16 +67,10 @@ def sharding_of(
             step.temporary,
             step.teacher,
         ),
-        0 if gpus == 1 else width * (parameters if shards == 1 else _gathered(space)),
-        _sent(parameters, replicas, shards, micro_batches, width),
+        0 if gpus == 1 else FP32 * outside + width * (layered if shards == 1 else 2 * block),
+        0 if gpus == 1 else FP32 * outside + (width + FP32) * block,
+        _sent(outside, layered, replicas, shards, micro_batches, width),
     )
-
-
-def _gathered(space: Space) -> int:
-    """Parameters that stand whole at once: those outside the blocks, a block and the one that is fetched ahead."""
-    layered = sum(_count(space, spec.axes) for spec in space.params if spec.layer is not None)
-    outside = int(space.num_params()) - layered
-    return outside + 2 * layered // space.widths.layers
 
 
 def _count(space: Space, axes: tuple[str | int, ...]) -> int:
@@ -80,9 +80,10 @@ def _count(space: Space, axes: tuple[str | int, ...]) -> int:
     return count
 
 
-def _sent(parameters: int, replicas: int, shards: int, micro_batches: int, width: int) -> int:
-    """Bytes that one process sends in a step: weights gathered for forward and backward and gradients scattered in
-    fp32 in every micro-batch, copies of a shard summed once."""
-    scattered = parameters * (shards - 1) // shards * (2 * width + 4) * micro_batches
-    summed = 2 * (parameters // shards) * 4 * (replicas - 1) // replicas
+def _sent(outside: int, layered: int, replicas: int, shards: int, micro_batches: int, width: int) -> int:
+    """Bytes that one process sends in a step: in every micro-batch, blocks gathered for forward and backward, what is
+    outside them once and in fp32, and gradients scattered in fp32; copies of a shard are summed once."""
+    gathered = 2 * width * layered + FP32 * outside
+    scattered = (gathered + FP32 * (layered + outside)) * (shards - 1) // shards * micro_batches
+    summed = 2 * ((layered + outside) // shards) * FP32 * (replicas - 1) // replicas
     return scattered + summed

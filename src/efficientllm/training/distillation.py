@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from efficientllm.models.flops import forward_flops, teacher_flops
+from efficientllm.models.parts import body, head
 from efficientllm.models.space import space_of
 from efficientllm.training.gradient import Precision, next_tokens
 
@@ -47,13 +48,13 @@ class LiveTeacher:
 
     @torch.no_grad()
     def says(self, rows: Tensor) -> tuple[Tensor, ...]:
-        base: Callable[..., object] = self.model.model
-        hidden: Tensor = base(input_ids=rows, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+        base = body(self.model)
+        hidden: Tensor = base(input_ids=rows, use_cache=False).last_hidden_state
         return (hidden.flatten(0, 1),)
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = functional.log_softmax(self.model.lm_head(said[0]).float() / temperature, dim=-1)
+            wanted = functional.log_softmax(head(self.model)(said[0]).float() / temperature, dim=-1)
         return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
 
     def flops(self, rows: int, length: int) -> int:

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from efficientllm.distributed.layout import Runner
 from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.models.parts import body
+from efficientllm.pruning.shards import local
 from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
 
 Forward = Callable[..., object]
@@ -66,7 +68,7 @@ def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: 
 def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """Last hidden states (tokens, width), in the dtype of computation, and the LM head's weight."""
     with precision.context():
-        hidden: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden: Tensor = body(model)(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
     return hidden.to(torch.bfloat16) if precision.bf16 else hidden, model.get_output_embeddings().weight
 
 
@@ -150,9 +152,14 @@ def shared_micro_batches(own: Tensor, rows: int, micro_batch: int, ranks: Ranks)
     yield from ((own[:1], False) for _ in range(ranks.rounds(rows, micro_batch) - len(parts)))
 
 
-def gradient_norm(weights: Iterable[nn.Parameter]) -> float:
-    """Global L2 norm of the gradient, over all shards."""
-    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+def gradient_norm(weights: Iterable[nn.Parameter], ranks: Ranks = ALONE) -> float:
+    """Global L2 norm of the gradient, over all shards. Copies of sharded weights get the same bits of it: summed within
+    each group of shards alone, they could differ in the last one, and drift apart by clipping."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if 1 < ranks.shards < ranks.world:
+        own = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+        return math.sqrt(float(ranks.over_shards(own.double().square())))
+    norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

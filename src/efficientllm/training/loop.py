@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from efficientllm.models.flops import forward_flops, training_flops
+from efficientllm.models.parts import HEAD_WEIGHT, body
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.shards import local
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.chunked_loss import is_chunked
+from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
     Precision,
@@ -106,7 +108,7 @@ class BatchProbe:
             self._rows = self._first_rows(rows, True).to(self._batch.device)
         state.flops += forward_flops(state.space, rows, self._batch.shape[1]).total
         parts = shared_micro_batches(self._rows, rows, self._train.micro_batch, state.ranks)
-        chunked = loss_is_chunked(state, self._train, self._batch)
+        chunked = _is_chunked(state, self._train, self._batch)
         return shared_mean_loss(state.model, parts, self._precision, state.run, state.ranks, chunked=chunked)
 
     def refresh(self) -> None:
@@ -121,7 +123,7 @@ class BatchProbe:
         """On the batch's first tokens, a micro-batch at a time; the vocabulary's logits only where they are needed."""
         state, length = self._state, self._batch.shape[1]
         model: Any = state.model
-        forward = model if "lm_head.weight" in names else model.model
+        forward = model if HEAD_WEIGHT in names else body(model)
         rows = min(max(self._correction_rows, state.ranks.world), len(self._batch) * state.ranks.world)
         own = self._first_rows(rows, False).to(self._batch.device)
         parts = list(shared_micro_batches(own, rows, self._train.micro_batch, state.ranks))
@@ -173,23 +175,15 @@ def train_steps(
         part = () if ranks.world == 1 else (ranks.share(batch_rows),)
         batch = batches.batch(state.step, *part).to(device)
         tokens = batch.numel() * ranks.world
-        loss_of = training_loss(state, precision, distillation, chunked=loss_is_chunked(state, train, batch))
+        loss_of = training_loss(state, precision, distillation, chunked=_is_chunked(state, train, batch))
         loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks)
         flops = ranks.world * step_flops(state.space, batch.shape, train, distillation)
         state.flops += flops
-        norm = gradient_norm(state.model.parameters())
+        norm = gradient_norm(state.model.parameters(), ranks)
         healthy = _count_health(state, float(loss), norm)
         if healthy and state.pruner:
             state.pruner.observe()
-        share = lr_share(state, plan)
-        lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
-        state.lowered_tokens += tokens if share < 1.0 else 0
-        if lr and healthy:
-            update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip, norm=norm)
-        else:
-            state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.tokens += tokens
+        lr = _take(state, train, plan, tokens, norm if healthy else None)
         report = None
         if healthy and state.pruner and not state.pruner.finished:
             assert plan is not None
@@ -210,6 +204,31 @@ def train_steps(
         landed = report is not None and report.rung is not None
         compaction = _compact_if_due(state, train, plan, exactly=landed)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _take(state: TrainState, train: TrainConfig, plan: PruningPlan | None, tokens: int, norm: float | None) -> float:
+    """The optimizer's step with the gradient of so many tokens, and its learning rate. The weights stay as they are
+    where they are at rest, and where the gradient is not finite (norm None)."""
+    share = lr_share(state, plan)
+    lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
+    state.lowered_tokens += tokens if share < 1.0 else 0
+    if lr and norm is not None:
+        update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip, norm=norm)
+    else:
+        state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += tokens
+    return lr
+
+
+def check_finite(state: TrainState) -> None:
+    """Raises Diverged, on every rank, where a weight of any of them is not finite: such weights are not to be saved.
+
+    A finite gradient may do that to them, and nothing says so before the next step's loss.
+    """
+    fine = torch.stack([local(weight.detach()).isfinite().all() for weight in state.model.parameters()]).all()
+    if state.ranks.largest(int(not fine)):
+        raise Diverged(f"training has diverged: after step {state.step} some weights are not finite")
 
 
 def _count_health(state: TrainState, loss: float, norm: float) -> bool:
@@ -240,10 +259,9 @@ def _first_rows(
     return batches.batch(state.step - (not following), state.ranks.share(rows))
 
 
-def loss_is_chunked(state: TrainState, train: TrainConfig, batch: Tensor) -> bool:
+def _is_chunked(state: TrainState, train: TrainConfig, batch: Tensor) -> bool:
     """What train.loss means for micro-batches of a batch (rows, length) on its device."""
-    tokens = train.micro_batch * batch.shape[1]
-    return is_chunked(train.loss, batch.device.type, tokens, state.model.config.vocab_size)
+    return loss_is_chunked(train, batch.shape[1], batch.device.type, state.model.config.vocab_size)
 
 
 def training_loss(
@@ -255,7 +273,7 @@ def training_loss(
 
     def loss(rows: Tensor) -> Tensor:
         model: Any = state.model  # asked for anew: what is kept here would outlive a compaction
-        return distillation.summed_loss(model.model, model.get_output_embeddings(), rows, precision)
+        return distillation.summed_loss(body(model), model.get_output_embeddings(), rows, precision)
 
     return loss
 

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.distributed.layout import Runner, wrap
 from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.models.parts import blocks
 from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Space, Widths
@@ -103,6 +104,7 @@ def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: Ranks, device: t
     kind = ranks.mesh.device_type if ranks.mesh else str(device)
     return wrap(
         model,
+        list(blocks(model)),
         ranks,
         gradient_checkpointing=train.gradient_checkpointing,
         compile_blocks=train.compile,

@@ -1,0 +1,141 @@
+"""Where a run begins: at its newest checkpoint, at one of another run, at a ladder's snapshot, or at the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from efficientllm.checkpoint.store import MANIFEST, checkpoints, load
+from efficientllm.config import Recipe
+from efficientllm.errors import UsageError
+from efficientllm.jobs.arithmetic import arithmetic, other_bits
+from efficientllm.jobs.job import Job
+from efficientllm.jobs.run_folder import RunFolder
+from efficientllm.jobs.validate import validate
+from efficientllm.models.loading import load_model
+from efficientllm.models.space import widths_of
+from efficientllm.reporting.progress import RunProgress
+from efficientllm.sizes import format_count
+from efficientllm.training.state import TrainState, restore, start
+
+
+def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and the facts of the source. A collective."""
+    recipe, ranks = job.recipe, job.ranks
+    saved, source = ranks.from_first(lambda: _what_is_there(job))
+    if saved is None and recipe.resume:
+        saved = Path(recipe.resume)
+        source = ranks.from_first(lambda: _branch(job, Path(recipe.resume or "")))
+    elif saved is None:
+        ranks.from_first(lambda: job.folder.rewind(0))
+        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.plan, ranks)
+        return state, _measured(job, state, say)
+    snapshot = load(saved, ranks, job.device)
+    if snapshot.pruner_facts is not None and job.plan is None:
+        raise ranks.error(f"{saved} is of a run that prunes; give the recipe its prune section")
+    if source:
+        ranks.from_first(lambda: job.folder.rewind(snapshot.step))
+        say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
+        for difference in other_bits(source, arithmetic(job.device)):
+            say(difference)
+    state = restore(snapshot, recipe.train, job.plan, job.device, ranks)
+    return state, source or _measured(job, state, say)
+
+
+def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[str, Any]:
+    """The facts of the source, which are written down once."""
+    with RunProgress(0, description="source", stream=job.stream) as progress:
+        loss = validate(job, state, progress)
+    facts: dict[str, Any] = {
+        "path": job.recipe.source,
+        "init": job.recipe.init,
+        "on_disk": on_disk(job.recipe),
+        "parameters": state.allocated_parameters,
+        "widths": asdict(state.space.widths),
+        "validation_loss": loss,
+        "corpora": job.corpora,
+        "precision": job.precision.name,
+        **arithmetic(job.device),
+    }
+    if job.plan and job.plan.landing.cost.name != "params":
+        facts["cost"] = job.plan.landing.cost.key
+    job.ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
+    say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
+    return facts
+
+
+def on_disk(recipe: Recipe) -> list[str]:
+    """Which of the recipe's source and texts lie on this machine: the others are the hub's, for a card to name."""
+    named = [recipe.source, *(each.path for each in (*recipe.data.train, *(recipe.data.validation or ())))]
+    return [path for path in dict.fromkeys(named) if Path(path).exists()]
+
+
+def _branch(job: Job, saved: Path) -> dict[str, Any]:
+    """Makes the run folder that of a run which has come to another run's checkpoint: its source, its journals.
+
+    A ladder's snapshot is a source of its own, which is still to be measured: {}.
+    """
+    if not (saved / MANIFEST).is_file():
+        raise UsageError(
+            f"resume {saved} is no checkpoint (it has no {MANIFEST}); name one such as RUN/checkpoints/step-N"
+        )
+    other = RunFolder(saved.parent.parent)
+    source = other.read_json(other.source) if saved.parent == other.checkpoints else None
+    if source is None:
+        job.folder.rewind(0)
+        return {}
+    _check_source(job, source, other)
+    if source["widths"] != asdict(widths_of(job.config)):
+        raise UsageError(f"resume {saved} is of a run from another source; set source to {source['path']}")
+    job.folder.take_over(other)
+    return source
+
+
+def _source_model(job: Job) -> PreTrainedModel:
+    recipe = job.recipe
+    return load_model(
+        recipe.source,
+        random_seed=recipe.train.seed if recipe.init == "random" else None,
+        device=job.device if job.ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint, if any, and the facts of the source beside it."""
+    saved = checkpoints(job.folder.checkpoints)
+    source = job.folder.read_json(job.folder.source)
+    if not saved:
+        return None, {}
+    if source is None:
+        raise UsageError(
+            f"{job.folder.source} is missing, though there are checkpoints beside it; restore it, or choose another "
+            "run.dir"
+        )
+    _check_source(job, source, job.folder)
+    return saved[-1], source
+
+
+def _check_source(job: Job, source: dict[str, Any], folder: RunFolder) -> None:
+    """Raises UsageError where a run on the disk is not one that this recipe could go on with."""
+    changed = [each for each in source["corpora"] if each not in job.corpora]
+    if changed:
+        name = changed[0].rsplit(maxsplit=1)[0]
+        raise UsageError(
+            f"{name} is not the text that run folder {folder.path} began with; restore it, or choose another run.dir"
+        )
+    cost = job.plan.landing.cost if job.plan else None
+    if cost and source.get("cost", "params") != cost.key:
+        raise UsageError(
+            f"run folder {folder.path} was begun with another prune.latency_table under that name; restore it, or "
+            "choose another run.dir"
+        )
+    if source.get("precision") != job.precision.name:
+        raise UsageError(
+            f"run folder {folder.path} was begun in {source.get('precision')}, and this machine would go on in "
+            f"{job.precision.name}; go on where it was begun, or choose another run.dir"
+        )
