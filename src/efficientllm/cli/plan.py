@@ -51,6 +51,8 @@ def plan(
         found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    for note in found.notes:
+        say(note)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
     hours = found.flops / (machine.flops * utilisation) / 3600 if machine else None
     if as_json:

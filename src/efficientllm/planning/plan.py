@@ -16,6 +16,7 @@ from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
 from efficientllm.pruning.schedule import scheduled_size
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.sizes import format_amount
+from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 
@@ -28,7 +29,7 @@ class Plan:
     """target: parameters at most; where prune.cost counts something else, those of `proportional`, and `reaches` is the
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
-    and after pruning. flops: of the whole run. Bytes throughout."""
+    and after pruning. flops: of the whole run. Bytes throughout. notes: what the run will say before it starts."""
 
     parameters: int
     target: int
@@ -45,6 +46,7 @@ class Plan:
     memory: StepMemory
     checkpoint: int
     corpus: int
+    notes: tuple[str, ...] = ()
 
 
 def plan_of(
@@ -95,6 +97,7 @@ def plan_of(
         ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
+        notes=notes_of(recipe, plan),
     )
 
 
