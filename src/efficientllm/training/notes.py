@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from efficientllm.config import AlignConfig, PruneConfig, Recipe
 from efficientllm.models.latency_table import load_table
-from efficientllm.sizes import format_amount
+from efficientllm.pruning.landing import amount
 from efficientllm.training.planning import options_and_landings
 from efficientllm.training.state import PruningPlan
 
@@ -41,7 +41,7 @@ def _gaps(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
     for landing, finer in zip(plan.landings, unaligned, strict=True):
         if landing.gap <= landing.tolerance:
             continue
-        size = format_amount(landing.target, cost.unit)
+        size = f"{amount(landing.target)} {cost.unit}"
         why, mend = "no shape lies", ", since its units are larger steps"
         if finer.gap < landing.gap:
             why, mend = "alignment leaves no shape", " (a smaller prune.align comes closer)"
