@@ -83,20 +83,25 @@ def table_of(folder: Path, model: Path) -> Path:
     return file
 
 
+def _name(what: tuple[str, str, int]) -> str:
+    return "runs/{}-{}-{}".format(*what)
+
+
 def run_all(folder: Path, model: Path, table: Path, tokens: int, seeds: int) -> list[Row]:
     """Every arm at every size with every seed; says after each how long the rest will take."""
     rows: list[Row] = []
     todo = [(cost, share, seed) for cost, shares in SHARES.items() for seed in range(1, seeds + 1) for share in shares]
+    open_ones = [name for name in map(_name, todo) if not (folder / name / "summary.json").is_file()]
     spent, fresh = 0.0, 0
     for index, (cost, share, seed) in enumerate(todo, 1):
-        begun, name = time.monotonic(), f"runs/{cost}-{share}-{seed}"
-        fresh += not (folder / name / "summary.json").is_file()
+        begun, name = time.monotonic(), _name((cost, share, seed))
         changes = {"seed": seed, "lr": LR}
         done = stage(folder, name, model, tokens, prune=prune_section(cost, share, table), train=changes)["result"]
         rows.append({"cost": cost, "share": share, "seed": seed, "loss": done["validation_loss"]})
         rows[-1]["widths"] = Widths(**done["widths"])
-        spent += time.monotonic() - begun
-        left = spent / max(1, fresh) * (len(todo) - index) / 60
+        if name in open_ones:
+            spent, fresh = spent + time.monotonic() - begun, fresh + 1
+        left = spent / max(1, fresh) * (len(open_ones) - fresh) / 60
         say(f"{index} of {len(todo)}: {name}, loss {done['validation_loss']:.3f}, about {left:.0f} minutes left")
     return rows
 

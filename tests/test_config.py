@@ -1,7 +1,7 @@
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,14 +12,24 @@ from efficientllm.config import (
     AlignConfig,
     CostTarget,
     DataSource,
+    LatencyOnConfig,
+    PruneConfig,
     Recipe,
     TrainConfig,
     WidthTarget,
     dump_recipe,
     load_recipe,
 )
+from efficientllm.config import prune as config_prune
 from efficientllm.config.fields import Section
 from efficientllm.errors import UsageError
+from efficientllm.models.flops import FlopsPerToken
+from efficientllm.models.latency_table import DTYPES
+from efficientllm.pruning.costs import KVCache, Params, TableCost
+from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.pruning.groups import DEFAULT_TYPES, PRUNING_TYPES
+from efficientllm.pruning.schedule import CURVES
+from efficientllm.pruning.selection import ORDERS
 from efficientllm.sizes import Amount, Position
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -245,8 +255,18 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.target={flops: 120%}", "prune.target.flops: '120%' is no size to reach: write a ratio such as 50%"),
         ("prune.target={latency: 12}", "prune.target.latency: 12 is no latency to reach: write a ratio such as 50%"),
         ("prune.target={flops: 40%, latency: 40%}", "a size to prune to is in one cost: give one of flops, kv_cache"),
+        (
+            "prune={target: {flops: 40%}, cost: flops, ladder: [{flops: 80%}, 60%]}",
+            "prune.cost is flops, but prune.ladder[1] is in params",
+        ),
+        ("prune={target: 40%, ladder: [{flops: 80%}]}", "prune.ladder[0] is in flops, but prune.cost counts params"),
+        ("prune.latency_on={device: cpu}", "prune.latency_on has no effect with prune.cost params"),
+        (
+            "prune={target: {latency: 40%}, cost: latency, latency_table: t.json, latency_on: {device: tpu}}",
+            "prune.latency_on.device",
+        ),
         ("prune.target={flops: 40%}", "prune.target is in flops, but prune.cost counts params: set prune.cost: flops"),
-        ("prune.cost=flops", "prune.cost is flops, but a size to prune to is in params: write it as {flops: 40%}"),
+        ("prune.cost=flops", "prune.cost is flops, but prune.target is in params: write it as {flops: 40%}"),
         ("prune.latency_table=a.json", "prune.latency_table has no effect with prune.cost params: remove it"),
         ("prune.cost=energy", "prune.cost should be 'params', 'flops', 'kv-cache' or 'latency', not 'energy'"),
         ("prune.target={}", "prune.target names no width: give one or more of layers, hidden, heads"),
@@ -332,3 +352,24 @@ def test_every_field_is_described() -> None:
     for section in Section.__subclasses__():
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """The words that a key of the prune section takes, without those of null."""
+    annotation = PruneConfig.model_fields[field].annotation
+    inner = [each for each in get_args(annotation) if not isinstance(each, str)]
+    return get_args(inner[0]) if inner else get_args(annotation)
+
+
+def test_lists_of_words_are_those_of_the_pruning_room() -> None:
+    """config may not import pruning, and so has them a second time."""
+    assert choices("types") == PRUNING_TYPES
+    assert config_prune.DEFAULT_TYPES == DEFAULT_TYPES
+    assert {name for name, each in CRITERIA.items() if each.needs == "inputs"} == config_prune.INPUT_CRITERIA
+    assert set(choices("curve")) == {*CURVES, "exponential"}
+    assert set(choices("order")) == {"saliency", "interleaved", *ORDERS}
+    costs = (Params, FlopsPerToken, KVCache, TableCost)
+    assert choices("cost") == tuple(each.__dataclass_fields__["name"].default for each in costs)
+    sizes = {name.replace("_", "-") for name in CostTarget.model_fields}
+    assert sizes == {*choices("cost")} - {"params"}
+    assert get_args(get_args(LatencyOnConfig.model_fields["dtype"].annotation)[0]) == DTYPES

@@ -156,13 +156,13 @@ def test_amounts_are_shares_or_absolute() -> None:
     assert format_amount(0.01234, "s") == "12.3 ms"
 
 
-@pytest.mark.parametrize("value", ["100%", 1, 0, "-3", "soon", None, True, "12ms"])
+@pytest.mark.parametrize("value", ["100%", "50%x", "50% x", 1, 0, "-3", "soon", None, True, "12ms"])
 def test_what_is_no_amount_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"is no size to reach: write a ratio such as 50% or 0\.5x"):
         Amount.parse(value)
 
 
-@pytest.mark.parametrize("value", ["1x", 12, "12", "0ms", "12 min", None])
+@pytest.mark.parametrize("value", ["1x", "50%x", 12, "12", "0ms", "12 min", None])
 def test_what_is_no_latency_is_refused(value: object) -> None:
     with pytest.raises(
         ValueError, match=r"is no latency to reach: write a ratio such as 50% or 0\.5x, or a time such as"

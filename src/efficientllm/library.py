@@ -95,9 +95,8 @@ class Pruner:
     cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
     default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
-    observe(). Further keywords are the recipe's prune keys: curve, saliency, ema,
-    types, selection, bound, correction, align, floors, cost, latency_table. sequence_length: tokens at which cost
-    "flops" counts.
+    observe(). Further keywords are the recipe's prune keys: curve, saliency, ema, types, selection, bound, correction,
+    align, floors, cost, latency_table, latency_on. sequence_length: tokens at which cost "flops" counts.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """

@@ -148,7 +148,7 @@ class Amount:
             return value
         text = "" if isinstance(value, bool) else str(value).strip()
         try:
-            share = parse_fraction(text.removesuffix("x"))
+            share = parse_fraction(text if "%" in text else text.removesuffix("x"))  # 50%x is neither 50% nor 50x
         except ValueError:
             share = 0.0
         if 0 < share < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_a_table_is_measured_and_a_recipe_names_it(
     prune = {"cost": "latency", "latency_table": str(file), "target": {"latency": "99s"}}
     assert call("plan", world.write("timed", prune=prune | {"floors": {"intermediate": 32}})) == 2
     assert "is not below the source's" in capsys.readouterr().err
+
+
+def test_a_table_that_is_far_off_is_called_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No sum of products of widths: the table's own shapes tell nothing about those between them."""
+    draw = random.Random(0)
+    monkeypatch.setattr(table, "_turn", lambda *_: (draw.choice([1.0, 3.0]), 1.0))
+    argv = ("--table", tmp_path / "t.json", "--repeats", "1", "--levels", "2", "--held-out", "8")
+    assert call("bench", world.folder / "source", *SHORT, *argv) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "above 10%: shapes that are nearer to one another than that are not told apart" in said
+    assert "measure it again with more --repeats or --levels" in said
+
+
+def test_a_source_as_narrow_as_the_floors_has_shapes_to_check_too() -> None:
+    """No multiple of the alignment lies between its floor and itself."""
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 130}
+    config = tiny_config("llama-gqa", hidden_size=130, **heads)
+    grid = grid_of(config, TableRequest())
+    assert dict(zip(TABLE_AXES, grid, strict=True))["hidden"] == (130,)
+    shapes = held_out_shapes(config, grid, 4)
+    assert shapes
+    assert {widths.hidden for widths in shapes} == {130}
 
 
 @pytest.mark.parametrize(

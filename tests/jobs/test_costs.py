@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import pytest
 
 from conftest import World, tiny_config
 from efficientllm.cli import main
+from efficientllm.config import load_recipe
+from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
-from efficientllm.models.latency_table import LatencyTable, MeasuredOn, table_content
+from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
+from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import KVCache
 from efficientllm.pruning.groups import Widths
 from efficientllm.reporting.journal import read_journal
+from efficientllm.training.notes import notes_of
+from efficientllm.training.planning import pruning_plan
 
 SPACE = space_of(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
 FLOORS = {"intermediate": 8, "hidden": 8}
@@ -31,7 +37,7 @@ def result(world: World, name: str) -> dict[str, Any]:
     return json.loads((world.folder / "runs" / name / "summary.json").read_text())["result"]
 
 
-def write_table(path: Path, scale: float = 1.0, **changes: object) -> Path:
+def write_table(path: Path, scale: float = 1.0, error: float | None = None, **changes: object) -> Path:
     """Latency that grows with hidden times FFN and with every head, over widths from the floors to the source."""
     grid = ((2,), (8, 24, 40), (1, 2), (1, 2), (8, 30, 52))
     seconds = [
@@ -41,9 +47,10 @@ def write_table(path: Path, scale: float = 1.0, **changes: object) -> Path:
         for queries in grid[3]
         for ffn in grid[4]
     ]
-    about: dict[str, Any] = {"family": "llama", "head_dim": 6, "vocabulary": 300, "dtype": "float32", "device": "cpu"}
-    about |= {"threads": 1, "prompt": 8, "generate": 4, "batch": 1, "machine": {}} | changes
-    path.write_text(json.dumps(table_content(LatencyTable(MeasuredOn(**about), grid, tuple(seconds)), {})))
+    about = MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {})
+    content = table_content(LatencyTable(about, grid, tuple(seconds)), {"median_error": error})
+    content["measured_on"] |= changes
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -77,7 +84,10 @@ def test_latency_by_a_table(world: World, tmp_path: Path, capsys: pytest.Capture
     path = world.write("fast", prune=prune)
     assert call("prune", path) == 0
     cost = LatencyTable(MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {}), *_grid(table)).cost()
-    assert cost(Widths(**result(world, "fast")["widths"])) <= 0.6 * cost(SPACE.widths)
+    saved = cost(SPACE.widths) - cost(Widths(**result(world, "fast")["widths"]))
+    assert saved >= 0.4 * cost(SPACE.widths)
+    events = read_journal(world.folder / "runs" / "fast" / "events.jsonl")
+    assert sum(event["saved"] for event in events) == pytest.approx(saved)
     (world.folder / "runs" / "fast" / "summary.json").unlink()
     write_table(table, scale=2.0)
     assert call("prune", path) == 2
@@ -100,6 +110,24 @@ def _grid(table: Path) -> tuple[Any, Any]:
             {"floors": {"hidden": 8, "intermediate": 4}},
             "covers intermediate 8 to 52, but the recipe may ask for 4 to 52; raise",
         ),
+        (
+            {"device": "cuda:0"},
+            {"latency_on": {"device": "cpu"}},
+            "measured with device cuda, but prune.latency_on asks for cpu; measure one with `efficientllm bench SOURCE "
+            "--table FILE --device cpu`",
+        ),
+        (
+            {},
+            {"latency_on": {"dtype": "bfloat16"}},
+            "was measured with dtype float32, but prune.latency_on asks for bfloat16",
+        ),
+        ({"dtype": "int4"}, {}, "its measured_on.dtype is 'int4', none of float32, bfloat16, float16"),
+        ({"device": "abacus"}, {}, "its measured_on.device is 'abacus', neither cpu nor cuda"),
+        ({"batch": 0}, {}, "its measured_on.batch is 0, not a whole number above 0"),
+        ({"threads": "one"}, {}, "its measured_on.threads is 'one', not a whole number above 0"),
+        ({"family": None}, {}, "its measured_on.family is None, not a name"),
+        ({"machine": 7}, {}, "its measured_on.machine is 7, not names with their values"),
+        ({"error": -1}, {}, "its median_error is -1"),
         ({}, {"types": ["depth", "ffn"]}, "covers layers 2, but the recipe may ask for 1 to 2; leave depth out"),
         ({}, {"target": {"latency": "5us"}}, "the target of 5e-06 s is below 0.00116"),
         (None, {}, "is no table of latencies (it has no 'format')"),
@@ -122,6 +150,87 @@ def test_tables_that_do_not_fit(
     assert call("plan", world.write("refused", prune=asked)) == 2
     said = capsys.readouterr().err
     assert message in " ".join(said.split())
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", '"many"'])
+def test_a_grid_of_no_numbers_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    table = write_table(tmp_path / "table.json")
+    table.write_text(table.read_text().replace("[8, 24, 40]", f"[8, 24, {value}]"))
+    asked = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
+    assert call("plan", world.write("refused", prune=asked)) == 2
+    assert "is no table of latencies" in capsys.readouterr().err
+
+
+def test_a_table_that_misses_a_width_nothing_may_narrow() -> None:
+    """Of another source: no floor and no type of the recipe is at fault."""
+    about = MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {})
+    table = LatencyTable(about, ((3, 4), (8, 40), (1, 2), (1, 2), (60, 80)), (1.0,) * 32)
+    source = SPACE.widths
+    with pytest.raises(UsageError, match=r"covers layers 3 to 4, .* for 2 to 2; measure one of this source"):
+        table.check_range("t.json", replace(source, hidden=8), source)
+    table = replace(table, grid=((2,), *table.grid[1:]))
+    with pytest.raises(UsageError, match=r"covers intermediate 60 to 80, .* for 52 to 52; measure one of this source"):
+        table.check_range("t.json", replace(source, hidden=8), source)
+
+
+def test_llama_and_mistral_without_a_window_share_a_table() -> None:
+    """They compute the same function; with a window it is another one."""
+    about = MeasuredOn("llama", 6, 61, "float32", "cpu", 1, 8, 4, 1, {})
+    table = LatencyTable(about, ((2,),) * 5, (1.0,))
+    mistral = tiny_config("mistral-gqa-tied")
+    assert family_of(mistral) == "llama"
+    table.check("t.json", mistral)
+    mistral.sliding_window = 16
+    with pytest.raises(UsageError, match="was measured for family llama, but the source has mistral"):
+        table.check("t.json", mistral)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (0.044, "8+4 tokens, batch 1, median error 4.4%"),
+        (None, "error not known"),
+        (0.25, "median error 25.0%, above 10%: shapes that are nearer to one another than that are not told apart"),
+    ],
+)
+def test_plan_says_what_the_table_was_measured_on(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: float | None, said: str
+) -> None:
+    table = write_table(tmp_path / "table.json", error=error, machine={"device": "A processor"})
+    on = {"device": "cpu", "dtype": "float32"}
+    asked = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
+    assert call("plan", world.write("told", prune=asked | {"latency_on": on})) == 0
+    found = " ".join(capsys.readouterr().err.split())
+    assert f"latency by {table}: float32 on cpu (A processor), " in found
+    assert said in found
+    assert ("above 10%" in found) == (error == 0.25)
+
+
+def notes(world: World, name: str, **prune: object) -> tuple[str, ...]:
+    recipe = load_recipe(world.write(name, prune=prune))
+    return notes_of(recipe, pruning_plan(recipe, load_config(recipe.source)))
+
+
+def test_types_that_stay_out_are_named(world: World) -> None:
+    (note, gap) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=FLOORS)
+    assert (
+        note
+        == "prune.cost kv-cache does not count attention_query, ffn, stem: the result keeps the source's width there"
+    )
+    assert gap.startswith("no shape lies within 1 % of")
+    assert "align" not in gap
+    assert notes(world, "in", target="50%", floors=FLOORS, align=1) == ()
+
+
+def test_alignment_is_blamed_only_where_it_is_at_fault(world: World) -> None:
+    """Two KV heads leave 50 % of the cache or all of it; an FFN in steps of 20 leaves a coarse grid of parameters."""
+    (gap,) = notes(world, "heads", cost="kv-cache", target={"kv_cache": "80%"}, types=["attention"], floors=FLOORS)
+    assert gap.endswith("the run will land 37.7% under it, since its units are larger steps")
+    (gap,) = notes(world, "ffn", target="85%", types=["ffn"], floors=FLOORS, align={"hidden": 1, "intermediate": 20})
+    assert gap.startswith("alignment leaves no shape within 1 % of")
+    assert gap.endswith("(a smaller prune.align comes closer)")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The groups of METHOD section 1, written out by hand for Llama-like models: slow and obvious."""
+"""The groups of docs/method.md, written out by hand for Llama-like models: slow and obvious."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def group_masks(
 def unit_saliency(
     name: str, masks: dict[str, Tensor], weights: dict[str, Tensor], grads: dict[str, Tensor], fisher: dict[str, Tensor]
 ) -> float:
-    """One unit's saliency in fp64, formula by formula as in METHOD section 3."""
+    """One unit's saliency in fp64, formula by formula as in docs/method.md."""
     total = 0.0
     for key, mask in masks.items():
         w, g, f = (table[key].double()[mask] for table in (weights, grads, fisher))

@@ -28,7 +28,7 @@ from efficientllm.benching.statistics import spread, turn
 from efficientllm.benching.timing import measure, threads
 from efficientllm.benching.transformers_backend import LoadedModel, rehearse
 from efficientllm.errors import UsageError
-from efficientllm.models.latency_table import LatencyTable, MeasuredOn, table_content
+from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
 from efficientllm.pruning.costs import TABLE_AXES
 from efficientllm.pruning.groups import Widths
@@ -77,16 +77,18 @@ def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[W
     """Different shapes within the grid but not on it, aligned as a run's would be; fewer where there are no more."""
     align, choose = Alignment.automatic(widths_of(config)), random.Random(SEED)
     steps = {"hidden": align.hidden, "intermediate": align.intermediate}
-    axes = [
-        range(-(-levels[0] // steps.get(axis, 1)) * steps.get(axis, 1), levels[-1] + 1, steps.get(axis, 1))
-        for axis, levels in zip(TABLE_AXES, grid, strict=True)
-    ]
+    axes = [_aligned(levels[0], levels[-1], steps.get(axis, 1)) for axis, levels in zip(TABLE_AXES, grid, strict=True)]
     found: dict[Widths, None] = {}
     for _ in range(100 * number):
         place = [choose.choice(axis) for axis in axes]
         if len(found) < number and any(width not in levels for width, levels in zip(place, grid, strict=True)):
             found[shape_at(place)] = None
     return list(found)
+
+
+def _aligned(low: int, high: int, step: int) -> Sequence[int]:
+    """Multiples of `step` from low to high; where there is none, `high`, which is what the source has."""
+    return range(-(-low // step) * step, high + 1, step) or (high,)
 
 
 def measure_table(
@@ -195,7 +197,7 @@ def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, sett
 
 def _measured_on(config: PretrainedConfig, settings: Settings) -> MeasuredOn:
     return MeasuredOn(
-        family=config.model_type,
+        family=family_of(config),
         head_dim=head_dim_of(config),
         vocabulary=config.vocab_size,
         dtype=settings.dtype,

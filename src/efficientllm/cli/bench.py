@@ -104,6 +104,7 @@ def _measure_table(
     from efficientllm.benching.subjects import config_of
     from efficientllm.benching.table import TableRequest, measure_table, runs_of
     from efficientllm.jobs.interruption import stopping
+    from efficientllm.models.latency_table import off_by
     from efficientllm.reporting.bench_table import table_page
     from efficientllm.reporting.journal import write_atomically
     from efficientllm.reporting.progress import track
@@ -115,6 +116,8 @@ def _measure_table(
         content = measure_table(config, settings, request, bar.advance)
     write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
     print(table_page(content, str(file)))
+    if doubt := off_by(content["median_error"]):
+        say(f"the table's median error is {content['median_error']:.1%}{doubt}")
 
 
 def _resolved(asked: Settings, models: list[str]) -> Settings:

@@ -49,6 +49,8 @@ def plan(
     teacher = loaded.distill.teacher if loaded.distill else None
     taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
     found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
+    for note in found.notes:
+        say(note)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
     hours = found.flops / (machine.peak(bf16=bf16) * utilisation) / 3600 if machine else None
     host = 4 * found.parameters * min(gpus, per_node)

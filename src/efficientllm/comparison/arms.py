@@ -162,7 +162,7 @@ def _prune_section(
             except ValueError as error:
                 raise UsageError(str(error)) from error
             widths = {name: getattr(shape, name) for name in found}
-            prune = {key: value for key, value in prune.items() if key not in ("cost", "latency_table")}
+            prune = {key: value for key, value in prune.items() if key not in ("cost", "latency_table", "latency_on")}
         layers = {"layers"} if widths["layers"] == space.widths.layers else set()
         prune["target"] = {name: width for name, width in widths.items() if name not in layers}
     return prune

@@ -1,6 +1,6 @@
 """Recipes: what a run is to do, read from YAML, typed, and refused in one clear sentence where something is off."""
 
-from efficientllm.config.prune import AlignConfig, CostTarget, FloorsConfig, PruneConfig, WidthTarget
+from efficientllm.config.prune import AlignConfig, FloorsConfig, LatencyOnConfig, PruneConfig
 from efficientllm.config.reading import dump_recipe, load_recipe
 from efficientllm.config.sections import (
     DataConfig,
@@ -11,6 +11,7 @@ from efficientllm.config.sections import (
     RunConfig,
     TrainConfig,
 )
+from efficientllm.config.targets import CostTarget, WidthTarget
 
 __all__ = [
     "AlignConfig",
@@ -20,6 +21,7 @@ __all__ = [
     "DistillConfig",
     "DistributedConfig",
     "FloorsConfig",
+    "LatencyOnConfig",
     "PruneConfig",
     "Recipe",
     "RunConfig",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from efficientllm.config.fields import (
     Count,
@@ -16,70 +15,12 @@ from efficientllm.config.fields import (
     Section,
     Share,
     Text,
-    json_as,
     one_or_more,
     union_side,
 )
+from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
 from efficientllm.errors import UsageError
-from efficientllm.sizes import Amount, Position, exact_count, format_fraction, parse_count, parse_fraction
-
-
-class WidthTarget(Section):
-    """Widths to prune to, the same in every layer; null keeps the source's width."""
-
-    layers: Count | None = Field(default=None, description="Layers; fewer need depth in prune.types")
-    hidden: Count | None = Field(default=None, description="Residual channels")
-    heads: Count | None = Field(default=None, description="Query heads")
-    kv_heads: Count | None = Field(default=None, description="Key-value heads")
-    intermediate: Count | None = Field(default=None, description="FFN channels")
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.model_fields_set:
-            raise UsageError(
-                "prune.target names no width: give one or more of layers, hidden, heads, kv_heads, intermediate"
-            )
-        return self
-
-
-def _latency(value: object) -> Amount:
-    return Amount.parse(value, timed=True)
-
-
-class CostTarget(Section):
-    """A size in what `prune.cost` counts: a share of the source's, or an amount."""
-
-    flops: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
-        default=None, description="Forward FLOPs of a token, the mean over data.sequence_length"
-    )
-    kv_cache: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
-        default=None, description="Bytes of KV cache of a token, at 16 bits a number"
-    )
-    latency: Annotated[Amount | None, PlainValidator(_latency), json_as(str)] = Field(
-        default=None, description="Time of the sequence that prune.latency_table was measured with"
-    )
-
-    @property
-    def cost(self) -> str:
-        """The cost that it is a size in, as in `prune.cost`."""
-        return next(iter(self.model_fields_set)).replace("_", "-")
-
-    @property
-    def amount(self) -> Amount:
-        (name,) = self.model_fields_set
-        found: Amount = getattr(self, name)
-        return found
-
-    def _idle(self) -> dict[str, str]:
-        """The costs that it is not a size in: nothing to refuse, and not dumped."""
-        return dict.fromkeys(type(self).model_fields.keys() - self.model_fields_set, "beside the other")
-
-    @model_validator(mode="after")
-    def _only_one(self) -> Self:
-        if len(self.model_fields_set) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise UsageError(f"a size to prune to is in one cost: give one of {names}")
-        return self
+from efficientllm.sizes import Position, parse_count
 
 
 class AlignConfig(Section):
@@ -87,6 +28,14 @@ class AlignConfig(Section):
 
     hidden: Count = Field(default=1, description="Multiple for the hidden width")
     intermediate: Count = Field(default=1, description="Multiple for the FFN width")
+
+
+class LatencyOnConfig(Section):
+    """What prune.latency_table must have been measured on; null leaves it open."""
+
+    section: ClassVar[str] = "prune.latency_on"
+    device: Literal["cpu", "cuda"] | None = Field(default=None, description="The device that the result is for")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="Of its weights there")
 
 
 class FloorsConfig(Section):
@@ -97,42 +46,6 @@ class FloorsConfig(Section):
     kv_heads: Count = Field(default=1, description="Key-value heads")
     heads_per_kv: Count = Field(default=1, description="Query heads of a key-value head")
     intermediate: Count = Field(default=32, description="FFN channels")
-
-
-def _target(value: object) -> object:
-    """A ratio as float, a parameter count as int; widths pass."""
-    if isinstance(value, Mapping | BaseModel):
-        return value
-    for parse in (parse_fraction, parse_count):
-        try:
-            size = parse(value)
-        except ValueError:
-            continue
-        if size > 0 and size != 1:
-            return size
-    raise ValueError(
-        f"{value!r} is no size to prune to: write a parameter count such as 469M, a ratio such as 40% or 0.4, "
-        "or widths such as {hidden: 512, intermediate: 1408}; for another prune.cost one such as {flops: 40%}"
-    )
-
-
-def _target_side(value: object) -> str:
-    """Tag of the side of the union: a size in another cost is known by its key, or the nearest known one."""
-    if not isinstance(value, Mapping):
-        return "<cost>" if isinstance(value, CostTarget) else union_side(value)
-    costs, names = CostTarget.model_fields, [*WidthTarget.model_fields, *CostTarget.model_fields]
-    nearest = [match for key in value for match in difflib.get_close_matches(str(key), names, 1)]
-    return "<cost>" if nearest and all(name in costs for name in nearest) else "<widths>"
-
-
-def _rung_side(value: object) -> str:
-    return "<cost>" if isinstance(value, Mapping | BaseModel) else "<plain>"
-
-
-def _dump_target(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return format_fraction(value) if isinstance(value, float) else exact_count(value)
 
 
 def _several(value: object) -> object:
@@ -150,20 +63,6 @@ def _align(value: object) -> object:
         raise ValueError(f"{value!r} is no alignment: {mend}") from None
 
 
-Target = Annotated[
-    Annotated[int | float, Tag("<plain>")]
-    | Annotated[WidthTarget, Tag("<widths>")]
-    | Annotated[CostTarget, Tag("<cost>")],
-    Discriminator(_target_side),
-    BeforeValidator(_target),
-    json_as(_dump_target),
-]
-Rung = Annotated[
-    Annotated[int | float, Tag("<plain>")] | Annotated[CostTarget, Tag("<cost>")],
-    Discriminator(_rung_side),
-    BeforeValidator(_target),
-    json_as(_dump_target),
-]
 Align = Annotated[
     Annotated[Literal["auto"], Tag("<plain>")] | Annotated[AlignConfig, Tag("<widths>")],
     Discriminator(union_side),
@@ -188,6 +87,9 @@ class PruneConfig(Section):
     )
     latency_table: Text | None = Field(
         default=None, description="File of `efficientllm bench MODEL --table FILE`, for prune.cost latency"
+    )
+    latency_on: LatencyOnConfig = Field(
+        default=LatencyOnConfig(), description="Device and dtype that the table must have been measured with"
     )
     ladder: Annotated[tuple[Rung, ...] | None, BeforeValidator(_several)] = Field(
         default=None, description="Sizes on the way, largest first; each leaves a model to use and to train on"
@@ -249,7 +151,7 @@ class PruneConfig(Section):
         calibration = ("calibration_tokens", "calibration_batch")
         idle = {} if self.selection == "calibrated" else dict.fromkeys(calibration, "with prune.selection raw")
         if self.cost != "latency":
-            idle["latency_table"] = f"with prune.cost {self.cost}"
+            idle |= dict.fromkeys(["latency_table", "latency_on"], f"with prune.cost {self.cost}")
         if self.order != "saliency":
             idle |= dict.fromkeys(["selection", *calibration], f"with prune.order {self.order}")
         if self.mode != "loop":
@@ -294,16 +196,15 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _sizes_are_in_its_cost(self) -> Self:
         key = self.cost.replace("-", "_")
-        for size in (*(self.ladder or ()), self.target):
+        sizes = [(f"prune.ladder[{index}]", size) for index, size in enumerate(self.ladder or ())]
+        for name, size in [*sizes, ("prune.target", self.target)]:
             counted = size.cost if isinstance(size, CostTarget) else "params"
             if isinstance(size, WidthTarget) or counted == self.cost:
                 continue
             if self.cost == "params":
-                raise UsageError(
-                    f"prune.target is in {counted}, but prune.cost counts params: set prune.cost: {counted}"
-                )
+                raise UsageError(f"{name} is in {counted}, but prune.cost counts params: set prune.cost: {counted}")
             raise UsageError(
-                f"prune.cost is {self.cost}, but a size to prune to is in {counted}: write it as {{{key}: 40%}}, or "
+                f"prune.cost is {self.cost}, but {name} is in {counted}: write it as {{{key}: 40%}}, or "
                 "set prune.cost to what it is in"
             )
         if self.cost == "latency" and self.latency_table is None:

@@ -21,12 +21,13 @@ from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.reporting.trackers import Trackers, check_trackers
-from efficientllm.sizes import format_amount, format_count
+from efficientllm.sizes import format_count
 from efficientllm.training.cache import file_digest
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
+from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.sampling import BatchStream
 from efficientllm.training.state import PruningPlan
@@ -192,13 +193,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
     plan = pruning_plan(recipe, config)
-    for landing in plan.landings if plan else ():
-        if landing.gap > 0.01:
-            size = format_amount(landing.target, landing.cost.unit)
-            say(
-                f"alignment leaves no shape within 1 % of {size}; the run will land "
-                f"{landing.gap:.1%} under it (a smaller prune.align comes closer)"
-            )
+    for note in notes_of(recipe, plan):
+        say(note)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
     length = recipe.data.sequence_length
     if length > config.max_position_embeddings:

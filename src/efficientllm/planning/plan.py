@@ -15,6 +15,7 @@ from efficientllm.planning.walk import StepFlops, Walk, Walker
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.sizes import format_amount
+from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import calibration_rows, pruning_plan
 from efficientllm.training.state import PruningPlan
 
@@ -25,7 +26,8 @@ class Plan:
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
-    pruning_flops: those of it that refreshes, calibration, scores and corrections take. Bytes throughout."""
+    pruning_flops: those of it that refreshes, calibration, scores and corrections take. Bytes throughout. notes: what
+    the run will say before it starts."""
 
     parameters: int
     target: int
@@ -44,6 +46,7 @@ class Plan:
     memory: StepMemory
     checkpoint: int
     corpus: int
+    notes: tuple[str, ...] = ()
 
 
 def plan_of(
@@ -88,6 +91,7 @@ def plan_of(
         ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
+        notes=notes_of(recipe, plan),
     )
 
 

@@ -59,12 +59,14 @@ class PrunerOptions:
 
 @dataclass(frozen=True)
 class AppliedEvent:
-    """An event that has happened, and the model it left behind. removed: parameters that fell with it."""
+    """An event that has happened, and the model it left behind. removed: parameters that fell with it. saved: what
+    it took from the run's cost; of a measured one this may be less than the event's price."""
 
     event: Event
     parameters: int
     widths: Widths
     removed: int
+    saved: float
 
 
 @dataclass

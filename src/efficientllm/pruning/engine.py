@@ -13,17 +13,7 @@ from efficientllm.pruning.calibration import Calibration, measure
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, SecondMoment
 from efficientllm.pruning.correction import Corrections, correct, losing_readers
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import (
-    ATTENTION_QUERY,
-    DEPTH,
-    Cut,
-    Event,
-    Live,
-    ParamSpec,
-    Slice,
-    Space,
-    Widths,
-)
+from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, Cut, Event, Live, ParamSpec, Slice, Space, Widths
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.saliency import (
     MovingAverage,
@@ -215,12 +205,14 @@ class PruningEngine:
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
             if bundle and removed + falling[event.type] > limit:
                 break
+            before = self.size
             self.live.remove(event)
             ranking.take(event)
             self.events += 1
             removed += falling[event.type]
             bundle.append(event)
-            report.events.append(AppliedEvent(event, self.parameters, self.widths, falling[event.type]))
+            fell = falling[event.type]
+            report.events.append(AppliedEvent(event, self.parameters, self.widths, fell, before - self.size))
             if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
                 report.rung = self.rung
                 self.rung += 1

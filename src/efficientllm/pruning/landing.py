@@ -97,7 +97,7 @@ class Landing:
         tolerance: float = TOLERANCE,
         cost: Cost | None = None,
     ) -> None:
-        self.space, self.align = space, align
+        self.space, self.align, self.tolerance = space, align, tolerance
         self.cost: Cost = cost or Params(space)
         source = space.widths
         if isinstance(target, Widths):

@@ -106,7 +106,7 @@ def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) 
     if prune.cost == "latency":
         assert prune.latency_table is not None
         table = load_table(prune.latency_table)
-        table.check(prune.latency_table, source)
+        table.check(prune.latency_table, source, prune.latency_on.device, prune.latency_on.dtype)
         table.check_range(prune.latency_table, _least(prune, space), space.widths)
         return table.cost()
     return Params(space)
