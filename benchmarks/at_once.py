@@ -20,7 +20,8 @@ from efficientllm.config import DataConfig
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
-from efficientllm.pruning.groups import ATTENTION, FFN_TYPE, STEM, Event, Live, group_slices
+from efficientllm.pruning.groups import ATTENTION, FFN_TYPE, STEM, Cut, Live
+from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.corpus import Corpus, load_corpora
 from efficientllm.training.gradient import Precision, mean_loss
@@ -32,17 +33,17 @@ WAYS = {"zeroed": (0, False), "gain": (4096, True), "2,048": (2048, False), "4,0
 WAYS |= {"16,384": (16384, False), "4,096 and gain": (4096, True)}
 
 
-def events_of(live: Live, pruning_type: str, number: int, seed: int) -> list[Event]:
+def events_of(live: Live, pruning_type: str, number: int, seed: int) -> list[Cut]:
     generator, events = torch.Generator().manual_seed(seed), []
     for _ in range(number):
         units = live.units(pruning_type)
         noise = torch.rand(units.shape, generator=generator).masked_fill(~units, -1.0)
-        events.append(Event(pruning_type, noise.argmax(1), 0.0, 1.0))
+        events.append(Cut(pruning_type, noise.argmax(1)))
         live.remove(events[-1])
     return events
 
 
-def loss_after(path: str, events: list[Event], live: Live, rows: Tensor, held: Tensor, way: str) -> float:
+def loss_after(path: str, events: list[Cut], live: Live, rows: Tensor, held: Tensor, way: str) -> float:
     """rows: what inputs are captured on, (rows, length); held: what the loss is measured on."""
     model = load_model(path).eval()
     space, params = space_of(model.config), dict(model.named_parameters())

@@ -66,7 +66,8 @@ def main() -> None:
     recipe["run"] |= {"validate_every": "20%", "checkpoint_every": "100%"}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | {"prune": {"target": arguments.target}}))
-    out = folder / f"compare-{arguments.target.rstrip('%')}"
+    length = "" if arguments.tokens == parser.get_default("tokens") else f"-{arguments.tokens}"
+    out = folder / f"compare-{arguments.target.rstrip('%')}{length}"
     options = {"arms": arguments.arms, "seeds": arguments.seeds, "budget": arguments.budget}
     options |= {"lr-grid": arguments.lr_grid, "out": str(out)}
     efficientllm(["compare", str(path), *(part for name, value in options.items() for part in (f"--{name}", value))])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_config, tiny_model
+from efficientllm.benching.checks import llamacpp_dtype
 from efficientllm.benching.contract import Settings
 from efficientllm.benching.facts import facts_of_config, facts_of_gguf
+from efficientllm.benching.results import machine
+from efficientllm.benching.subjects import candidates
 from efficientllm.benching.transformers_backend import TransformersBackend
+from efficientllm.errors import UsageError
 
 SETTINGS = Settings(11, 6, (1, 3), 2, "transformers", "cpu", "float32", 1)
 
@@ -104,6 +112,67 @@ def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) ->
         of_config.positions,
     )
     assert of_file.cache_bytes == of_config.cache_bytes // 2  # f16
+
+
+@pytest.mark.parametrize(("kind", "said"), [("f32", "f32"), ("bf16", "bf16"), ("q8_0", "q8_0, mostly f16")])
+def test_a_gguf_file_says_its_type_and_what_most_of_it_is(make_gguf: Any, tmp_path: Path, kind: str, said: str) -> None:
+    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.subject import subject_of
+
+    folder, _ = make_gguf("llama-gqa")  # rows of 40, 24 and 52: no multiples of 32
+    file = export_gguf(GGUFRequest(subject_of(folder), kind, tmp_path / "other.gguf"), lambda note: None)
+    assert facts_of_gguf(file, 11, 17).type == said
+
+
+def test_files_that_are_no_whole_decoder_are_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+    def written(name: str, tensor: str, parts: int) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        for key in ("block_count", "head_count", "head_count_kv", "embedding_length", "context_length"):
+            getattr(writer, f"add_{key}")(4)
+        writer.add_uint16("split.count", parts)
+        writer.add_tensor(tensor, torch.ones(4, 4).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    with pytest.raises(UsageError, match="holds no token embedding"):
+        facts_of_gguf(written("adapter.gguf", "blk.0.attn_q.weight", 1), 2, 3)
+    with pytest.raises(UsageError, match=r"one of 3 parts of a model.*llama-gguf-split --merge"):
+        facts_of_gguf(written("part.gguf", "token_embd.weight", 3), 2, 3)
+
+
+def test_what_a_gguf_measurement_is_headed_with() -> None:
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    assert llamacpp_dtype("auto", ["a.gguf", "b.gguf"]) == "as in the file"
+    assert llamacpp_dtype("auto", ["a.gguf", "run"]) == "f16 (.gguf files: as in the file)"
+    assert llamacpp_dtype("auto", ["run"]) == "f16"
+    assert llamacpp_dtype("q8_0", ["run"]) == "q8_0"
+
+
+def test_an_accelerator_of_llamacpp_is_not_called_by_the_processor_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Board")
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(__version__="1"))
+    asked = replace(SETTINGS, backend="llamacpp", device="gpu")
+    assert machine(asked)["device"] == "A Board"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "does not name" in machine(asked)["device"]
+
+
+def test_a_full_disk_for_temporary_files_names_the_mend(
+    make_gguf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_gguf("llama-gqa")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    asked = replace(SETTINGS, backend="llamacpp", dtype="f16")
+    with pytest.raises(UsageError, match=r"set TMPDIR") as raised:
+        candidates([str(folder)], asked, tmp_path / "temporary", lambda note: None)
+    assert "--out" not in str(raised.value)
 
 
 @pytest.mark.parametrize("chunk", [2048, 7])

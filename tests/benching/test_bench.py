@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
+import torch
 
 from conftest import World, tiny_model
-from efficientllm.benching import runner
+from efficientllm.benching import runner, worker
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.subjects import Candidate
 from efficientllm.cli import main
+from efficientllm.errors import UsageError
 from efficientllm.reporting.report_page import _bench
+from efficientllm.reporting.run_record import read_run
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
 
@@ -66,7 +69,9 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
     tiny_model("llama-gqa", hidden_size=256, intermediate_size=4096, head_dim=64).save_pretrained(large)
     small, out = tmp_path / "run", tmp_path / "bench.json"
     shutil.copytree(world.folder / "source", small / "model")
-    (small / "summary.json").write_text("{}")
+    source = {"path": "source", "parameters": 1, "widths": {}}
+    rest = dict.fromkeys(("tokens", "events", "compactions", "seconds", "recipe"), 1)
+    (small / "summary.json").write_text(json.dumps({"source": source, "result": source} | rest))
     assert call("bench", small, large, *SHORT, "--batch", "1,2", "--repeats", "2", "--json", out) == 0
     page = capsys.readouterr().out
     assert [line.split(" | ")[:2] for line in page.splitlines() if f"| {large} | 2" in line] == [[f"| {large}", "2"]]
@@ -86,10 +91,19 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
             rates = [int(batch) * 3 / sample["decode_seconds"] for sample in found["samples"]]
             assert found["decode_tokens_per_second"]["high"] == pytest.approx(max(rates))
     assert result["models"][0]["batches"]["1"]["decode_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert json.loads((small / "bench" / "results.json").read_text()) == result  # the run keeps it for its report
-    shown = "".join(_bench(SimpleNamespace(name="run", bench=result)))  # type: ignore[arg-type]
+    assert json.loads((small / "bench" / "transformers.json").read_text()) == result  # the run keeps it for its report
+    assert [each["facts"]["type"] for each in result["models"]] == ["float32", "float32"]
+    other = result | {"settings": result["settings"] | {"backend": "llamacpp"}}
+    (small / "bench" / "llamacpp.json").write_text(json.dumps(other))
+    (small / "bench" / "notes.json").write_text("[]")
+    (small / "config.yaml").write_text("")
+    record = read_run(small)
+    assert record.bench == [other, result]
+    shown = "".join(_bench(record))
     assert f"<td>{large}</td><td>2</td>" in shown
     assert "Energy" in shown
+    assert "what it costs to run, in transformers" in shown
+    assert "what it costs to run, in llamacpp" in shown
 
 
 def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +113,29 @@ def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.Captur
         worker._process.wait()
         with pytest.raises(runner.UsageError, match=r"that measured mine has died \(killed by the system"):
             worker.ask(batch=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("when", ["loading", "loading, wrapped", "measuring"])
+def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, when: str) -> None:
+    def fail(*_: object) -> Any:
+        if when == "loading, wrapped":
+            raise UsageError("cannot load the weights") from error
+        raise error
+
+    load = fail if when.startswith("loading") else lambda source, settings: None
+    monkeypatch.setattr(worker, "loader", lambda settings: load)
+    monkeypatch.setattr(worker, "measure", fail)
+    asked = {"source": "mine", "settings": asdict(Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))}
+    with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
+        list(worker.answers(iter([asked, {"batch": 1}])))
 
 
 @pytest.mark.parametrize(

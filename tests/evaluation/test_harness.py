@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,22 @@ from typing import Any
 
 import pytest
 
-from conftest import World
+from conftest import World, tiny_model
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
+from efficientllm.evaluation import harness
+from efficientllm.evaluation.harness import (
+    EvalRequest,
+    _evaluate_task,
+    accuracy,
+    describe,
+    joined_with,
+    known_results,
+    results_file,
+)
 from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
+from efficientllm.reporting.eval_table import eval_rows
 
 lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
 
@@ -76,6 +88,12 @@ def task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+@pytest.fixture(autouse=True)
+def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = task_manager()
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
 
 
 def requests_of(task: str) -> tuple[list[tuple[str, str]], list[Any]]:
@@ -141,21 +159,70 @@ def test_models_are_measured_and_missing_data_is_said(
         (["--tasks", "hellaswagg"], "did you mean hellaswag?"),
         (["--batch-size", "0"], "neither auto nor a positive number"),
         (["--tasks", "piqa", "--data-dir", "/nowhere"], "is no folder"),
+        (["--tasks", "ai2_arc", "--data-dir", "RECORDS"], "no figure of its own; name the tasks in it one by one"),
     ],
 )
-def test_bad_requests(world: World, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_requests(
+    world: World, records: Path, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(records) if each == "RECORDS" else each for each in argv]
     assert call("eval", world.folder / "source", *argv) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_a_model_without_tokenizer_is_refused_first(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_path_that_leads_nowhere_is_refused_before_the_harness_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from conftest import tiny_model
+    monkeypatch.setattr(harness, "check_tasks", lambda request: pytest.fail("the harness was loaded"))
+    assert call("eval", "/nowhere/x") == 2
+    assert "model '/nowhere/x' is neither a folder nor a hub id" in capsys.readouterr().err
 
+
+def test_a_damaged_model_and_a_damaged_record_cost_nothing_else(
+    world: World, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mute, torn, source = tmp_path / "mute", tmp_path / "torn", world.folder / "source"
+    tiny_model("llama-gqa").save_pretrained(mute)  # no tokenizer
+    shutil.copytree(source, torn)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    shutil.copytree(records, tmp_path / "records")
+    file = tmp_path / "records/allenai/openbookqa/main/test.jsonl"
+    file.write_text(json.dumps({"question_stem": "A small model is", "answerKey": "A"}) + "\n")  # no choices
+    out = tmp_path / "out.json"
+    options = ("--tasks", "openbookqa,boolq", "--data-dir", tmp_path / "records", "--batch-size", "2", "--json", out)
+    assert call("eval", mute, source, torn, *options, "--device", "cpu") == 2
+    streams = capsys.readouterr()
+    assert f"{mute} is left out: cannot load a tokenizer" in streams.err
+    assert f"{torn} is left out: cannot load the weights" in streams.err
+    assert f"see whether every record of {file} has the hub's fields" in streams.err
+    last = streams.err.strip().splitlines()[-1]
+    assert last == f"error: left out: {mute}, {torn}, openbookqa (reasons above); all the rest is done"
+    assert [line.split(" | ")[0] for line in streams.out.splitlines() if "source" in line] == [f"| {source}"]
+    assert json.loads(out.read_text())[str(source)]["records"] == {"boolq": 4}
+
+
+def test_nothing_to_measure_is_said(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama-gqa").save_pretrained(tmp_path)
-    assert call("eval", world.folder / "source", tmp_path, "--tasks", "boolq") == 2
-    assert "cannot load a tokenizer" in capsys.readouterr().err
+    assert call("eval", tmp_path, "--tasks", "boolq") == 2
+    streams = capsys.readouterr()
+    assert "cannot load a tokenizer" in streams.err
+    assert not streams.out
+
+
+def test_a_task_without_accuracy_is_shown_by_its_first_metric() -> None:
+    values = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.125, "other,none": 3.0}
+    assert accuracy(values) == (0.25, "exact_match", 0.125)
+    assert describe(values) == "exact_match 0.25 +- 0.125"
+    assert accuracy({"acc,none": 0.5, "acc_norm,none": 0.75})[:2] == (0.75, "acc_norm")
+    found = {"m": {"results": {"gsm8k": values, "boolq": {"acc,none": 0.5, "acc_stderr,none": 0.01}}}}
+    columns = {"gsm8k": "gsm8k", "boolq": "BoolQ", "piqa": "PIQA"}
+    assert list(eval_rows(found, columns, {}, accuracy))[1] == [
+        "m",
+        "0.25 ± 0.12 exact_match",
+        "50.00 ± 1.0 a",
+        "-",
+        "-",
+    ]
 
 
 def test_damaged_records_are_refused(tmp_path: Path) -> None:
@@ -175,22 +242,46 @@ def test_the_mean_is_that_of_the_paper() -> None:
     assert set(TASKS) == {"mmlu", *COMMON_SENSE}
 
 
-def test_results_measured_in_another_way_are_not_mixed() -> None:
-    from efficientllm.evaluation.harness import joined_with
+WAY = {"harness": "0.4.13", "limit": 4, "data": "local", "num_fewshot": 0}
 
-    way = {"harness": "0.4.13", "limit": 4, "data": "local", "num_fewshot": 0}
-    known = way | {"results": {"piqa": {"acc": 0.5}}, "versions": {"piqa": 1}, "records": {"piqa": 4}}
-    found = way | {"results": {"boolq": {"acc": 0.6}}, "versions": {"boolq": 2}, "records": {"boolq": 4}}
-    assert joined_with(known, found)["results"] == {"piqa": {"acc": 0.5}, "boolq": {"acc": 0.6}}
+
+def measured(tasks: list[str], **changes: object) -> dict[str, Any]:
+    results = {task: {"acc,none": 0.5} for task in tasks}
+    found = WAY | {"results": results, "versions": dict.fromkeys(tasks, 1), "records": dict.fromkeys(tasks, 4)}
+    return found | {"mean": common_sense_mean(dict.fromkeys(tasks, 0.5))} | changes
+
+
+def test_results_measured_in_another_way_are_not_mixed() -> None:
+    known, found = measured(["piqa"]), measured(["boolq"])
+    assert joined_with(known, found)["results"].keys() == {"piqa", "boolq"}
     assert joined_with(known | {"data": "hub"}, found) == found
     assert joined_with({}, found) == found
 
 
+def test_the_mean_is_there_once_all_seven_are() -> None:
+    first, *others = COMMON_SENSE
+    known, found = measured([first]), measured(others)
+    assert known["mean"] is found["mean"] is None
+    assert joined_with(known, found)["mean"] == pytest.approx(0.5)
+
+
+def test_a_limited_evaluation_leaves_the_whole_one_alone(tmp_path: Path) -> None:
+    file, limited, whole = tmp_path / "eval/results.json", EvalRequest(limit=10), EvalRequest()
+    assert results_file(tmp_path, limited) == file
+    file.parent.mkdir()
+    file.write_text(json.dumps(measured(["boolq"], limit=40)))
+    assert results_file(tmp_path, limited) == results_file(tmp_path, whole) == file
+    file.write_text(json.dumps(measured(["boolq"], limit=None)))
+    assert results_file(tmp_path, limited) == tmp_path / "eval/results-limit-10.json"
+    assert results_file(tmp_path, whole) == file
+    for damaged in ("[]", "{", '{"results": [1]}', '{"versions": 3}'):
+        file.write_text(damaged)
+        assert known_results(file) == {}
+        assert results_file(tmp_path, limited) == file
+
+
 def test_an_answer_longer_than_the_model_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
-
-    from efficientllm.errors import UsageError
-    from efficientllm.evaluation.harness import EvalRequest, _evaluate_task
 
     def _loglikelihood_tokens(**_: object) -> None:
         raise AssertionError  # as the harness's function of this name does

@@ -1,28 +1,25 @@
-"""GGUF files read back by the gguf package: names, shapes, values, metadata; and everything that is refused."""
+"""GGUF files read back by the gguf package: names, shapes, values, metadata."""
 
 from __future__ import annotations
 
 import json
 import re
-import resource
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 gguf = pytest.importorskip("gguf")
 
-from conftest import FAMILIES  # noqa: E402
+from conftest import FAMILIES, tiny_config  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
-from efficientllm.export.gguf import GGUFRequest, export_gguf  # noqa: E402
-from efficientllm.export.gguf_tensors import paired, rope_factors  # noqa: E402
-from efficientllm.export.subject import subject_of  # noqa: E402
+from efficientllm.export.gguf_tensors import ARCHITECTURES, architecture_of, misfits, paired  # noqa: E402
+from efficientllm.models.adapter import registry  # noqa: E402
+from export.gguf_files import LLAMA3, field, write  # noqa: E402
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -40,22 +37,6 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
-def write(folder: Path, kind: str = "f32", **options: Any) -> tuple[Any, list[str]]:
-    """Exports beside the folder; the file's reader and what was said."""
-    said: list[str] = []
-    out = options.pop("out", folder.parent / f"{kind}.gguf")
-    path = export_gguf(GGUFRequest(subject_of(folder), kind, out, **options), said.append)
-    return gguf.GGUFReader(path), said
 
 
 def transformers_name(name: str) -> str:
@@ -73,10 +54,6 @@ def halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
         head, place = divmod(row, head_dim)
         out[head * head_dim + place // 2 + (place % 2) * (head_dim // 2)] = weight[row]
     return out
-
-
-def field(reader: Any, name: str) -> Any:
-    return reader.fields[name].contents()
 
 
 @pytest.mark.parametrize(
@@ -189,9 +166,56 @@ def test_a_k_quant_leaves_the_f16_file_and_the_command(make_model: Any, tmp_path
     reader, said = write(folder, "q4_k_m", out=tmp_path / "it-f16.gguf")
     assert field(reader, "general.file_type") == int(gguf.LlamaFileType.MOSTLY_F16)
     assert len(said) == 2
-    assert said[0].startswith("FFN width 96 is no multiple of 256")
+    assert said[0].startswith(
+        "FFN width 96 is no multiple of 256: matrices with such rows become q5_0 instead of q4_k_m"
+    )
     assert "prune.align=256" in said[0]
     assert said[1].endswith(f"llama-quantize {tmp_path}/it-f16.gguf {tmp_path}/it-q4_k_m.gguf Q4_K_M")
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"), [("q2_k", "iq4_nl"), ("q3_k_l", "iq4_nl"), ("q5_k_m", "q5_1"), ("q6_k", "q8_0")]
+)
+def test_what_llamacpp_falls_back_to_is_named(kind: str, instead: str) -> None:
+    config = tiny_config("llama-gqa", hidden_size=96, intermediate_size=256, head_dim=64)
+    (said,) = misfits(config, kind)
+    assert f"become {instead} instead of {kind}" in said
+    (said, *_) = misfits(tiny_config("llama-gqa", hidden_size=100, intermediate_size=256, head_dim=64), kind)
+    assert f"become f16 instead of {kind}" in said
+
+
+def test_every_family_that_can_be_pruned_has_an_architecture_in_llamacpp() -> None:
+    assert ARCHITECTURES.keys() == registry().keys()
+    with pytest.raises(UsageError, match="models of type 'gpt2' are not written to GGUF"):
+        architecture_of(GPT2Config())
+
+
+def test_the_end_of_text_is_taken_from_config_json_where_nothing_else_names_it(make_model: Any) -> None:
+    folder, _ = make_model("llama-gqa", eos_token_id=[5, 9])
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key != "eos_token"})
+    )
+    reader, _ = write(folder)
+    assert field(reader, "tokenizer.ggml.eos_token_id") == 5
+    assert field(reader, "tokenizer.ggml.eot_token_id") == 9
+
+
+def test_the_command_for_a_k_quant_can_be_pasted_into_a_shell(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama-gqa")
+    _, said = write(folder, "q6_k", out=tmp_path / "my models" / "it's-f16.gguf")
+    arguments = shlex.split(said[-1].split("f16 file: ")[1])
+    home = tmp_path / "my models"
+    assert arguments == ["llama-quantize", f"{home}/it's-f16.gguf", f"{home}/it's-q6_k.gguf", "Q6_K"]
+
+
+def test_every_file_of_a_folder_has_a_card_of_its_own(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama-gqa")
+    for kind in ("f16", "f32"):
+        write(folder, kind, out=tmp_path / "x" / f"m-1.5-{kind}.gguf")
+    for kind in ("f16", "f32"):
+        assert f"llama-cli -m m-1.5-{kind}.gguf" in (tmp_path / "x" / f"m-1.5-{kind}.md").read_text()
 
 
 def test_llama3_scaling_divides_the_frequencies_that_transformers_uses(make_model: Any) -> None:
@@ -202,16 +226,6 @@ def test_llama3_scaling_divides_the_frequencies_that_transformers_uses(make_mode
     np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
     assert factors.min() == 1.0
     assert factors.max() == pytest.approx(8.0)
-
-
-def test_other_scaling_is_refused(make_model: Any) -> None:
-    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-    folder, _ = make_model("llama-gqa", rope_parameters=yarn)
-    with pytest.raises(UsageError, match=r"'yarn'.*--to hf"):
-        write(folder)
-    folder, model = make_model("qwen2-gqa-tied", head_dim=10, rope_parameters=LLAMA3)
-    with pytest.raises(UsageError, match="llama3"):
-        rope_factors(model.config, "qwen2")
 
 
 def test_a_sliding_window_bounds_the_context(make_model: Any) -> None:
@@ -228,120 +242,20 @@ def test_metadata_says_what_it_was_made_from(finished_run: Path, tmp_path: Path)
     assert field(reader, "general.base_model.0.name") == "source"
     assert field(reader, "general.tags") == ["efficientllm", "pruned"]
     assert "pruned while it kept training, from source" in field(reader, "general.description")
-    card = (tmp_path / "x" / "README.md").read_text()
+    card = (tmp_path / "x" / "m.md").read_text()
     assert "library_name: gguf" in card
     assert "license: apache-2.0" in card
     assert str(tmp_path) not in card
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "m.gguf"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["m.gguf", "m.md"]
 
 
-def test_a_readme_of_somebody_else_stays(make_model: Any, tmp_path: Path) -> None:
+def test_a_text_of_somebody_else_stays(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama-gqa")
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "README.md").write_text("# My project\n")
+    (tmp_path / "x" / "m.md").write_text("# My project\n")
     _, said = write(folder, out=tmp_path / "x" / "m.gguf")
-    assert (tmp_path / "x" / "README.md").read_text() == "# My project\n"
+    assert (tmp_path / "x" / "m.md").read_text() == "# My project\n"
     assert any("left as it is" in note for note in said)
-
-
-def lacking(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def misshapen(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
-
-
-def diverged(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def sharded(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
-def of_another_kind(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-
-
-def foreign_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"model.extra.weight": torch.ones(3)}, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lacking, r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"),
-        (misshapen, r"has shape \[52, 40\], but its config.json asks for \[50, 40\]"),
-        (diverged, "model.norm.weight holds values that are not finite"),
-        (sharded, "lacks model-00002-of-00002.safetensors"),
-        (of_another_kind, "models of type 'gpt2' cannot be exported; this writes llama, mistral, qwen2, qwen3"),
-        (foreign_weight, "holds the weight model.extra.weight, which a llama model does not have"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "is damaged"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*config.json"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load a tokenizer"),
-    ],
-)
-def test_damaged_folders_get_one_sentence_and_leave_no_file(
-    make_model: Any, tmp_path: Path, damage: Any, sentence: str
-) -> None:
-    folder, _ = make_model("llama-gqa")
-    damage(folder)
-    with pytest.raises(UsageError, match=sentence) as raised:
-        write(folder, out=tmp_path / "x" / "m.gguf")
-    assert "\n" not in str(raised.value)
-    assert not [path for path in tmp_path.rglob("*gguf*") if path.is_file()]
-
-
-def test_values_beyond_f16_are_named(make_model: Any) -> None:
-    folder, _ = make_model("llama-gqa")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"up_proj.weight holds values beyond the range of f16; choose --type bf16"):
-        write(folder, "f16")
-
-
-@contextmanager
-def small_disk(most: int) -> Iterator[None]:
-    """No file of this process may grow beyond `most` bytes: writes fail as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_what_was_there(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = make_model("llama-gqa")
-    write(folder, out=tmp_path / "x" / "m.gguf")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
-    with small_disk(60_000), pytest.raises(UsageError, match="free disk space or choose another place with --out"):
-        write(folder, out=tmp_path / "x" / "m.gguf", overwrite=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
-    with pytest.raises(UsageError, match=r"exists already; .*--overwrite"):
-        write(folder, out=tmp_path / "x" / "m.gguf")
-    with pytest.raises(UsageError, match="is a folder; name a file"):
-        write(folder, out=tmp_path / "x")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UsageError, match=r"0.00 GB are free"):
-        write(folder, out=tmp_path / "y" / "m.gguf")
-
-
-def test_an_unknown_type_lists_the_known_ones(make_model: Any) -> None:
-    folder, _ = make_model("llama-gqa")
-    with pytest.raises(UsageError, match=r"no type q9_0; written are f32, f16, .*q4_k_m"):
-        write(folder, "q9_0")
 
 
 def test_scores_put_merges_in_the_order_of_the_list() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -69,13 +70,16 @@ def test_the_card_carries_the_hub_s_block_and_what_was_measured(finished_run: Pa
 def test_a_check_in_a_fresh_process_sees_a_wrong_weight(finished_run: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    out = export_hf(HFRequest(subject_of(finished_run), out=tmp_path / "checked"), quiet)
-    assert "same most likely token at 100.0%" in check_hf(finished_run / "model", out, "float32")
+    source = shutil.copytree(finished_run / "model", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    out = export_hf(HFRequest(subject_of(source), out=tmp_path / "checked"), quiet)
+    assert "same most likely token at 100.0% of 40 positions" in check_hf(source, out, "float32")
     weights = load_file(out / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="is not the model it was made from"):
-        check_hf(finished_run / "model", out, "float32")
+        check_hf(source, out, "float32")
 
 
 def test_a_ladder_size_and_options_of_the_command(
@@ -99,6 +103,7 @@ def hub() -> Any:
     """The client's own surface, with its signatures; nothing leaves this process."""
     api = create_autospec(HfApi, instance=True)
     api.token = "hf_secret"
+    api.repo_exists.return_value = False
     api.create_repo.return_value = "https://example.org/me/compact"
     return api
 

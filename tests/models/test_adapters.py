@@ -45,6 +45,15 @@ def test_unsupported_models_are_refused(config: object, message: str) -> None:
         space_of(config)  # type: ignore[arg-type]
 
 
+def test_what_is_not_to_be_pruned_is_not_told_of_pruning_s_reasons() -> None:
+    with pytest.raises(UsageError) as raised:
+        space_of(LlamaConfig(attention_bias=True), "exported")
+    assert str(raised.value) == (
+        "this llama model cannot be exported: it has attention or FFN biases; only models that could be pruned are "
+        "supported here"
+    )
+
+
 def test_loading_refuses_what_is_not_whole(tmp_path) -> None:
     with pytest.raises(UsageError, match="neither a folder nor a hub id"):
         load_config("./nowhere/at/all")

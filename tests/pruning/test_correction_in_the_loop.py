@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import Corrections, SolverOptions, correct, corrected, losing_readers
-from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live
 from efficientllm.training.capture import captured_inputs
 from reference.correction_fp64 import dense_coefficients
 
@@ -25,12 +25,12 @@ READERS = {
 }
 
 
-def events_of(live: Live, pruning_type: str, number: int = 2) -> list[Event]:
+def events_of(live: Live, pruning_type: str, number: int = 2) -> list[Cut]:
     """The first live units of every row."""
     events = []
     for _ in range(min(number, int(live.units(pruning_type).sum(1).max()) - 1)):
         units = live.units(pruning_type)
-        events.append(Event(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1), 0.0, 1.0))
+        events.append(Cut(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1)))
         live.remove(events[-1])
     return events
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from conftest import tiny_config, tiny_model
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of
-from efficientllm.pruning.costs import TABLE_AXES, Cost, KVCache, Params, TableCost, counts, never_falling
+from efficientllm.pruning.costs import TABLE_AXES, Cost, KVCache, Params, TableCost, counts
 from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live, Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.selection import Ranking, candidates
+from efficientllm.pruning.monotone import never_falling
+from efficientllm.pruning.selection import LEAST_PRICE, Candidate, Ranking, candidates, least_damage
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52
 LEAST, MOST = Widths(1, 8, 1, 1, 8), Widths(3, 96, 24, 6, 200)
@@ -85,13 +86,6 @@ def test_the_table_is_exact_at_its_shapes_and_linear_between() -> None:
         cost(replace(MOST, hidden=97))
 
 
-def test_what_never_fell_is_left_as_it_was() -> None:
-    rising = torch.tensor([[1.0, 2.0], [1.5, 2.25]], dtype=torch.float64)
-    assert torch.equal(never_falling(rising), rising)
-    noisy = never_falling(torch.tensor([[1.0, 3.0], [2.0, 2.5]], dtype=torch.float64))
-    assert noisy.tolist() == [[1.0, 2.75], [2.0, 2.75]]
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     shapes.filter(lambda widths: min(widths.hidden, widths.intermediate) >= 16),
@@ -106,8 +100,7 @@ def test_every_allowed_path_lands_under_every_cost(
     space = Space(space_of(tiny_config("llama-gqa", num_hidden_layers=source.layers)).params, source, 6)
     cost = cost_named(name, space, seed % 5)
     floors = Floors(hidden=8, intermediate=8)
-    least = {"stem": 8, "ffn": 8}
-    types = tuple(each for each in PRUNING_TYPES if counts(cost, source, each, least.get(each, 1)))
+    types = tuple(each for each in PRUNING_TYPES if counts(cost, source, each, LEAST))
     target = cost(source) * share
     target = int(target) if isinstance(cost(source), int) else target
     try:
@@ -173,6 +166,69 @@ def test_events_are_priced_in_the_landings_cost() -> None:
         assert event.damage == event.saliency / SPACE.event_cost(name, SPACE.widths)
     cached = events(KVCache(SPACE.head_dim))
     assert {name for name, event in cached.items() if event.damage < math.inf} == {"attention", "depth"}
+
+
+FLAT_GRID = ((2,), (8, 40), (1, 2), (1, 2), (8, 30, 52))
+
+
+def flat_at(ffn: int, seconds: float = 1.0) -> TableCost:
+    """Latency that grows with hidden and heads, and with FFN channels below `ffn` only."""
+    values = [
+        seconds * (hidden + 10 * kv + 10 * queries + min(each, ffn))
+        for hidden in FLAT_GRID[1]
+        for kv in FLAT_GRID[2]
+        for queries in FLAT_GRID[3]
+        for each in FLAT_GRID[4]
+    ]
+    return TableCost(FLAT_GRID, torch.tensor(values, dtype=torch.float64).view(1, 2, 2, 2, 3), "a table")
+
+
+def landing_by(cost: Cost) -> Landing:
+    types = ("attention", "attention_query", "ffn", "stem")
+    floors = Floors(hidden=8, intermediate=8)
+    return Landing(SPACE, 0.6 * cost(SPACE.widths), types=types, align=Alignment(), floors=floors, cost=cost)
+
+
+def test_a_flat_stretch_of_a_table_keeps_a_small_price() -> None:
+    """Above 30 FFN channels the table says that a channel saves nothing, on average it saves 22 / 44 of a second."""
+    live = Live.full(SPACE.widths)
+    scores = {each: torch.ones(live.units(each).shape) for each in PRUNING_TYPES}
+    scores["ffn"] *= 1e-9
+    landing = landing_by(flat_at(30))
+    weighed = candidates(
+        Ranking(scores, live), SPACE.widths, landing=landing, calibration=None, types=landing_types(landing)
+    )
+    ffn = next(each.event for each in weighed if each.event.type == "ffn")
+    assert ffn.cost == pytest.approx(LEAST_PRICE * 22 / 44)
+    assert least_damage(weighed) is ffn  # next to no saliency, and so it falls although the table sees no gain
+
+
+def landing_types(landing: Landing) -> tuple[str, ...]:
+    return tuple(each for each in PRUNING_TYPES if landing.mean_saving(each) > 0)
+
+
+def test_where_nothing_is_saved_saliency_chooses() -> None:
+    """By KV cache neither FFN nor stem saves a byte: of them the one with less saliency a parameter comes first."""
+    units = torch.zeros(2, dtype=torch.int64)
+    weighed = [
+        Candidate(Event("attention", units, 5.0, 0.0), True, 100),
+        Candidate(Event("ffn", units, 1.0, 0.0), True, 100),
+        Candidate(Event("stem", units, 1.0, 0.0), True, 50),
+    ]
+    least = least_damage(weighed)
+    assert least is not None
+    assert least.type == "ffn"
+
+
+def test_a_type_counts_where_it_saves_anything_anywhere() -> None:
+    """Noise leaves this table flat along the KV heads at the source's own widths, but not at narrower ones."""
+    values = torch.tensor([1.0, 2.0, 3.0, 3.0], dtype=torch.float64).view(1, 2, 2, 1, 1)
+    cost = TableCost(((2,), (8, 40), (1, 2), (2,), (52,)), values, "a table")
+    least = Widths(2, 8, 2, 1, 52)
+    assert cost(SPACE.widths) == cost(replace(SPACE.widths, heads=2, kv_heads=1))
+    assert counts(cost, SPACE.widths, "attention", least)
+    assert not counts(cost, SPACE.widths, "attention", replace(least, hidden=40))
+    assert not counts(cost, SPACE.widths, "ffn", least)
 
 
 def test_axes_of_the_table_are_widths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,9 +13,11 @@ from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
-from efficientllm.pruning.groups import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, group_slices
+from efficientllm.pruning.groups import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.landing import Alignment, Floors, Landing
 from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.pruning.selection import Ranking, next_bundles
+from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import Inputs, captured_inputs
 
 
@@ -30,9 +33,8 @@ class Loop:
         target = int(self.space.num_params() * share)
         types = tuple(options.pop("types", DEFAULT_TYPES))
         options.setdefault("correction", SolverOptions())
-        landing = Landing(
-            self.space, target, types=types, align=Alignment(4, 4), floors=Floors(hidden=8, intermediate=8)
-        )
+        floors = Floors(**({"hidden": 8, "intermediate": 8} | options.pop("floors", {})))  # type: ignore[operator]
+        landing = Landing(self.space, target, types=types, align=Alignment(4, 4), floors=floors)
         self.pruner = PruningEngine(
             self.space,
             self.params,
@@ -233,3 +235,59 @@ def test_both_attention_types_in_one_bundle_read_their_layer_once() -> None:
     report = loop.train_step(1.0)
     assert {applied.event.type for applied in report.events} == {"attention", "attention_query"}
     assert all(len(names) == len(set(names)) for names in asked)
+
+
+def test_a_gradient_that_is_no_number_is_left_out_and_counted() -> None:
+    """A refresh that overflows must not stay in the average for good."""
+    loop = Loop("llama-gqa", share=0.9, span=1.0, bound=0.02)
+    refresh = loop.refresh
+
+    def overflowing() -> None:
+        refresh()
+        if loop.refreshes == 1:
+            next(iter(loop.params.values())).grad.fill_(float("nan"))
+
+    loop.refresh = overflowing  # type: ignore[method-assign]
+    report = loop.train_step(1.0)
+    assert loop.pruner.finished
+    assert report.refreshes > 1
+    assert report.nonfinite == 1
+    assert all(bool(total.isfinite().all()) for total in loop.pruner.average.sums.values())
+    assert loop.train_step(2.0).nonfinite == 0
+
+
+def test_a_measured_loss_that_is_no_number_is_left_out_and_counted() -> None:
+    loop = Loop("llama-gqa", share=0.9, span=1.0, bound=0.02)
+    loss, calls = loop.loss, []
+
+    def broken() -> float:
+        calls.append(None)
+        return float("inf") if len(calls) == 2 else loss()
+
+    loop.loss = broken  # type: ignore[method-assign]
+    report = loop.train_step(1.0)
+    assert report.nonfinite == 1
+    assert all(math.isfinite(ratio) for ratio in report.ratios.values())
+
+
+def test_only_what_may_fall_is_measured() -> None:
+    """Heads are at their floor from the start: a calibration measures the loss as it is and of FFN and stem alone."""
+    loop = Loop("llama-mha-tied", share=0.9, span=1.0, types=("attention", "ffn", "stem"), floors={"kv_heads": 4})
+    assert loop.space.widths.kv_heads == 4
+    loss, calls = loop.loss, []
+    loop.loss = lambda: (calls.append(None), loss())[1]  # type: ignore[method-assign]
+    report = loop.train_step(1.0)
+    assert report.calibrations > 0
+    assert set(report.ratios) <= {"ffn", "stem"}
+    assert len(calls) <= 3 * report.calibrations
+
+
+def test_a_measured_bundle_stops_at_the_floor() -> None:
+    """1 % of the parameters would be eight FFN channels, but only four may fall."""
+    config, floors = {"intermediate_size": 800}, {"intermediate": 796}
+    loop = Loop("llama-gqa", share=0.999, types=("ffn", "stem"), config=config, floors=floors)
+    scores = {name: torch.rand(loop.pruner.live.units(name).shape) for name in PRUNING_TYPES}
+    ranking, widths = Ranking(scores, loop.pruner.live), loop.space.widths
+    bundles = next_bundles(ranking, widths, landing=loop.pruner.landing, bound=1.0, types=("ffn", "stem"))
+    assert round(0.01 * loop.space.num_params() / loop.space.event_cost("ffn", widths)) == 8
+    assert len(bundles[0].cuts) == 4

@@ -7,18 +7,19 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import build, check_space, narrowed_config, space_of
-from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live, group_slices
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live, Widths
+from efficientllm.pruning.slices import entries, group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_state
 from reference.groups_fp64 import group_masks
 
 
-def random_event(live: Live, pruning_type: str, seed: int) -> Event:
+def random_event(live: Live, pruning_type: str, seed: int) -> Cut:
     """One random live unit of every live row."""
     generator = torch.Generator().manual_seed(seed)
     units = live.units(pruning_type)
     noise = torch.rand(units.shape, generator=generator).masked_fill(~units, -1.0)
     chosen = noise.argmax(1)
-    return Event(pruning_type, torch.where(units.any(1), chosen, -1), 0.0, 1.0)
+    return Cut(pruning_type, torch.where(units.any(1), chosen, -1))
 
 
 def test_the_space_counts_every_parameter(family: str) -> None:
@@ -100,3 +101,17 @@ def test_a_dead_unit_cannot_be_taken_twice() -> None:
     live.remove(event)
     with pytest.raises(AssertionError, match="dead already"):
         live.remove(event)
+
+
+def test_a_word_that_is_no_pruning_type_is_refused() -> None:
+    """It must not be taken for the last type of a list."""
+    widths = Widths(2, 40, 4, 2, 52)
+    live = Live.full(widths)
+    with pytest.raises(ValueError, match="'heads' is no pruning type here; choose among attention"):
+        widths.after("heads")
+    with pytest.raises(ValueError, match="'heads' is no pruning type"):
+        live.units("heads")
+    with pytest.raises(ValueError, match="'depth' is no pruning type"):
+        entries("kv", torch.tensor([0]), torch.tensor([0]), "depth", (2, 2, 6))
+    with pytest.raises(AssertionError, match="heads"):
+        live.entries("heads", 0, 6)

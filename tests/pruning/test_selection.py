@@ -7,9 +7,10 @@ import torch
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live
+from efficientllm.pruning.calibration import Calibration
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live
 from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.selection import Calibration, Ranking, candidates, least_damage
+from efficientllm.pruning.selection import Ranking, candidates, least_damage
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52
 
@@ -37,7 +38,7 @@ def test_ties_go_to_the_lower_unit_and_the_first_type() -> None:
 def test_query_heads_of_a_dead_kv_head_are_out() -> None:
     live = Live.full(SPACE.widths)
     ranking = Ranking(scores(), live)
-    event = Event("attention", torch.tensor([1, 0]), 0.0, 1.0)
+    event = Cut("attention", torch.tensor([1, 0]))
     ranking.upcoming("attention_query", 1)
     live.remove(event)
     ranking.take(event)

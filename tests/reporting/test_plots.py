@@ -9,16 +9,15 @@ from matplotlib.image import imread
 
 from efficientllm.errors import UsageError
 from efficientllm.reporting.journal import Journal
-from efficientllm.reporting.plots import (
+from efficientllm.reporting.plot_style import (
     LOSS_COLOUR,
     PHASE_COLOUR,
     RUN_COLOURS,
     SIZE_COLOUR,
     TYPE_STYLES,
     VALIDATION_COLOUR,
-    plot_demo,
-    plot_run,
 )
+from efficientllm.reporting.plots import plot_demo, plot_run
 
 SOURCE = {"layers": 4, "hidden": 192, "heads": 8, "kv_heads": 4, "intermediate": 512}
 

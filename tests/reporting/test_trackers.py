@@ -59,11 +59,13 @@ class FakeMLflow(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("mlflow")
         self.started: list[str | None] = []
+        self.names: list[str | None] = []
         self.lines: list[tuple[int, Mapping[str, float]]] = []
         self.params: dict[str, str] = {}
 
     def start_run(self, run_id: str | None, run_name: str | None) -> Any:
         self.started.append(run_id)
+        self.names.append(run_name)
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or "made-by-the-server"))
 
     def log_params(self, values: dict[str, str]) -> None:
@@ -94,6 +96,19 @@ def test_a_resumed_run_goes_on_in_the_same_place(tmp_path: Path, monkeypatch: py
     assert mlflow.started == [None, "ended", "made-by-the-server", "ended"]
     assert mlflow.params == {"train/lr": "0.1"}
     assert wandb.finished == 2
+
+
+def test_runs_of_a_comparison_are_told_apart_by_their_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, mlflow = FakeWandb(), FakeMLflow()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for folder in ("tokens/random/seed-0-lr-0.001", "tokens/efficientllm/seed-0-lr-0.001", "books"):
+        (tmp_path / folder).mkdir(parents=True)
+        trackers = Trackers()
+        trackers.start(["wandb", "mlflow"], tmp_path / folder, {}, 0)
+        trackers.close()
+    names = ["random/seed-0-lr-0.001", "efficientllm/seed-0-lr-0.001", "books"]
+    assert [each["name"] for each in wandb.inits] == mlflow.names == names
 
 
 def test_a_tracker_that_fails_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

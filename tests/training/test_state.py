@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from conftest import tiny_config, tiny_model
 from efficientllm.config import PruneConfig, TrainConfig
 from efficientllm.models.space import empty_model, space_of
-from efficientllm.pruning.groups import PRUNING_TYPES, Event
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.training.planning import options_and_landings
 from efficientllm.training.snapshot import cut, fill_model
@@ -37,7 +37,7 @@ def prune(state: TrainState, **events: int) -> None:
     for pruning_type, number in events.items():
         for _ in range(number):
             units = live.units(pruning_type)
-            event = Event(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1), 0.0, 1.0)
+            event = Cut(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1))
             live.remove(event)
             state.pruner.zero([event])
 

@@ -70,12 +70,15 @@ def llamacpp_device(wanted: str) -> str:
 
 
 def llamacpp_dtype(wanted: str, models: list[str]) -> str:
-    """The GGUF type that folders are exported to, f16 where it is left open. A .gguf file keeps its own."""
+    """The GGUF type that folders are exported to, f16 where it is left open. A .gguf file keeps its own: in words."""
     from efficientllm.export.gguf_tensors import K_QUANTS, WRITTEN
 
+    files = [model for model in models if model.endswith(".gguf")]
+    if wanted == "auto" and files:
+        return "as in the file" if len(files) == len(models) else "f16 (.gguf files: as in the file)"
     if wanted == "auto":
         return "f16"
-    if any(model.endswith(".gguf") for model in models):
+    if files:
         raise UsageError(f"--dtype {wanted} cannot change a .gguf file; leave it out (folders become f16 files)")
     if wanted in K_QUANTS:
         raise UsageError(f"--dtype {wanted} is written by llama-quantize alone; name the .gguf file that it made")

@@ -12,7 +12,8 @@ class Settings:
 
     prompt, generate: tokens of a sequence, in and out. The first generated token comes from prefill, the others from
     generate - 1 decode steps. batches: sequences at once, one after another. repeats: counted runs of each batch.
-    dtype: of weights and activations (transformers), or the GGUF type of the weights (llama.cpp).
+    dtype: of weights and activations (transformers), or the GGUF type that folders are written in (llama.cpp), in words
+    where files bring their own.
     """
 
     prompt: int
@@ -47,6 +48,7 @@ class Sample:
 class Facts:
     """What follows from a model's shape and types alone.
 
+    type: of the weights, as PyTorch or as llama.cpp calls it.
     parameters: tied ones once. weight_bytes: as they lie in memory. prefill_flops: of a prompt token, the mean over
     the prompt. decode_flops: of one token that attends to `context` positions. cache_bytes: keys and values of one
     sequence of `context` positions. positions: most that the model takes.
@@ -59,6 +61,7 @@ class Facts:
     cache_bytes: int
     context: int
     positions: int
+    type: str = ""
 
 
 class Backend(Protocol):

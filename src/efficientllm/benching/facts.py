@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def facts_of_config(config: PretrainedConfig, prompt: int, context: int, dtype: 
         cache_bytes=2 * kept * widths.kv_heads * head_dim_of(config) * dtype.itemsize,
         context=context,
         positions=int(config.max_position_embeddings),
+        type=str(dtype).removeprefix("torch."),
     )
 
 
@@ -46,7 +49,7 @@ def _windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def facts_of_gguf(path: Path, prompt: int, context: int) -> Facts:
-    """Raises UsageError for what is no GGUF file, or one whose operations are not known here (experts)."""
+    """Raises UsageError for what is no whole GGUF file, or one whose operations are not known here (experts)."""
     import gguf
 
     try:
@@ -64,11 +67,18 @@ def facts_of_gguf(path: Path, prompt: int, context: int) -> Facts:
         )
         keys = int(_value(reader, f"{architecture}.attention.key_length", hidden // heads))
         values = int(_value(reader, f"{architecture}.attention.value_length", hidden // heads))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        parts = int(_value(reader, "split.count", 1))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise UsageError(f"{path} cannot be read as the GGUF file of a decoder ({error})") from error
+    if parts > 1:
+        raise UsageError(
+            f"{path} is one of {parts} parts of a model; make one file of them: llama-gguf-split --merge FIRST OUT.gguf"
+        )
     tensors = {tensor.name: tensor for tensor in reader.tensors if not tensor.name.startswith("rope_")}
     if any(len(tensor.shape) > 2 for tensor in tensors.values()):
         raise UsageError(f"{path} holds a mixture of experts, which is not supported")
+    if "token_embd.weight" not in tensors:
+        raise UsageError(f"{path} holds no token embedding, so it is no whole decoder (an adapter or a vocabulary?)")
     size = {name: math.prod(int(length) for length in tensor.shape) for name, tensor in tensors.items()}
     linear = 2 * sum(size[name] for name, each in tensors.items() if name.startswith("blk.") and len(each.shape) == 2)
     head = 2 * size["output.weight" if "output.weight" in size else "token_embd.weight"]
@@ -81,7 +91,22 @@ def facts_of_gguf(path: Path, prompt: int, context: int) -> Facts:
         cache_bytes=layers * kv_heads * (keys + values) * context * CACHE_ITEM,
         context=context,
         positions=positions,
+        type=_type_of(reader, tensors, size),
     )
+
+
+def _type_of(reader: Any, tensors: Mapping[str, Any], size: Mapping[str, int]) -> str:
+    """As the file calls itself, and what most of its weights are where that is something else."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        weights[tensor.tensor_type.name.lower()] += size[name]
+    main = weights.most_common(1)[0][0]
+    number = _value(reader, "general.file_type", -1)
+    known = {int(kind): kind.name.lower().removeprefix("all_").removeprefix("mostly_") for kind in gguf.LlamaFileType}
+    named = known.get(number, main)
+    return named if named.startswith(main) else f"{named}, mostly {main}"
 
 
 def _value(reader: Any, key: str, default: Any = None) -> Any:

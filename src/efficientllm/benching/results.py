@@ -57,12 +57,20 @@ def machine(settings: Settings) -> dict[str, str]:
     name = _processor()
     if settings.device.startswith("cuda"):
         name = torch.cuda.get_device_name(settings.device)
+    elif settings.device == "gpu":
+        name = _accelerators()
     versions = {"python": platform.python_version()}
     if settings.backend == "llamacpp":
         import llama_cpp
 
         return versions | {"device": name, "llama-cpp-python": llama_cpp.__version__}
     return versions | {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _accelerators() -> str:
+    """Of llama.cpp, which takes all that it finds and does not say through this interface which these are."""
+    names = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(names) or "an accelerator that llama.cpp does not name"
 
 
 def _processor() -> str:

@@ -65,7 +65,7 @@ def config_of(name: str, settings: Settings) -> PretrainedConfig:
     UsageError for a name that is none, or a model that takes no sequence of the length asked for."""
     from efficientllm.models.loading import load_config
 
-    config = load_config(_source_of(name))
+    config = load_config(_source_of(name), what="model", use="measured")
     _check_positions(name, settings, int(config.max_position_embeddings))
     return config
 
@@ -94,7 +94,7 @@ def _transformers_candidate(name: str, settings: Settings) -> Candidate:
     from efficientllm.models.loading import load_config
 
     source = _source_of(name)
-    config = load_config(source)
+    config = load_config(source, what="model", use="measured")
     facts = facts_of_config(config, settings.prompt, settings.context, getattr(torch, settings.dtype))
     return Candidate(name, source, facts)
 
@@ -109,4 +109,6 @@ def _gguf_of(name: str, settings: Settings, folder: Path, say: Callable[[str], N
         if not path.is_file():
             raise UsageError(f"there is no file {name}")
         return path
-    return export_gguf(GGUFRequest(subject_of(path), settings.dtype, folder / "model.gguf"), say)
+    kind = settings.dtype.split(" ")[0]  # as checks.llamacpp_dtype has it
+    mend = "free disk space there, or set TMPDIR to a folder on a larger disk"
+    return export_gguf(GGUFRequest(subject_of(path), kind, folder / "model.gguf", disk_mend=mend), say)

@@ -41,20 +41,20 @@ Grid = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class TableRequest:
-    """levels: widths measured of each axis. held_out: shapes to check the table with. depth: fewer layers too."""
+    """levels: widths measured of each axis. held_out: shapes to check the table with. depth: fewer layers too.
+    least_ffn: FFN channels of the narrowest shape, a recipe's default floor; less for recipes with a lower one."""
 
     levels: int = 3
     held_out: int = 8
     depth: bool = False
+    least_ffn: int = Floors(1).intermediate
 
 
 def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
     """Of each of TABLE_AXES evenly spaced widths from a recipe's default floors to the source's own, inner ones aligned
     as a run's would be. Fewer where an axis is short; layers stay unless `depth`."""
     source = widths_of(config)
-    floors = Floors(
-        min(head_dim_of(config), source.hidden), intermediate=min(Floors(1).intermediate, source.intermediate)
-    )
+    floors = Floors(min(head_dim_of(config), source.hidden), intermediate=min(request.least_ffn, source.intermediate))
     align = Alignment.automatic(source)
     steps = {"hidden": align.hidden, "intermediate": align.intermediate}
     grid = []

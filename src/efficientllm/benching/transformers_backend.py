@@ -81,4 +81,6 @@ class TransformersBackend(LoadedModel):
 
     def __init__(self, source: str, settings: Settings) -> None:
         dtype: torch.dtype = getattr(torch, settings.dtype)
-        super().__init__(load_model(source, device=settings.device, dtype=dtype), settings)
+        super().__init__(
+            load_model(source, device=settings.device, dtype=dtype, what="model", use="measured"), settings
+        )

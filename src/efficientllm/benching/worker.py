@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -56,19 +57,34 @@ def _measured(source: str, settings: Settings, requests: Iterator[dict[str, Any]
     joules, about = counter(settings)
     load = loader(settings)
     before = resident()
-    backend = load(source, settings)
+    with memory_in_a_sentence(f"{source} does not fit in the memory of the device", "choose a smaller --dtype"):
+        backend = load(source, settings)
     yield {"energy": about, "measurable": joules is not None}
     for request in requests:
         if "memory" in request:
             yield {"before": before, "peak": peak_resident(), "device_peak": backend.device_peak()}
             continue
-        try:
-            yield asdict(measure(backend, request["batch"], settings.generate - 1, joules))
-        except torch.OutOfMemoryError:
-            raise UsageError(
-                f"{source} with {request['batch']} sequences of {settings.context} tokens does not fit in the "
-                "memory of the device; lower --batch or --prompt"
-            ) from None
+        what = f"{source} with {request['batch']} sequences of {settings.context} tokens"
+        with memory_in_a_sentence(f"{what} does not fit in the memory of the device", "lower --batch or --prompt"):
+            sample = measure(backend, request["batch"], settings.generate - 1, joules)
+        yield asdict(sample)
+
+
+@contextmanager
+def memory_in_a_sentence(problem: str, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if lacks_memory(error) or lacks_memory(error.__cause__):  # load_model has it as the cause of its own sentence
+            raise UsageError(f"{problem}; {mend}") from None
+        raise
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: of a GPU, of Python, or of PyTorch on the processor, which has no type of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "enough memory" in str(error))
 
 
 def main() -> int:

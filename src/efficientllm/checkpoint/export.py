@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
+from efficientllm.models.generation import savable
 
 OURS = frozenset({".json", ".safetensors", ".md", ".model", ".txt", ".jinja"})  # what a model folder is made of
 
@@ -38,7 +39,7 @@ def export_model(
         with appearing(folder) as partial:
             model.config = copy.deepcopy(config)
             model.config.use_cache = True
-            model.generation_config = generation or GenerationConfig.from_model_config(model.config)
+            model.generation_config, _ = savable(generation or GenerationConfig.from_model_config(model.config))
             model.generation_config.use_cache = True
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             if tokenizer is not None:
@@ -70,3 +71,10 @@ def refuse_foreign(folder: Path) -> None:
     foreign = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix not in OURS)
     if foreign:
         raise UsageError(f"{folder} holds {foreign[0]}, which an export would delete; choose a new or empty folder")
+    names = {path.name for path in folder.iterdir()}
+    weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if names and not ("config.json" in names and weights):
+        raise UsageError(
+            f"{folder} holds {min(names)} and is no model folder (config.json and safetensors); an export would delete "
+            "it: choose a new or empty folder"
+        )

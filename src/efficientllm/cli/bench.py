@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,8 @@ from efficientllm.errors import UsageError
 
 if TYPE_CHECKING:
     from efficientllm.benching.contract import Settings
+
+STOPPED = "stopped; nothing of this measurement is kept"
 
 
 @app.command()
@@ -48,7 +49,7 @@ def bench(
 ) -> None:
     """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first.
 
-    Runs among the models keep the result, and their next report shows it.
+    Runs among the models keep the latest result of each backend, and their next report shows it.
     """
     import torch
 
@@ -57,7 +58,7 @@ def bench(
     from efficientllm.benching.results import result_of
     from efficientllm.benching.runner import measure_all, runs
     from efficientllm.benching.subjects import candidates, homes
-    from efficientllm.jobs.interruption import Interrupted
+    from efficientllm.jobs.interruption import stopping
     from efficientllm.reporting.bench_table import bench_page
     from efficientllm.reporting.journal import without_nonfinite, write_atomically
     from efficientllm.reporting.progress import track
@@ -74,19 +75,16 @@ def bench(
         raise UsageError("--levels, --held-out and --depth are of a table of latencies: add --table FILE")
     if out is not None and out.is_dir():
         raise UsageError(f"--json {out} is a folder; name a file")
-    try:
-        with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
-            subjects = candidates(models, settings, Path(temporary), say)
-            with track("bench", runs(len(subjects), settings)) as bar:
-                result = result_of(subjects, settings, measure_all(subjects, settings, bar.advance))
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; nothing of this measurement is kept", signal.SIGINT) from None
+    with stopping(STOPPED), tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
+        subjects = candidates(models, settings, Path(temporary), say)
+        with track("bench", runs(len(subjects), settings)) as bar:
+            result = result_of(subjects, settings, measure_all(subjects, settings, bar.advance))
     print(bench_page(result))
     content = (json.dumps(without_nonfinite(result), indent=1) + "\n").encode()
     if out is not None:
         write_atomically(out, content)
     for home in homes(models):
-        write_atomically(home / "bench" / "results.json", content)
+        write_atomically(home / "bench" / f"{settings.backend}.json", content)
 
 
 def _or(value: int | None, default: int) -> int:
@@ -100,7 +98,7 @@ def _measure_table(
     from efficientllm.benching.checks import check_table
     from efficientllm.benching.subjects import config_of
     from efficientllm.benching.table import TableRequest, measure_table, runs_of
-    from efficientllm.jobs.interruption import Interrupted
+    from efficientllm.jobs.interruption import stopping
     from efficientllm.reporting.bench_table import table_page
     from efficientllm.reporting.journal import write_atomically
     from efficientllm.reporting.progress import track
@@ -108,11 +106,8 @@ def _measure_table(
     request = TableRequest(*asked)
     check_table(models, settings, request.levels, request.held_out, file, out)
     config = config_of(models[0], settings)
-    try:
-        with track("bench", runs_of(config, settings, request)) as bar:
-            content = measure_table(config, settings, request, bar.advance)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; nothing of this measurement is kept", signal.SIGINT) from None
+    with stopping(STOPPED), track("bench", runs_of(config, settings, request)) as bar:
+        content = measure_table(config, settings, request, bar.advance)
     write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
     print(table_page(content, str(file)))
 

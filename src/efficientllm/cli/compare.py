@@ -24,7 +24,9 @@ def compare(
     budget: Annotated[
         str, typer.Option(help="Comma-separated: tokens, flops, pipeline; equal tokens are always run.")
     ] = "tokens",
-    lr_grid: Annotated[str, typer.Option(help="Multiples of train.lr that every arm tries.")] = "0.5,1,2",
+    lr_grid: Annotated[
+        str, typer.Option(help="Multiples of train.lr that every arm tries; grows by 2 at an edge.")
+    ] = "0.5,1,2",
     tasks: Annotated[str, typer.Option(help="Comma-separated zero-shot tasks for every result, as in `eval`.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Records of each task; default: all.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local records of the tasks, as in `eval`.")] = None,
@@ -32,8 +34,8 @@ def compare(
 ) -> None:
     """The loop against its rivals at equal budgets: same batches, tuned rates, several seeds, paired intervals."""
     from efficientllm.comparison.arms import DEFAULT_ARMS, parse_arms
-    from efficientllm.comparison.compare import Comparison
     from efficientllm.comparison.report import compare_and_report
+    from efficientllm.comparison.work import Comparison
     from efficientllm.config import load_recipe
     from efficientllm.evaluation.harness import EvalRequest
 

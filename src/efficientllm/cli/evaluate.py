@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from efficientllm.cli.app import app, one_sentence, say
 from efficientllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from efficientllm.evaluation.harness import EvalRequest
+
+Subject = tuple[str, Path | None, Any]  # source, folder that keeps the results, tokenizer
 
 
 @app.command(name="eval")
@@ -28,41 +34,90 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="File for all results and versions.")] = None,
 ) -> None:
     """Zero-shot accuracy by lm-evaluation-harness, beside the paper's Table 2; `n`: normalised by length, `a`: not."""
-    from efficientllm.evaluation.harness import EvalRequest, check_tasks, joined_with, known_results
-    from efficientllm.evaluation.harness import evaluate as evaluate_model
-    from efficientllm.evaluation.tasks import PAPER, TASKS
+    failed: dict[str, str] = {}
+    named = [model for model in dict.fromkeys(models) if _guarded(model, failed, _exists, model)]
+    if not named:  # before the harness, which takes long to load
+        _say_what_is_missing({}, failed)
+    from efficientllm.evaluation.harness import EvalRequest, check_tasks
+    from efficientllm.evaluation.tasks import TASKS
     from efficientllm.jobs.job import choose_device
-    from efficientllm.models.loading import load_model, load_tokenizer
-    from efficientllm.reporting.eval_table import eval_rows, markdown
     from efficientllm.reporting.journal import write_atomically
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)
     request = EvalRequest(names, limit, _batch_size(batch_size), data_dir)
-    manager = check_tasks(request)
-    subjects = {model: _folders(model) for model in dict.fromkeys(models)}
-    tokenizers = {model: load_tokenizer(source) for model, (source, _) in subjects.items()}
+    manager, place = check_tasks(request), choose_device(device)
+    subjects = {model: each for model in named if (each := _guarded(model, failed, _subject, model))}
     found: dict[str, dict[str, Any]] = {}
-    for model, (source, home) in subjects.items():
+    for model, subject in subjects.items():
         say(f"{model}: {len(names)} tasks")
-        loaded = load_model(source, device=choose_device(device)).eval()
-        found[model] = evaluate_model(loaded, tokenizers[model], request, manager, say)
-        if home is not None and found[model]["results"]:
-            (home / "eval").mkdir(exist_ok=True)
-            file = home / "eval" / "results.json"
-            kept = joined_with(known_results(file), found[model])
-            write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
-    columns = {task: f"{TASKS.get(task, task)}" for task in names}
-    rows = list(eval_rows(found, columns, PAPER))
-    print(markdown(rows))
+        _guarded(model, failed, _measure, model, subject, request, manager, place, found)
+        if out is not None:  # after every model: what comes next may end in any way
+            write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    if found:
+        _show(found, request)
+    _say_what_is_missing(found, failed)
+
+
+def _guarded(model: str, failed: dict[str, str], act: Callable[..., Any], *arguments: Any) -> Any:
+    """What `act` returns; None where the user has to mend the model, which is said while the others go on."""
+    try:
+        return act(*arguments)
+    except UsageError as error:
+        failed[model] = str(error)
+        say(f"{model} is left out: {error}")
+        return None
+
+
+def _exists(model: str) -> str:
+    """Raises UsageError for a path that leads nowhere."""
+    from efficientllm.models.loading import located
+
+    return located(model, "model")
+
+
+def _measure(
+    model: str, subject: Subject, request: EvalRequest, manager: Any, place: Any, found: dict[str, dict[str, Any]]
+) -> None:
+    """Adds the model's results to `found`, and keeps them in its run folder."""
+    from efficientllm.evaluation.harness import evaluate as evaluate_model
+    from efficientllm.evaluation.harness import joined_with, known_results, results_file
+    from efficientllm.models.loading import load_model
+    from efficientllm.reporting.journal import write_atomically
+
+    source, home, tokenizer = subject
+    loaded = load_model(source, device=place, what="model", use="evaluated").eval()
+    found[model] = evaluate_model(loaded, tokenizer, request, manager, say)
+    if home is None or not found[model]["results"]:
+        return
+    file = results_file(home, request)
+    kept = joined_with(known_results(file), found[model])
+    write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
+    if file.name != "results.json":
+        say(f"{file}: kept apart, since results.json beside it holds figures over all records")
+
+
+def _show(found: dict[str, dict[str, Any]], request: EvalRequest) -> None:
+    from efficientllm.evaluation.harness import accuracy
+    from efficientllm.evaluation.tasks import PAPER, TASKS
+    from efficientllm.reporting.eval_table import eval_rows, markdown
+
+    columns = {task: f"{TASKS.get(task, task)}" for task in request.tasks}
+    print(markdown(list(eval_rows(found, columns, PAPER, accuracy))))
     any_result = next((each for each in found.values() if each["results"]), None)
     if any_result:
         versions = ", ".join(f"{task} v{number}" for task, number in any_result["versions"].items())
-        print(f"\nlm-evaluation-harness {any_result['harness']}; {versions}; zero-shot; limit {limit or 'none'}")
-    if out is not None:
-        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
-    left_out = sorted({task for each in found.values() for task in each["problems"]})
+        limit = "none" if request.limit is None else f"the first {request.limit} records of each task"
+        print(f"\nlm-evaluation-harness {any_result['harness']}; {versions}; zero-shot; limit: {limit}")
+
+
+def _say_what_is_missing(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> None:
+    """Raises UsageError where a model or a task was left out."""
+    if not found:
+        raise UsageError(f"nothing could be measured: see above for {', '.join(failed)}")
+    tasks = sorted({task for each in found.values() for task in each["problems"]})
+    left_out = [*failed, *tasks]
     if left_out:
-        raise UsageError(f"left out: {', '.join(left_out)} (reasons above); the other tasks are done")
+        raise UsageError(f"left out: {', '.join(left_out)} (reasons above); all the rest is done")
 
 
 def _batch_size(text: str) -> int | str:
@@ -73,12 +128,14 @@ def _batch_size(text: str) -> int | str:
     return int(text)
 
 
-def _folders(model: str) -> tuple[str, Path | None]:
-    """Where the model lies, and the run folder (or ladder's) that is to keep the results."""
+def _subject(model: str) -> Subject:
+    """Where the model lies, the run folder (or ladder's) that is to keep the results, and the tokenizer."""
+    from efficientllm.models.loading import load_tokenizer
+
     if not Path(model).is_dir():
-        return model, None
+        return model, None, load_tokenizer(model, what="model")
     from efficientllm.export.subject import subject_of
 
     subject = subject_of(Path(model))
     home = subject.folder.parent if subject.facts is not None else None
-    return str(subject.folder), home
+    return str(subject.folder), home, load_tokenizer(str(subject.folder), what="model")

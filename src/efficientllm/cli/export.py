@@ -10,6 +10,8 @@ import typer
 from efficientllm.cli.app import app, one_sentence, say
 from efficientllm.errors import UsageError
 
+STOPPED = "stopped; nothing half-written is left"
+
 
 @app.command()
 @one_sentence()
@@ -48,18 +50,21 @@ def export(
     from efficientllm.export.hf import HFRequest, check_hf, export_hf
     from efficientllm.export.push import check_push, push_folder
     from efficientllm.export.subject import subject_of
+    from efficientllm.jobs.interruption import stopping
 
     if private and not push:
         raise UsageError("--private has no effect without --push ORG/NAME")
     if push:
         check_push(push)
     subject = subject_of(model)
-    folder = export_hf(HFRequest(subject, dtype, max_shard_size, out, overwrite, licence), say)
+    with stopping(STOPPED):
+        folder = export_hf(HFRequest(subject, dtype, max_shard_size, out, overwrite, licence), say)
     print(folder)
-    if check:
-        say(f"reloaded in a fresh process: {check_hf(subject.folder, folder, dtype)}")
-    if push:
-        print(push_folder(folder, push, private=private))
+    with stopping(f"stopped; the folder {folder} is whole, but not {'pushed' if push else 'checked'}"):
+        if check:
+            say(f"reloaded in a fresh process: {check_hf(subject.folder, folder, dtype)}")
+        if push:
+            print(push_folder(folder, push, private=private, say=say))
 
 
 def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence: str | None) -> None:
@@ -70,5 +75,8 @@ def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence:
             raise
         raise UsageError('--to gguf needs the gguf package: pip install "efficientllm[gguf]"') from error
     from efficientllm.export.subject import subject_of
+    from efficientllm.jobs.interruption import stopping
 
-    print(export_gguf(GGUFRequest(subject_of(model), kind.lower(), out, overwrite, licence), say))
+    with stopping(STOPPED):
+        file = export_gguf(GGUFRequest(subject_of(model), kind.lower(), out, overwrite, licence), say)
+    print(file)

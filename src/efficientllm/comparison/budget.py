@@ -11,7 +11,8 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.groups import Space
 
 BUDGETS = ("tokens", "flops", "pipeline")
-CLOSE = 0.01  # of the budget: nearer than this an arm is not run again
+CLOSE = 0.02  # of the budget: an arm that spent nearer to it than this has met it
+TRIES = 3  # runs of an arm and seed towards a budget, beside the one at equal tokens
 
 
 def batch_tokens(recipe: Recipe) -> int:
@@ -19,24 +20,35 @@ def batch_tokens(recipe: Recipe) -> int:
     return recipe.train.batch_rows(length) * length
 
 
-def tokens_for_flops(tokens: int, flops: float, budget: float, batch: int, *, tail: float | None = None) -> int:
-    """Tokens, in whole batches, for which an arm that spent `flops` on `tokens` spends about `budget`.
+def solved_tokens(tried: Sequence[tuple[int, float]], tail: float, budget: float, batch: int) -> int:
+    """Tokens, to the nearest whole batch, at which cost as a straight line meets the budget; none or fewer: nowhere.
 
-    tail: FLOPs a token after pruning, for modes that prune at rest: their cost of pruning stays, the rest grows with
-    the tokens, so this is exact. None: all of it is taken to grow with the tokens; exact where nothing is pruned, and
-    up to the cost of the events themselves where pruning takes a share of the run. What a run then really spends is in
-    the results. Raises UsageError where not one batch fits.
+    tried: (tokens, FLOPs) of the runs so far. The line goes through the last two of them (the secant method), and with
+    the first alone rises by `tail` FLOPs a token: refreshed scores, calibration and correction cost nearly as much in a
+    short run as in a long one, so what pruning has cost stays and only the rest goes with the tokens.
     """
-    wanted = tokens * budget / flops if tail is None else tokens + (budget - flops) / tail
-    if wanted < batch:
-        raise UsageError(f"{budget:.3g} FLOPs do not pay for one batch of this arm: raise train.tokens")
-    return int(wanted / batch + 1e-6) * batch
+    tokens, flops = tried[-1]
+    return round((tokens + (budget - flops) / _slope(tried, tail)) / batch) * batch
+
+
+def fixed_cost(tried: Sequence[tuple[int, float]], tail: float) -> float:
+    """FLOPs that the same line leaves at no tokens at all: what pruning alone costs."""
+    tokens, flops = tried[-1]
+    return flops - _slope(tried, tail) * tokens
+
+
+def _slope(tried: Sequence[tuple[int, float]], tail: float) -> float:
+    if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
+        return tail
+    (earlier, less), (later, more) = tried[-2:]
+    # A token costs at least what one after pruning does; a flatter line is a look at the gradient more or less.
+    return max(tail, (more - less) / (later - earlier))
 
 
 def tail_cost(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """FLOPs a token over the last tenth of a run, at least one step: records of metrics.jsonl."""
+    """FLOPs a token over the last tenth of a run, at least one step, all of a run of one step: of metrics.jsonl."""
     last = metrics[-1]
-    first = metrics[max(0, len(metrics) - 1 - max(1, len(metrics) // 10))]
+    first = {"flops": 0, "tokens": 0} if len(metrics) == 1 else metrics[-1 - max(1, len(metrics) // 10)]
     return float((last["flops"] - first["flops"]) / (last["tokens"] - first["tokens"]))
 
 

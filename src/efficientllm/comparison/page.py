@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from efficientllm.comparison.budget import CLOSE
+from efficientllm.comparison.rates import FACTOR, MORE
 from efficientllm.sizes import format_count
 
 TITLES = {
@@ -26,15 +28,20 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     yield ""
     seeds = ", ".join(map(str, settings["seeds"]))
     grid = ", ".join(f"{scale:g}" for scale in settings["lr_grid"])
+    further = f", going on by factors of {FACTOR:g} while the best lies at an edge, {MORE} times each way at most,"
+    further = further if len(settings["lr_grid"]) > 1 else ""
     yield (
         f"Source: {format_count(source['parameters'])} parameters, validation loss {source['validation_loss']:.4f}. "
         f"Seeds: {seeds}. Every arm of a seed reads the same batches in the same order and is measured on the same "
-        f"validation windows. Peak learning rate: the best of {grid} times the recipe's, for each arm by the "
-        "validation loss of its run with the first seed at equal tokens; other seeds and budgets use that rate."
+        f"validation windows. Peak learning rate: the best of {grid} times the recipe's{further} for each arm by the "
+        "loss of its run with the first seed at equal tokens on every other validation window; other seeds and budgets "
+        "use that rate. All losses of arms below are on the windows that no rate was chosen on; the source's and the "
+        "learning curves are on all of them."
     )
     yield ""
     yield (
         "FLOPs are those of training: steps, calibration, refreshed scores, corrections, the teacher's forward pass. "
+        f"An arm meets a budget of FLOPs within {CLOSE:.0%}, or no claim is made about it. "
         "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero."
     )
     for budget, arms in results["budgets"].items():
@@ -43,6 +50,7 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
         yield from _tasks(arms)
         yield from _problems(arms)
         yield from ("", *_verdict(arms))
+    yield from ("", "## Loss by peak learning rate", "", *_rates(results["budgets"]["tokens"]))
     for title, name in pictures.items():
         yield from ("", f"![{title}]({name})")
     if results["structure"]:
@@ -53,8 +61,9 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
 
 
 def _table(arms: Mapping[str, Any]) -> Iterator[str]:
-    names = "arm, parameters, rate, loss, bits per byte, perplexity, difference to the loop, tokens, FLOPs, seconds"
-    columns = [*names.split(", "), "peak memory"]
+    names = "arm, parameters, rate, loss, bits per byte, perplexity, difference to the loop, tokens, FLOPs"
+    limited = any(run["budget_spent"] is not None for arm in arms.values() for run in arm["runs"].values())
+    columns = [*names.split(", "), *(["FLOPs / budget"] if limited else []), "seconds", "peak memory"]
     yield f"| {' | '.join(columns)} |"
     yield "| " + " | ".join(["---"] * len(columns)) + " |"
     for name, arm in arms.items():
@@ -75,10 +84,33 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
             difference_cell(arm["difference"]),
             format_count(round(mean["tokens"])),
             f"{mean['flops']:.3g}",
+            *([_shares(runs)] if limited else []),
             f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
             f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _shares(runs: Iterable[Mapping[str, Any]]) -> str:
+    """What the seeds spent of their budgets, from the least to the most; the loop's is the budget itself."""
+    shares = sorted(run["budget_spent"] or 1.0 for run in runs)
+    return " to ".join(dict.fromkeys(f"{share:.2f}" for share in (shares[0], shares[-1])))
+
+
+def _rates(arms: Mapping[str, Any]) -> Iterator[str]:
+    """Loss with the first seed on the windows that rates are chosen on, by rate; the best in bold."""
+    rates = sorted({float(lr) for arm in arms.values() for lr in arm["losses_by_lr"]})
+    yield f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "| --- | " + " | ".join(["---"] * len(rates)) + " |"
+    for name, arm in arms.items():
+        losses = {float(lr): loss for lr, loss in arm["losses_by_lr"].items()}
+        best = min((loss for loss in losses.values() if loss is not None), default=None)
+        cells = []
+        for lr in rates:
+            loss = losses.get(lr)
+            text = "failed" if lr in losses and loss is None else "-" if loss is None else f"{loss:.4f}"
+            cells.append(f"**{text}**" if loss is not None and loss == best else text)
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
@@ -112,11 +144,11 @@ def difference_cell(difference: Mapping[str, Any] | None) -> str:
 def _problems(arms: Mapping[str, Any]) -> Iterator[str]:
     for name, arm in arms.items():
         if arm["problem"]:
-            yield from ("", f"`{name}` is incomplete: {arm['problem']}")
+            yield from ("", f"No claim about `{name}`: {arm['problem']}")
 
 
 def _verdict(arms: Mapping[str, Any]) -> Iterator[str]:
-    """Claims, each with its interval; what is not resolved is said to be so."""
+    """Claims, each with its interval and what weakens it; what is not resolved is said to be so."""
     differences = {name: arm["difference"] for name, arm in arms.items() if arm["difference"]}
     words = {
         "Better than the loop": lambda d: d["high"] < 0,
@@ -124,13 +156,15 @@ def _verdict(arms: Mapping[str, Any]) -> Iterator[str]:
         "Not told apart from the loop": lambda d: not d["resolved"],
     }
     for title, holds in words.items():
-        claims = [f"`{name}` {difference_cell(each)}" for name, each in differences.items() if holds(each)]
-        if claims:
-            yield f"* {title}: {'; '.join(claims)}."
-    edge = [name for name, arm in arms.items() if at_edge(arm)]
-    if edge:
-        names = ", ".join(f"`{name}`" for name in edge)
-        yield f"* Best at the edge of the tried rates, so perhaps better still beyond it: {names}."
+        for name, each in differences.items():
+            if holds(each):
+                yield f"* {title}: `{name}` {difference_cell(each)}{_edge_remark(name, arms)}."
+
+
+def _edge_remark(name: str, arms: Mapping[str, Any]) -> str:
+    edge = [each for each in dict.fromkeys((name, "loop")) if each in arms and at_edge(arms[each])]
+    who = " and ".join(f"`{each}`" for each in edge)
+    return f"; {who} at the edge of the tried rates, so perhaps better still beyond it" if edge else ""
 
 
 def at_edge(arm: Mapping[str, Any]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficientllm.comparison.compare import Comparison, run_comparison
+from efficientllm.comparison.compare import run_comparison
 from efficientllm.comparison.page import page
 from efficientllm.comparison.results import collect
+from efficientllm.comparison.work import Comparison
 from efficientllm.jobs.report import write_report
 from efficientllm.reporting.comparison_plot import plot_comparison
 from efficientllm.reporting.journal import without_nonfinite, write_atomically

@@ -14,11 +14,12 @@ import torch
 import transformers
 
 from efficientllm import __version__
-from efficientllm.comparison.compare import ArmResult, Comparison
+from efficientllm.comparison.rates import reported_windows
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.statistics import Interval, over_seeds, over_windows
 from efficientllm.comparison.structure import kept_units, overlaps
 from efficientllm.comparison.tasks import accuracies
+from efficientllm.comparison.work import ArmResult, Comparison
 from efficientllm.config import dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.pruning.groups import Widths
@@ -75,16 +76,24 @@ def check_same_text(outcomes: Sequence[Outcome]) -> None:
 
 
 def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """All seeds of one arm under one budget; the difference to the loop is left out where it has no interval."""
-    runs = {seed: run_figures(outcome) for seed, outcome in sorted(result.runs.items())}
-    difference = None if result is loop else difference_to(result, loop)
+    """All seeds of one arm under one budget; the difference to the loop is left out where it has no interval, and
+    where something went wrong with the arm, a seed that diverged or a budget that it could not meet."""
+    runs = {
+        seed: run_figures(outcome) | {"budget_spent": spent(result, seed)}
+        for seed, outcome in sorted(result.runs.items())
+    }
+    reference = None if result is loop or result.problem else loop
+    difference = None if reference is None else difference_to(result, reference)
     return {
         "lr": result.rate,
         "losses_by_lr": {f"{lr:g}": loss for lr, loss in result.rates.items()},
         "problem": result.problem,
         "runs": runs,
         "tasks": {
-            task: {"mean": statistics.fmean(values), "difference": None if result is loop else _task_difference(*pair)}
+            task: {
+                "mean": statistics.fmean(values),
+                "difference": None if reference is None else _task_difference(*pair),
+            }
             for task in tasks
             if (pair := (_task(result, task), _task(loop, task))) and (values := list(pair[0].values()))
         },
@@ -110,16 +119,23 @@ def _task_difference(own: dict[int, float], loop: dict[int, float]) -> dict[str,
     return asdict(interval) | {"resolved": interval.resolved}
 
 
+def spent(result: ArmResult, seed: int) -> float | None:
+    """FLOPs of a run as a share of its budget; None at equal tokens, where there is none."""
+    summary = result.runs[seed].summary
+    return summary["flops"] / result.allowed[seed] if summary and seed in result.allowed else None
+
+
 def run_figures(outcome: Outcome) -> dict[str, Any]:
-    """loss: nats per token, mean over the validation windows. bits_per_byte: of the windows' text."""
+    """loss: nats per token, mean over the windows that no rate was chosen on. bits_per_byte: that loss, by the bytes
+    that a token of all windows has."""
     summary, windows = outcome.summary, outcome.windows
     assert summary is not None
     assert windows is not None
-    loss = statistics.fmean(windows["losses"])
-    total = loss * len(windows["losses"]) * windows["tokens"]
+    loss = statistics.fmean(reported_windows(outcome))
+    tokens = len(windows["losses"]) * windows["tokens"]
     return {
         "loss": loss,
-        "bits_per_byte": total / LN2 / windows["bytes"],
+        "bits_per_byte": loss / LN2 * tokens / windows["bytes"],
         "perplexity": math.exp(min(loss, 700.0)),
         "parameters": summary["result"]["parameters"],
         "widths": summary["result"]["widths"],
@@ -134,7 +150,7 @@ def run_figures(outcome: Outcome) -> dict[str, Any]:
 def difference_to(result: ArmResult, loop: ArmResult) -> Interval | None:
     """Loss minus the loop's, paired by seed; with one seed, paired by validation window; None without a pair."""
     seeds = sorted(result.runs.keys() & loop.runs.keys())
-    pairs = [(_windows(result.runs[seed]), _windows(loop.runs[seed])) for seed in seeds]
+    pairs = [(reported_windows(result.runs[seed]), reported_windows(loop.runs[seed])) for seed in seeds]
     if not pairs:
         return None
     if len(pairs) == 1:
@@ -154,11 +170,6 @@ def structure(result: ArmResult) -> dict[str, Any]:
         kept.append(kept_units(source, *journals))
     assert source is not None
     return {name: asdict(overlap) for name, overlap in overlaps(kept, source).items()}
-
-
-def _windows(outcome: Outcome) -> list[float]:
-    assert outcome.windows is not None
-    return list(outcome.windows["losses"])
 
 
 def _mean(runs: Any, name: str) -> float | None:

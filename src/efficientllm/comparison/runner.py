@@ -19,6 +19,7 @@ from efficientllm.comparison.worker import WINDOWS
 from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.interruption import Interrupted
+from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.reporting.journal import write_atomically
 
 
@@ -43,8 +44,17 @@ def outcome_of(folder: Path) -> Outcome | None:
     return Outcome(summary, windows)
 
 
+def known_outcome(recipe: Recipe) -> Outcome | None:
+    """Of a recipe whose run is finished and measured; None where it is not. Raises UsageError where its folder is
+    damaged or belongs to another recipe."""
+    folder = RunFolder(recipe.run.dir)
+    folder.check(recipe)
+    return outcome_of(folder.path)
+
+
 def run_all(recipes: Sequence[Recipe], *, devices: int, say: Callable[[str], None]) -> list[Outcome]:
-    """Outcomes in the order of the recipes. devices: GPUs to spread them over; 0 or 1: one run after another.
+    """Outcomes in the order of the recipes; of finished runs they are only read. devices: GPUs to spread the others
+    over; 0 or 1: one run after another.
 
     Raises Interrupted, with every run saved, where one of them was stopped by a signal.
     """
@@ -55,6 +65,9 @@ def run_all(recipes: Sequence[Recipe], *, devices: int, say: Callable[[str], Non
 
         def one(numbered: tuple[int, Recipe]) -> Outcome:
             number, recipe = numbered
+            known = known_outcome(recipe)
+            if known is not None:
+                return known
             device = free.get()
             try:
                 say(f"run {number} of {len(recipes)}: {recipe.run.dir}")

@@ -18,10 +18,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.errors import UsageError
-from efficientllm.evaluation.offline import local_data
+from efficientllm.evaluation.offline import check_folder, local_data
 from efficientllm.evaluation.tasks import TASKS, common_sense_mean
 
 Say = Callable[[str], None]
+_BY_TASK = ("results", "versions", "records")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class EvalRequest:
 
 
 def check_tasks(request: EvalRequest) -> Any:
-    """The harness's task manager. Raises UsageError for a task that it does not have, naming the nearest."""
+    """The harness's task manager. Raises UsageError for a task that it does not have, naming the nearest, and for a
+    folder of local records that is none."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError('evaluation needs lm-evaluation-harness: pip install "efficientllm[eval]"') from error
+    check_folder(request.data_dir)
     manager = TaskManager()
     for task in request.tasks:
         if task not in manager.all_tasks:
@@ -61,21 +64,22 @@ def evaluate(
     with redirect_stdout(sys.stderr):
         runner = HFLM(pretrained=model, tokenizer=tokenizer, **limits)
     found: dict[str, Any] = {"results": {}, "problems": {}, "versions": {}, "records": {}} | way_of(request)
-    with local_data(request.data_dir):
+    with local_data(request.data_dir) as read:
         for task in request.tasks:
+            read.clear()
             try:
                 output = _evaluate_task(runner, task, request, manager)
-            except (UsageError, ConnectionError, FileNotFoundError, OSError) as error:
-                found["problems"][task] = _sentence(error, request)
+                found["results"][task] = _figures(output, task)
+            except Exception as error:  # the harness raises whatever a record or a task leads it to; the others go on
+                found["problems"][task] = _sentence(error, request, read)
                 say(f"{task} is left out: {found['problems'][task]}")
                 continue
-            found["results"][task] = _plain(output["results"][task])
             found["versions"][task] = output["versions"].get(task)
             found["records"][task] = sum(
                 count["effective"] for name, count in output["n-samples"].items() if _belongs(name, task, output)
             )
             say(f"{task}: {found['records'][task]:,} records, {describe(found['results'][task])}")
-    found["mean"] = common_sense_mean({task: accuracy(values)[0] for task, values in found["results"].items()})
+    found["mean"] = _mean(found["results"])
     return found
 
 
@@ -107,24 +111,46 @@ def _belongs(name: str, task: str, output: dict[str, Any]) -> bool:
     return name == task or name not in output.get("group_subtasks", {}) or not output["group_subtasks"][name]
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(value) for key, value in values.items() if isinstance(value, int | float) and "," in key}
+def _figures(output: Mapping[str, Any], task: str) -> dict[str, float]:
+    """Metrics of the task itself. Raises UsageError for a mere list of tasks, which has none of its own."""
+    values = output["results"].get(task, {})
+    figures = {key: float(value) for key, value in values.items() if isinstance(value, int | float) and "," in key}
+    if not any(_is_figure(key) for key in figures):
+        inside = ", ".join(list(output["results"])[:5])
+        raise UsageError(f"it has no figure of its own; name the tasks in it one by one ({inside})")
+    return figures
+
+
+def _mean(results: Mapping[str, dict[str, float]]) -> float | None:
+    return common_sense_mean({task: accuracy(values)[0] for task, values in results.items()})
 
 
 def known_results(file: Path) -> dict[str, Any]:
     """What an earlier evaluation has left; nothing where there is none or it cannot be read."""
     try:
-        return dict(json.loads(file.read_text()))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    whole = isinstance(content, dict) and all(isinstance(content.get(key, {}), dict) for key in _BY_TASK)
+    return content if whole else {}
 
 
 def joined_with(known: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Results with those of other tasks that were measured before in the same way: limit, data and harness."""
     if not same_way(known, found):
         return found
-    tasks = ("results", "versions", "records")
-    return found | {key: {**known.get(key, {}), **found[key]} for key in tasks}
+    joined = found | {key: {**known.get(key, {}), **found[key]} for key in _BY_TASK}
+    return joined | {"mean": _mean(joined["results"])}
+
+
+def results_file(home: Path, request: EvalRequest) -> Path:
+    """HOME/eval/results.json; for the first records of a task alone, a file of their own where the other is there and
+    holds figures over all records, which took longer."""
+    file = home / "eval" / "results.json"
+    known = known_results(file)
+    if request.limit is None or not known.get("results") or known.get("limit") is not None:
+        return file
+    return file.with_name(f"results-limit-{request.limit}.json")
 
 
 def same_way(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -138,19 +164,35 @@ def way_of(request: EvalRequest) -> dict[str, Any]:
     return {"harness": version("lm_eval"), "limit": request.limit, "data": data, "num_fewshot": 0}
 
 
-def _sentence(error: Exception, request: EvalRequest) -> str:
+def _sentence(error: Exception, request: EvalRequest, read: Sequence[Path]) -> str:
+    """read: the files of local records that the task was made from."""
     if isinstance(error, UsageError):
         return str(error)
-    first = str(error).strip().split("\n")[0][:200]
+    first = str(error).strip().split("\n")[0][:200] or "no word of why"
+    if not isinstance(error, OSError):
+        why = f"the harness stops at it with {type(error).__name__}: {first}"
+        if not read:
+            return f"{why}; leave the task out, or try a smaller --batch-size if it is the memory"
+        files = list(dict.fromkeys(read))
+        where = str(files[0]) if len(files) == 1 else f"its {len(files)} files under {request.data_dir}"
+        return f"{why}; see whether every record of {where} has the hub's fields, or leave the task out"
     return f"its data cannot be had ({first}); give --data-dir with local records, or leave the task out"
 
 
-def accuracy(values: dict[str, float]) -> tuple[float, str, float | None]:
-    """Accuracy in [0, 1], normalised by length where the harness reports that; the metric's name; standard error."""
-    metric = "acc_norm" if "acc_norm,none" in values else "acc"
-    return values[f"{metric},none"], metric, values.get(f"{metric}_stderr,none")
+def accuracy(values: Mapping[str, float]) -> tuple[float, str, float | None]:
+    """Accuracy in [0, 1], normalised by length where the harness reports that, else the task's first metric, whatever
+    its range; the metric's name; standard error."""
+    names = [key for key in values if _is_figure(key)]
+    key = next((key for key in ("acc_norm,none", "acc,none") if key in values), names[0])
+    metric, variant = key.split(",", 1)
+    return values[key], metric, values.get(f"{metric}_stderr,{variant}")
 
 
-def describe(values: dict[str, float]) -> str:
+def _is_figure(key: str) -> bool:
+    return not key.split(",")[0].endswith("_stderr")
+
+
+def describe(values: Mapping[str, float]) -> str:
     value, metric, error = accuracy(values)
-    return f"{metric} {value:.2%}" + ("" if error is None or error != error else f" +- {error:.2%}")
+    form = ".2%" if metric in ("acc", "acc_norm") else ".4g"
+    return f"{metric} {value:{form}}" + ("" if error is None or error != error else f" +- {error:{form}}")

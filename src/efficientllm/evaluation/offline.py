@@ -20,26 +20,37 @@ from efficientllm.errors import UsageError
 
 def local_dataset(root: Path, path: str, name: str | None) -> DatasetDict:
     """All splits of one data set (hub id `path`, configuration `name`). Raises UsageError where there is nothing."""
-    own, shared = root / path / (name or "default"), root / path / "all"
-    folder, subject = (own, None) if own.is_dir() or not shared.is_dir() else (shared, name)
+    folder = folder_of(root, path, name)
+    subject = name if folder.name == "all" and name != "all" else None
     splits = {file.stem: _records(file, subject) for file in sorted(folder.glob("*.jsonl"))}
     splits = {split: records for split, records in splits.items() if records}
     if not splits:
         raise UsageError(
-            f"{own} has no records: put them there as <split>.jsonl with the hub's field names, or leave the task out"
+            f"{folder} has no records: put them there as <split>.jsonl with the hub's field names, or leave the task "
+            "out"
         )
     return DatasetDict({split: Dataset.from_list(records) for split, records in splits.items()})
+
+
+def folder_of(root: Path, path: str, name: str | None) -> Path:
+    """Where the records of a data set lie: its configuration's folder, or the one that all of them share."""
+    own, shared = root / path / (name or "default"), root / path / "all"
+    return own if own.is_dir() or not shared.is_dir() else shared
 
 
 def with_all_splits(found: DatasetDict, config: Any, folder: Path) -> DatasetDict:
     """The splits that a task names, where only the one that it is measured on has to be there; others, which serve
     few-shot examples alone, are empty. Raises UsageError where that one is missing."""
-    measured = config.test_split or config.validation_split
+    measured = _measured(config)
     if measured not in found:
         raise UsageError(f"{folder} has no {measured}.jsonl, which {config.task} is measured on: add it")
     empty = found[measured].select([])
     named = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
     return DatasetDict(dict.fromkeys((split for split in named if split), empty) | dict(found))
+
+
+def _measured(config: Any) -> str:
+    return str(config.test_split or config.validation_split)
 
 
 def _records(file: Path, subject: str | None) -> list[dict[str, Any]]:
@@ -51,24 +62,34 @@ def _records(file: Path, subject: str | None) -> list[dict[str, Any]]:
     return [record for record in records if subject is None or record.get("subject") == subject]
 
 
+def check_folder(root: Path | None) -> None:
+    if root is not None and not root.is_dir():
+        raise UsageError(f"--data-dir {root} is no folder: give one with <hub id>/<configuration>/<split>.jsonl in it")
+
+
 @contextmanager
-def local_data(root: Path | None) -> Iterator[None]:
-    """While it lasts, the harness's tasks take their data from `root`; None: from the hub, as they come."""
+def local_data(root: Path | None) -> Iterator[list[Path]]:
+    """While it lasts, the harness's tasks take their data from `root`; None: from the hub, as they come.
+
+    The list grows by every file that a task is measured on.
+    """
     from lm_eval.api.task import ConfigurableTask
 
+    read: list[Path] = []
     if root is None:
-        yield
+        yield read
         return
-    if not root.is_dir():
-        raise UsageError(f"--data-dir {root} is no folder: give one with <hub id>/<configuration>/<split>.jsonl in it")
+    check_folder(root)
     original = ConfigurableTask.download
 
     def download(self: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        folder = folder_of(root, self.DATASET_PATH, self.DATASET_NAME)
+        read.append(folder / f"{_measured(self.config)}.jsonl")
         found = local_dataset(root, self.DATASET_PATH, self.DATASET_NAME)
-        self.dataset = with_all_splits(found, self.config, root / self.DATASET_PATH)
+        self.dataset = with_all_splits(found, self.config, folder)
 
     ConfigurableTask.download = download
     try:
-        yield
+        yield read
     finally:
         ConfigurableTask.download = original

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Event, Live, Space, group_slices
+from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Cut, Live, Space
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, summed_loss
 
@@ -102,7 +103,7 @@ def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: 
     units = torch.full((rows,), -1)
     units[row] = unit
     saved = []
-    for part in group_slices(space, [Event(pruning_type, units, 0.0, 1.0)]):
+    for part in group_slices(space, [Cut(pruning_type, units)]):
         weight, indices = params[part.name].detach(), part.indices.to(params[part.name].device)
         saved.append((weight, part.dim, indices, weight.index_select(part.dim, indices)))
     try:

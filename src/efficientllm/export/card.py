@@ -121,7 +121,7 @@ class Card:
             return model_card(self.facts, usage=usage, extra=extra)
         own = self.subject.folder / README
         if own.is_file() and not extra:
-            return own.read_text(encoding="utf-8")
+            return _content(own)
         front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": self.tags}
         front |= {"license": self.licence} if self.licence else {}
         return _PLAIN.format(
@@ -135,8 +135,11 @@ class Card:
         )
 
     def write_beside(self, file: Path, kind: str, architecture: str, say: Callable[[str], None]) -> None:
-        """README.md beside a GGUF file, unless one lies there that no export has written."""
-        path = file.with_name(README)
+        """NAME.md beside NAME.gguf, unless one lies there that no export has written.
+
+        Not README.md: several files, of several types or models, lie in one folder.
+        """
+        path = file.with_name(f"{file.name.removesuffix('.gguf')}.md")
         if path.exists() and not re.search(rf"\A---\n.*?^- {MARK}$.*?^---$", _content(path), re.DOTALL | re.MULTILINE):
             say(f"{path} is left as it is, since no export has written it; the file's own metadata says what it is")
             return
@@ -155,4 +158,5 @@ def _widths(config: PretrainedConfig) -> str:
 
 
 def _content(path: Path) -> str:
+    """A file that somebody else may have written, in whatever encoding."""
     return path.read_text(encoding="utf-8", errors="replace")

@@ -5,8 +5,10 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written by th
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
-from efficientllm.checkpoint.files import PARTIAL, flush
+from efficientllm.checkpoint.files import flush, partial_of_this_process
 from efficientllm.errors import UsageError
 from efficientllm.export.card import Card
 from efficientllm.export.gguf_tensors import (
@@ -42,17 +44,21 @@ MARGIN = 1 << 20  # bytes that the metadata and the file system may take besides
 
 @dataclass(frozen=True)
 class GGUFRequest:
-    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written."""
+    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written.
+
+    `disk_mend`: what the user can do where the disk refuses.
+    """
 
     subject: Subject
     kind: str = "f16"
     out: Path | None = None
     overwrite: bool = False
     licence: str | None = None
+    disk_mend: str = "free disk space or choose another place with --out"
 
 
 def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
-    """Writes the file, and a README.md beside it, and returns its path.
+    """Writes the file, and its card beside it (NAME.md for NAME.gguf), and returns its path.
 
     Weights go through memory one at a time. Raises UsageError for what llama.cpp cannot run or would read otherwise,
     and where the disk refuses; no half-written file is left, and what stood there is replaced only by a whole one.
@@ -70,34 +76,52 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
     factors = rope_factors(config, architecture)
     tokenizer = tokenizer_of(request.subject.folder, say)
-    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder))
+    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
     card = Card(request.subject, config, sum(_count(each) for each in stored), request.licence)
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
         say(note)
 
-    partial = out.with_name(PARTIAL + out.name)
-    writer = gguf.GGUFWriter(partial, architecture)
-    _describe(writer, card)
-    _hyperparameters(writer, config, architecture)
-    _tokenizer(writer, vocabulary)
-    writer.add_file_type(WRITTEN[written][1])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out, stored)
+    with _appearing(out, stored, architecture, request.disk_mend) as writer:
+        _describe(writer, card)
+        _hyperparameters(writer, config, architecture)
+        _tokenizer(writer, vocabulary)
+        writer.add_file_type(WRITTEN[written][1])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _write(writer, weights, stored, architecture, None if factors is None else factors.numpy())
-        flush(partial)
-        partial.replace(out)
-    except OSError as error:
-        raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
     card.write_beside(out, written, architecture, say)
     if kind in K_QUANTS:
         result = out.with_name(f"{out.stem.removesuffix('-f16')}-{kind}.gguf")
-        say(f"llama.cpp writes {kind} itself, from this f16 file: {QUANTIZER} {out} {result} {kind.upper()}")
+        command = shlex.join([QUANTIZER, str(out), str(result), kind.upper()])
+        say(f"llama.cpp writes {kind} itself, from this f16 file: {command}")
     return out
+
+
+@contextmanager
+def _appearing(out: Path, stored: list[Stored], architecture: str, mend: str) -> Iterator[gguf.GGUFWriter]:
+    """A writer beside `out`, whose file takes that name once it is whole and on the disk.
+
+    Raises UsageError where the disk refuses; after that, or any other exception, nothing of it is left.
+    """
+    partial, writer = None, None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, stored)
+        partial = partial_of_this_process(out)
+        writer = gguf.GGUFWriter(partial, architecture)
+        yield writer
+        writer.close()  # the last bytes leave the buffer here, and a full disk refuses them
+        flush(partial)
+        partial.replace(out)
+        flush(out.parent)
+    except OSError as error:
+        raise UsageError(f"cannot write {out} ({error}); {mend}") from error
+    finally:
+        with suppress(OSError):
+            if writer is not None:
+                writer.close()
+        with suppress(OSError):
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
 
 def _destination(request: GGUFRequest, written: str) -> Path:

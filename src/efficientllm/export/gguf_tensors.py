@@ -34,7 +34,20 @@ WRITTEN = {
     "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+# And what most of their matrices become in llama.cpp's quantiser where a row is a multiple of 32, not of 256.
+K_QUANTS = {
+    "q2_k": "iq4_nl",
+    "q3_k_s": "iq4_nl",
+    "q3_k_m": "iq4_nl",
+    "q3_k_l": "iq4_nl",
+    "q4_k_s": "q5_0",
+    "q4_k_m": "q5_0",
+    "q5_k_s": "q5_1",
+    "q5_k_m": "q5_1",
+    "q6_k": "q8_0",
+}
+# By transformers' model_type. A family that is not here has not been held against llama.cpp.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def architecture_of(config: PretrainedConfig) -> str:
@@ -43,16 +56,16 @@ def architecture_of(config: PretrainedConfig) -> str:
     llama.cpp's qwen2 has no room for heads x head_dim other than the hidden size; its llama takes biases and any
     head_dim, so that a Qwen2 whose stem was pruned goes there. Raises UsageError for what none of them computes.
     """
+    if config.model_type not in ARCHITECTURES:
+        raise UsageError(f"models of type '{config.model_type}' are not written to GGUF; export with --to hf")
     if config.hidden_act != "silu":
         raise UsageError(f"llama.cpp computes these models with SiLU, this one has hidden_act={config.hidden_act}")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         raise UsageError("llama.cpp rotates whole heads in these models, this one has a partial_rotary_factor")
-    if config.model_type == "qwen3":
-        if config.attention_bias:
-            raise UsageError("llama.cpp's qwen3 has no attention biases, this model does")
-        return "qwen3"
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise UsageError("llama.cpp's qwen3 has no attention biases, this model does; export with --to hf")
     square = config.num_attention_heads * head_dim_of(config) == config.hidden_size
-    return "qwen2" if config.model_type == "qwen2" and square else "llama"
+    return "llama" if config.model_type == "qwen2" and not square else ARCHITECTURES[config.model_type]
 
 
 def paired(weight: Tensor, heads: int) -> Tensor:
@@ -167,7 +180,7 @@ def misfits(config: PretrainedConfig, kind: str) -> list[str]:
     for what, length in row_lengths(config).items():
         if length % block == 0:
             continue
-        larger = "a type with blocks of 32 (q5_0, q5_1, q8_0)" if length % BLOCK == 0 and block > BLOCK else "f16"
+        larger = K_QUANTS[kind] if kind in K_QUANTS and length % BLOCK == 0 else "f16"
         heads = "only another number of heads avoids it (head_dim is the source's)"
         mend = heads if what.startswith("heads") else f"a run with prune.align={block} avoids it"
         said.append(

@@ -204,12 +204,16 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
 def _special_tokens(
     vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, stops: list[int]
 ) -> None:
-    """Ids of special tokens, what is put around a text, the chat template."""
+    """Ids of special tokens, what is put around a text, the chat template.
+
+    Where nothing else names the tokens that begin and end a text, the model's config.json does.
+    """
+    stops = stops or _listed(getattr(config, "eos_token_id", None))
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
     if end is None:
         raise UsageError(
             "no end-of-text token is known, and llama.cpp would take token 11 for it: set eos_token in "
-            "tokenizer_config.json"
+            "tokenizer_config.json, or eos_token_id in config.json"
         )
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else getattr(config, "bos_token_id", None)
     others = [stop for stop in stops if stop != end]
@@ -221,6 +225,10 @@ def _special_tokens(
     vocabulary.add_bos, vocabulary.add_eos = _surrounding(tokenizer, begin, end)
     template = tokenizer.chat_template
     vocabulary.chat_template = template.get("default") if isinstance(template, dict) else template
+
+
+def _listed(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _surrounding(tokenizer: PreTrainedTokenizerBase, begin: int | None, end: int) -> tuple[bool, bool]:

@@ -25,6 +25,7 @@ from efficientllm.export.card import README, Card
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import tokenizer_of
 from efficientllm.export.weights import INDEX, Weights
+from efficientllm.models.generation import savable
 from efficientllm.models.loading import load_generation_config
 from efficientllm.reporting.progress import track
 
@@ -49,7 +50,7 @@ assert "efficientllm" not in sys.modules
 before, after = logits
 same = (before.argmax(-1) == after.argmax(-1)).float().mean()
 print(json.dumps({"difference": float((before - after).abs().max()), "largest": float(before.abs().max()),
-                  "same_top": float(same)}))
+                  "same_top": float(same), "positions": ids.numel()}))
 """
 
 
@@ -84,10 +85,11 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     tokenizer = tokenizer_of(subject.folder, say)
     parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     card = Card(subject, weights.config, parameters, request.licence)
+    generation = load_generation_config(str(subject.folder), say)
     try:
-        with appearing(out) as partial:
+        with appearing(out, alone=False) as partial:
             _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
-            _write_configs(weights.config, subject.folder, partial, DTYPES[request.dtype])
+            _write_configs(weights.config, generation, partial, DTYPES[request.dtype])
             save_tokenizer(tokenizer, partial)
             (partial / README).write_text(card.text(), encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -120,12 +122,15 @@ def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast.contiguous()
 
 
-def _write_configs(config: PretrainedConfig, source: Path, folder: Path, dtype: torch.dtype) -> None:
+def _write_configs(
+    config: PretrainedConfig, generation: GenerationConfig | None, folder: Path, dtype: torch.dtype
+) -> None:
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)
-    generation = load_generation_config(str(source)) or GenerationConfig.from_model_config(config)
+    if generation is None:
+        generation, _ = savable(GenerationConfig.from_model_config(config))
     generation.use_cache = True
     generation.save_pretrained(folder)
 
@@ -145,7 +150,7 @@ def check_hf(source: Path, exported: Path, dtype: str) -> str:
     share = found["difference"] / max(found["largest"], 1e-30)
     text = (
         f"logits differ by at most {found['difference']:.2e} ({share:.1e} of the largest, {found['largest']:.3g}), "
-        f"same most likely token at {found['same_top']:.1%} of 128 positions"
+        f"same most likely token at {found['same_top']:.1%} of {found['positions']} positions"
     )
     if not share <= TOLERANCES[dtype]:
         raise UsageError(f"{exported} is not the model it was made from: {text}; rounding to {dtype} explains less")

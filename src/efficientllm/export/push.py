@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -9,6 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from efficientllm.errors import UsageError
+
+STALE = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repository: str, api: HfApi | None = None) -> None:
@@ -23,15 +26,31 @@ def check_push(repository: str, api: HfApi | None = None) -> None:
         raise UsageError("there is no token for the hub; run `hf auth login` or set HF_TOKEN, then push again")
 
 
-def push_folder(folder: Path, repository: str, *, private: bool, api: HfApi | None = None) -> str:
+def push_folder(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool,
+    api: HfApi | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> str:
     """Makes the repository where there is none, uploads the folder as one commit, and returns its address.
 
-    Raises UsageError, which never holds the token, where the hub refuses or cannot be reached.
+    Weights that lie in an existing repository go with that commit: left beside the new ones, shards of another number
+    would be loaded with them. Raises UsageError, which never holds the token, where the hub refuses or cannot be
+    reached.
     """
     api = api or HfApi()
     try:
+        if api.repo_exists(repository):
+            say(f"{repository} exists already: its weights are replaced (its history keeps them), who may see it stays")
         address = str(api.create_repo(repository, private=private, exist_ok=True))
-        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Model exported with efficientllm")
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=repository,
+            commit_message="Model exported with efficientllm",
+            delete_patterns=STALE,
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:  # httpx's and requests' connection errors among OSError
         raise UsageError(f"cannot push to {repository}: {_reason(error, api)}; the folder {folder} is whole") from error
     except Exception as error:

@@ -38,12 +38,12 @@ def subject_of(path: Path) -> Subject:
             "the hub comes with `hf download ORG/NAME --local-dir FOLDER`)"
         )
     path = path.resolve()
-    if path.name == "model" and ((path.parent / "summary.json").is_file() or (path.parent / "recipe.yaml").is_file()):
+    if path.name == "model" and ((path.parent / "summary.json").is_file() or _is_rung(path.parent)):
         path = path.parent
-    if (path / "recipe.yaml").is_file() and (path / "model").is_dir():
+    if _is_rung(path):
         return _rung(path)
     if (path / "summary.json").is_file() and (path / "model").is_dir():
-        return Subject(path / "model", path.name, path, _json(path / "summary.json"), _results(path))
+        return Subject(path / "model", path.name, path, _facts(path / "summary.json"), _results(path))
     if (path / "config.json").is_file():
         return Subject(path, path.name, Path.cwd(), None, _results(path))
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
@@ -62,12 +62,34 @@ def _unfinished(run: Path) -> str:
     )
 
 
+def _is_rung(folder: Path) -> bool:
+    """Whether it lies where jobs/ladder.py leaves its sizes; a recipe may stand beside a model of any other folder."""
+    return folder.parent.name == "ladder" and (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
+
+
+def _facts(file: Path) -> dict[str, Any] | None:
+    """A run's summary; None for a file of that name that is something else, of which no card can be written."""
+    content = _json(file)
+    needed = ("tokens", "events", "compactions", "seconds", "recipe")
+    known = content and _has(content, *needed) and _is_source(content.get("source"))
+    return content if known and content and _has(content.get("result"), "parameters", "widths") else None
+
+
+def _has(content: Any, *keys: str) -> bool:
+    return isinstance(content, dict) and all(key in content for key in keys)
+
+
+def _is_source(content: Any) -> bool:
+    return _has(content, "path", "parameters", "widths")
+
+
 def _rung(folder: Path) -> Subject:
     """A size that a run has left on its way; what the run's journals say up to then makes up its facts."""
     run = folder.parent.parent
     left, source = _json(folder / "summary.json"), _json(run / "source.json")
     facts = None
-    if left and source and (run / "config.yaml").is_file():
+    known = _has(left, "step", "tokens", "parameters", "widths") and _is_source(source)
+    if left and known and (run / "config.yaml").is_file():
         step = left["step"]
         until = {
             name: [record for record in read_journal(run / f"{name}.jsonl") if record["step"] <= step]

@@ -15,7 +15,7 @@ from efficientllm.models.loading import load_generation_config, load_tokenizer
 def tokenizer_of(folder: Path, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
     """Says so where transformers cuts text otherwise than the folder's tokenizer.json: some of its classes build their
     pre-tokenizer anew. What transformers does counts, since that is how training here has read its text."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), what="model")
     backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
     if backend is not None and file.is_file():
         loaded, there = json.loads(backend.to_str()), json.loads(file.read_text(encoding="utf-8"))
@@ -28,8 +28,8 @@ def tokenizer_of(folder: Path, say: Callable[[str], None]) -> PreTrainedTokenize
     return tokenizer
 
 
-def end_tokens(folder: Path) -> list[int]:
+def end_tokens(folder: Path, say: Callable[[str], None]) -> list[int]:
     """Ids at which generation stops, as the folder's generation config says; none where it says nothing."""
-    settings = load_generation_config(str(folder))
+    settings = load_generation_config(str(folder), say)
     stops = None if settings is None else settings.eos_token_id
     return stops if isinstance(stops, list) else [] if stops is None else [stops]

@@ -14,10 +14,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from efficientllm.errors import UsageError
 from efficientllm.models.adapter import registry
+from efficientllm.models.loading import reason_of
 from efficientllm.models.space import space_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Weights:
         self.folder = folder
         self.config = read_config(folder)
         self._places = _places(folder)
-        space = space_of(_without_dropout(self.config))
+        space = space_of(_without_dropout(self.config), "exported")
         wanted = {spec.name: space.shape(spec, space.widths) for spec in space.params}
         self._check(wanted)
         self.shapes = wanted
@@ -56,12 +58,22 @@ class Weights:
                     f"{self.folder}: {name} has shape {list(have)}, but its config.json asks for {list(shape)}; the "
                     "two are not of one model"
                 )
-        ours = {"lm_head.weight"} if self.config.tie_word_embeddings else set()  # tied: the embedding once more
+        ours = {HEAD} if self.config.tie_word_embeddings else set()  # tied: the embedding once more
         odd = [name for name in self._places if name not in wanted | dict.fromkeys(ours) and "rotary" not in name]
         if odd:
             raise UsageError(
                 f"{self.folder} holds the weight {odd[0]}, which a {self.config.model_type} model does not have; "
                 "modified architectures are not supported"
+            )
+        if ours & self._places.keys():
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """A head of its own beside `tie_word_embeddings`: transformers 5 uses it, transformers 4 does not."""
+        if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
+            raise UsageError(
+                f"{self.folder}: config.json ties the embeddings, but its {HEAD} differs from {EMBEDDING}: what counts "
+                'depends on the version of transformers; set "tie_word_embeddings" to false in config.json to keep both'
             )
 
     def read(self, name: str) -> Tensor:
@@ -77,9 +89,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Raises UsageError for a missing or damaged config.json and for a family that is not supported."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UsageError(f"cannot read {folder / 'config.json'}: {reason}") from error
+    except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
+        raise UsageError(f"cannot read {folder / 'config.json'}: {reason_of(error)}") from error
     adapters = registry()
     if config.model_type not in adapters:
         raise UsageError(
@@ -97,9 +108,12 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _places(folder: Path) -> dict[str, _Place]:
-    """Every tensor in the folder's safetensors, by name. Raises UsageError for missing or damaged files."""
+    """Every tensor in the folder's safetensors, by name. Raises UsageError for missing or damaged files.
+
+    Where there are both a single file and an index, the single file counts, as it does in transformers.
+    """
     files = [folder / SINGLE]
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         try:
             files = sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

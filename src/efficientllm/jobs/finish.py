@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ Say = Callable[[str], None]
 
 
 def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Exports the model, draws the picture, writes the summary last: its presence means finished."""
+    """Exports the model, then writes the summary, whose presence means finished; the picture comes after it."""
     loss = final_loss(job, state)
     if job.plan and state.pruner and not state.pruner.finished:
         unit = job.plan.landing.cost.unit
@@ -60,11 +61,19 @@ def _leave_result(
         generation=generation_settings(job),
         extras=lambda path: write_model_card(path, summary),
     )
-    if read_journal(job.folder.metrics.path):  # none where a snapshot was left at the very end
-        plot_run(job.folder.path, job.folder.path / "run.png")
     job.folder.write_json(job.folder.summary, summary)
     say(f"{job.folder.model}: {result_line(summary)}")
+    _draw(job.folder.path, say)
     return summary
+
+
+def _draw(folder: Path, say: Say) -> None:
+    """run.png. The run is done and saved: whatever goes wrong here is only said."""
+    try:
+        if read_journal(folder / "metrics.jsonl"):  # none where a snapshot was left at the very end
+            plot_run(folder, folder / "run.png")
+    except Exception as error:
+        say(f"{folder / 'run.png'} could not be drawn ({error}); the run itself is done: efficientllm report {folder}")
 
 
 def final_loss(job: Job, state: TrainState) -> float:
@@ -79,7 +88,8 @@ def final_loss(job: Job, state: TrainState) -> float:
 def _recorded_loss(job: Job, step: int) -> float | None:
     for record in read_journal(job.folder.metrics.path)[-1:]:
         if record["step"] == step and "validation_loss" in record:
-            return float(record["validation_loss"])
+            loss = record["validation_loss"]
+            return math.nan if loss is None else float(loss)  # null is how a journal writes what is not finite
     return None
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps, on request."""
+"""Stopping on request: a run between two steps, any other command where it stands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to stop; it has been saved. `signum` is the signal.
+    """The user or the system asked to stop; a run has been saved. `signum` is the signal.
 
     agreed: that all processes of a run leave by it.
     """
@@ -44,3 +44,28 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, in the place of Ctrl-C: no `except Exception` on the way holds it up."""
+
+
+@contextmanager
+def stopping(message: str) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM raise where the program stands, so that every `finally` clears up what is half done.
+
+    Both leave as Interrupted(message). Without it SIGTERM would end the process at once.
+    """
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    old = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except _Terminated:
+        raise Interrupted(message, signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        raise Interrupted(message, signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -89,10 +89,12 @@ def teacher_of(job: Job) -> Distillation | None:
     if distill is None:
         return None
     path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
-    config = load_config(path, trust_remote_code=trust)
+    what = "distill.teacher" if distill.teacher else "source"
+    config = load_config(path, what=what, use="a teacher", trust_remote_code=trust)
     theirs = config.vocab_size
     if theirs != job.config.vocab_size or (
-        distill.teacher and load_tokenizer(path, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
+        distill.teacher
+        and load_tokenizer(path, what=what, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
     ):
         raise UsageError(
             f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
@@ -100,7 +102,7 @@ def teacher_of(job: Job) -> Distillation | None:
         )
 
     def load() -> PreTrainedModel:
-        model = load_model(path, device=job.device, trust_remote_code=trust).eval().requires_grad_(False)
+        model = load_model(path, device=job.device, what=what, trust_remote_code=trust).eval().requires_grad_(False)
         return model.to(torch.bfloat16) if job.precision.bf16 else model
 
     teacher: Teacher

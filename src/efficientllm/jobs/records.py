@@ -37,6 +37,8 @@ def metrics_record(
         line["calibration"] = record.prune.ratios
     if record.prune and (record.prune.corrections.done or record.prune.corrections.skipped):
         line["corrections"] = asdict(record.prune.corrections)
+    if record.prune and record.prune.nonfinite:
+        line["nonfinite"] = record.prune.nonfinite  # gradients and measured losses that pruning left out
     if validation is not None:
         line["validation_loss"] = validation
     return line

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from efficientllm.config import Recipe
-from efficientllm.errors import UsageError
 from efficientllm.jobs.samples import write_samples
 from efficientllm.reporting.journal import write_atomically
 from efficientllm.reporting.plots import save_figure
@@ -52,5 +51,5 @@ def report_after(recipe: Recipe, say: Callable[[str], None]) -> None:
         return
     try:
         say(f"report: {write_report([folder], folder, say)}")
-    except (UsageError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         say(f"the report could not be written ({error}); the run itself is done: efficientllm report {folder}")

@@ -9,6 +9,7 @@ model/             the result                    summary.json       what came of
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,32 +92,39 @@ class RunFolder:
                 ) from error
             yield
 
-    def adopt(self, recipe: Recipe) -> None:
-        """Writes config.yaml, or checks that the recipe there asks for the same run.
+    def difference(self, recipe: Recipe) -> tuple[str, Any, Any] | None:
+        """The first essential key, with both values, in which the run begun here differs from a recipe; None where none
+        does or nothing was begun. Writes nothing. Raises UsageError where config.yaml is damaged."""
+        if not self.config.is_file() or not (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
+            return None
+        try:
+            # Through Recipe, so that a key which a newer version has added counts with its default.
+            there = Recipe.model_validate(yaml.safe_load(self.config.read_text()))
+            return first_difference(_essential(there), _essential(recipe))
+        except (OSError, yaml.YAMLError, UsageError, AttributeError, TypeError, KeyError) as error:
+            raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
 
-        Raises UsageError naming the first key that differs.
-        """
-        text = dump_recipe(recipe)
-        if self.config.is_file() and (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
-            try:
-                # Through Recipe, so that a key which a newer version has added counts with its default.
-                there = Recipe.model_validate(yaml.safe_load(self.config.read_text()))
-                difference = first_difference(_essential(there), _essential(recipe))
-            except (OSError, yaml.YAMLError, UsageError, AttributeError, TypeError, KeyError) as error:
-                raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
-            if difference:
-                key, old, new = difference
-                if key == "train.batch_tokens" and old != new:
-                    rows = old // recipe.data.sequence_length
-                    raise UsageError(
-                        f"run folder {self.path} was begun with {rows} rows in a step; choose a train.micro_batch that "
-                        f"divides {rows} and train.batch_tokens as it was, or another run.dir"
-                    )
-                raise UsageError(
-                    f"run folder {self.path} belongs to a recipe with {key}={old}, not {new}; set it back, or choose "
-                    "another run.dir"
-                )
-        write_atomically(self.config, text.encode())
+    def check(self, recipe: Recipe) -> None:
+        """Raises UsageError naming the first key in which a recipe differs from the run begun here. Writes nothing."""
+        difference = self.difference(recipe)
+        if difference is None:
+            return
+        key, old, new = difference
+        if key == "train.batch_tokens" and old != new:
+            rows = old // recipe.data.sequence_length
+            raise UsageError(
+                f"run folder {self.path} was begun with {rows} rows in a step; choose a train.micro_batch that "
+                f"divides {rows} and train.batch_tokens as it was, or another run.dir"
+            )
+        raise UsageError(
+            f"run folder {self.path} belongs to a recipe with {key}={old}, not {new}; set it back, or choose "
+            "another run.dir"
+        )
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Writes config.yaml, once `check` has found nothing against it."""
+        self.check(recipe)
+        write_atomically(self.config, dump_recipe(recipe).encode())
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """A JSON file of the run folder; None where there is none. Raises UsageError where it is damaged."""
@@ -132,6 +140,11 @@ class RunFolder:
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Eight hexadecimal digits that two recipes share where a run of the one may go on as a run of the other."""
+    return hashlib.sha256(json.dumps(_essential(recipe), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _essential(recipe: Recipe) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 from efficientllm.errors import UsageError
 from efficientllm.pruning.groups import Widths
 
+Refusal = tuple[str, str]  # a fact, as a clause of its own, and how a sentence about pruning goes on after it
+
 
 class Adapter(Protocol):
     """What pruning must be told about a family of pre-norm RMSNorm decoders.
@@ -25,8 +27,8 @@ class Adapter(Protocol):
         """Weights of a layer that feed a norm sharing the stem's epsilon off the hidden axis."""
         ...
 
-    def refusal(self, config: PretrainedConfig) -> str | None:
-        """Why this particular configuration cannot be pruned, as the end of a sentence; None where it can."""
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        """What this particular configuration has that cannot be pruned, and why or what to do; None where it can."""
         ...
 
     def narrow(self, values: dict[str, Any], widths: Widths) -> PretrainedConfig:
@@ -42,8 +44,11 @@ def registry() -> dict[str, Adapter]:
     return {adapter.model_type: adapter for adapter in adapters}
 
 
-def adapter_for(config: PretrainedConfig) -> Adapter:
-    """The adapter of a model's family. Raises UsageError listing the supported families, or what is in the way."""
+def adapter_for(config: PretrainedConfig, use: str = "pruned") -> Adapter:
+    """The adapter of a model's family. Raises UsageError listing the supported families, or what is in the way.
+
+    use: what is to be done with the model, for the sentence.
+    """
     adapters = registry()
     model_type = getattr(config, "model_type", "unknown")
     if model_type not in adapters:
@@ -52,13 +57,16 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     adapter = adapters[model_type]
     reason = adapter.refusal(config) or _common_refusal(config)
     if reason:
-        raise UsageError(f"this {model_type} model cannot be pruned: {reason}")
+        fact, rest = reason
+        if use != "pruned":
+            rest = "; only models that could be pruned are supported here"
+        raise UsageError(f"this {model_type} model cannot be {use}: {fact}{rest}")
     return adapter
 
 
-def _common_refusal(config: PretrainedConfig) -> str | None:
+def _common_refusal(config: PretrainedConfig) -> Refusal | None:
     if getattr(config, "quantization_config", None):
-        return "its weights are quantised; use the unquantised checkpoint"
+        return "its weights are quantised", "; use the unquantised checkpoint"
     if getattr(config, "attention_dropout", 0.0):
-        return "attention_dropout is not 0 in its config.json; set it to 0.0, since a run must be repeatable"
+        return "attention_dropout is not 0 in its config.json", "; set it to 0.0, since a run must be repeatable"
     return None

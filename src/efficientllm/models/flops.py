@@ -69,6 +69,7 @@ class FlopsPerToken:
     length: int
     name: str = "flops"
     unit: str = "FLOPs per token"
+    measured: bool = False
 
     @property
     def key(self) -> str:

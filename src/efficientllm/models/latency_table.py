@@ -22,8 +22,9 @@ from transformers import PretrainedConfig
 
 from efficientllm.errors import UsageError
 from efficientllm.models.space import head_dim_of
-from efficientllm.pruning.costs import TABLE_AXES, TableCost, never_falling
+from efficientllm.pruning.costs import TABLE_AXES, TableCost
 from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.monotone import smoothed
 
 FORMAT = 1
 
@@ -54,12 +55,12 @@ class LatencyTable:
     seconds: tuple[float, ...]
 
     def cost(self) -> TableCost:
-        """The table as a cost, made never to fall when a width grows."""
+        """The table as a cost, smoothed so that it never falls when a width grows."""
         shape = [len(levels) for levels in self.grid]
         values = torch.tensor(self.seconds, dtype=torch.float64).view(shape)
         content = json.dumps([asdict(self.measured_on), self.grid, self.seconds])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        return TableCost(self.grid, never_falling(values), f"latency by table {digest}")
+        return TableCost(self.grid, smoothed(self.grid, values), f"latency by table {digest}")
 
     def check(self, path: str, config: PretrainedConfig) -> None:
         """Raises UsageError where the table was measured for another kind of model than this source."""

@@ -20,11 +20,11 @@ class Llama:
     def norm_inputs(self) -> tuple[str, ...]:
         return ()
 
-    def refusal(self, config: PretrainedConfig) -> str | None:
+    def refusal(self, config: PretrainedConfig) -> tuple[str, str] | None:
         if config.attention_bias or config.mlp_bias:
             return (
-                "it has attention or FFN biases, which Mistral, the class that carries pruned Llama shapes, lacks; "
-                "use a source without them"
+                "it has attention or FFN biases",
+                ", which Mistral, the class that carries pruned Llama shapes, lacks; use a source without them",
             )
         return None
 

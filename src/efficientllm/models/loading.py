@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from transformers import (
 )
 
 from efficientllm.errors import UsageError
+from efficientllm.models.generation import REFUSED, savable, token_ids
 from efficientllm.models.space import build, check_space, space_of
 
 
-def _located(source: str, what: str) -> str:
-    """The source itself, once it is a folder that exists or has the form of a hub id (org/name)."""
+def located(source: str, what: str) -> str:
+    """The source itself, once it is a folder that exists or has the form of a hub id (org/name). Raises UsageError."""
     if Path(source).is_dir():
         return source
     parts = source.split("/")
@@ -30,18 +34,30 @@ def _located(source: str, what: str) -> str:
     raise UsageError(f"{what} '{source}' is neither a folder nor a hub id (org/name); check the path")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """The line of an error's message that says what is wrong; its type too where the message alone would not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # The validators of transformers' configurations name themselves first and the cause last.
+    line = lines[-1] if "alidation error for" in lines[0] else lines[0]
+    expected = isinstance(error, OSError | ValueError | KeyError) or line is not lines[0]
+    return (line if expected else f"{type(error).__name__}: {line}")[:300]
 
 
-def load_config(source: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Raises UsageError for a missing, unreadable or unsupported model."""
-    _located(source, "source")
+def load_config(
+    source: str, *, what: str = "source", use: str = "pruned", trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Raises UsageError for a missing, unreadable or unsupported model.
+
+    what, use: how the model is called to the user, and what is to be done with it.
+    """
+    located(source, what)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot read the configuration of source '{source}': {_first_line(error)}") from error
-    space_of(config)
+    except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
+        raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}") from error
+    space_of(config, use)
     return config
 
 
@@ -51,13 +67,15 @@ def load_model(
     random_seed: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    what: str = "source",
+    use: str = "pruned",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The source in `dtype` with SDPA attention; with `random_seed` its architecture with fresh weights, in fp32.
 
     Raises UsageError when files are missing, damaged, not safetensors, or do not fill the architecture.
     """
-    config = load_config(source, trust_remote_code=trust_remote_code)
+    config = load_config(source, what=what, use=use, trust_remote_code=trust_remote_code)
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return build(config, device)
@@ -67,12 +85,12 @@ def load_model(
             source, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # transformers raises a different type for every way a folder can be damaged
-        raise UsageError(f"cannot load the weights of source '{source}': {_first_line(error)}") from error
+        raise UsageError(f"cannot load the weights of {what} '{source}': {reason_of(error)}") from error
     model, info = loaded
     holes = sorted(info.get("missing_keys", ())) + [str(key) for key in info.get("mismatched_keys", ())]
     if holes:
         raise UsageError(
-            f"source '{source}' lacks the weight {holes[0]} ({len(holes)} in all); its files are incomplete"
+            f"{what} '{source}' lacks the weight {holes[0]} ({len(holes)} in all); its files are incomplete"
         )
     model.config.use_cache = False
     check_space(space_of(config), model)
@@ -91,20 +109,48 @@ def _owning(model: Any) -> Any:
     return model
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises UsageError for a folder without tokenizer."""
-    _located(source, "tokenizer")
+def load_tokenizer(source: str, *, what: str = "tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises UsageError for a folder without tokenizer. what: "tokenizer" where the user can name one, else what the
+    model that it belongs to is called to the user."""
+    located(source, what)
+    mend = "name one with `tokenizer:` in the recipe" if what == "tokenizer" else "its files lie beside the model's"
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above: OSError, ValueError, ImportError, JSON errors, ...
-        raise UsageError(
-            f"cannot load a tokenizer from '{source}': {_first_line(error)}; name one with `tokenizer:` in the recipe"
-        ) from error
+        raise UsageError(f"cannot load a tokenizer from '{source}': {reason_of(error)}; {mend}") from error
 
 
-def load_generation_config(source: str) -> GenerationConfig | None:
-    """How the source's authors want it to generate (end-of-turn tokens, sampling); None where they did not say."""
+def load_generation_config(source: str, say: Callable[[str], None] | None = None) -> GenerationConfig | None:
+    """How the source's authors want it to generate (end-of-turn tokens, sampling); None where they did not say.
+
+    What comes can be saved (models/generation.py). What is left out of it, and a file that cannot be read, is told to
+    `say`, or else is a Python warning: a run that has come to its end must not fail over it.
+    """
+    note: str | None
+    tell = say or (lambda note: warnings.warn(note, stacklevel=3))
+    file = Path(source) / "generation_config.json"
+    if Path(source).is_dir() and not file.is_file():
+        return None
     try:
-        return GenerationConfig.from_pretrained(source)
+        loaded = GenerationConfig.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, TypeError, ... by the way in which it is damaged
+        if not file.is_file():  # a hub model without any
+            return None
+        content = _json(file)
+        if not isinstance(content, dict):
+            tell(f"{file} is damaged ({reason_of(error)}): no generation settings are taken from it; copy it anew")
+            return None
+        settings, note = token_ids(content), f"{REFUSED} ({reason_of(error)})"
+    else:
+        settings, note = savable(loaded)
+    if note:
+        tell(f"{source}: {note}")
+    return settings
+
+
+def _json(file: Path) -> Any:
+    """None where it holds none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -19,7 +19,7 @@ class Qwen2:
     def norm_inputs(self) -> tuple[str, ...]:
         return ()
 
-    def refusal(self, config: PretrainedConfig) -> str | None:
+    def refusal(self, config: PretrainedConfig) -> tuple[str, str] | None:
         return None
 
     def narrow(self, values: dict[str, Any], widths: Widths) -> PretrainedConfig:

@@ -24,7 +24,7 @@ class Qwen3:
         """q and k are normalised per head with the stem's epsilon."""
         return tuple(f"self_attn.{name}_proj.{part}" for name in "qk" for part in ("weight", "bias"))
 
-    def refusal(self, config: PretrainedConfig) -> str | None:
+    def refusal(self, config: PretrainedConfig) -> tuple[str, str] | None:
         return None
 
     def narrow(self, values: dict[str, Any], widths: Widths) -> PretrainedConfig:

@@ -28,11 +28,15 @@ def widths_of(config: PretrainedConfig) -> Widths:
     )
 
 
-def space_of(config: PretrainedConfig) -> Space:
-    """The pruning space of a model. Raises UsageError for a family or configuration that is not supported."""
-    adapter = adapter_for(config)
+def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
+    """The pruning space of a model. Raises UsageError for a family or configuration that is not supported.
+
+    use: what is to be done with the model, for the sentence.
+    """
+    adapter = adapter_for(config, use)
     widths = widths_of(config)
     vocabulary = config.vocab_size
+    _check_widths(config)
     params = [ParamSpec("model.embed_tokens.weight", (vocabulary, HIDDEN))]
     for layer in range(widths.layers):
         for name, axes in adapter.layer_axes(config).items():
@@ -52,6 +56,20 @@ def space_of(config: PretrainedConfig) -> Space:
         stem_gains=frozenset(gains),
         norm_inputs=frozenset(feeding),
     )
+
+
+def _check_widths(config: PretrainedConfig) -> None:
+    """Raises UsageError for a shape that no model has; transformers itself takes some of them."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    for name in (*names, "vocab_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"the model's config.json has {name} {value}, which is no positive number; copy it anew")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError(
+            f"the model's config.json has {config.num_attention_heads} heads, no multiple of its "
+            f"{config.num_key_value_heads} key/value heads; copy it anew"
+        )
 
 
 def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfig:

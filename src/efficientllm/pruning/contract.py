@@ -36,7 +36,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class PrunerOptions:
-    """The method's dials; METHOD section 5 for the defaults.
+    """The method's dials; docs/results/ablations.md for the defaults.
 
     types: pruning types that may be chosen. saliency: name of the criterion. decay: of its moving average.
     calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters
@@ -72,6 +72,8 @@ class PruneReport:
     """What one step() did. rung: index of the ladder's size that was reached, where one was. flops: of the matrix
     products in scores and corrections; passes through the model are the probe's to count.
 
+    nonfinite: gradients and measured losses that were left out because they are no numbers.
+
     damages: calibrated damage per parameter of each type's next event, as last seen, whatever the run's cost is.
     """
 
@@ -81,5 +83,6 @@ class PruneReport:
     ratios: dict[str, float] = field(default_factory=dict)
     refreshes: int = 0
     calibrations: int = 0
+    nonfinite: int = 0
     corrections: Corrections = field(default_factory=Corrections)
     flops: int = 0

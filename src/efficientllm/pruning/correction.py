@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Event, Live, Space, group_slices
+from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.shards import Alone, Reduction, local
+from efficientllm.pruning.slices import group_slices
 
 ALONE = Alone()
 GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once
@@ -118,7 +119,7 @@ class Reader:
     kept: Tensor
 
 
-def losing_readers(space: Space, events: Sequence[Event], live: Live) -> Iterator[Reader]:
+def losing_readers(space: Space, events: Sequence[Cut], live: Live) -> Iterator[Reader]:
     """Every linear layer that loses inputs to the events. `live` is the mask without them.
 
     FFN channels: down_proj. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every layer and the LM head.

@@ -1,6 +1,7 @@
 """What a shape costs: parameters, KV-cache bytes, measured latency. Pruning buys as much of it as it can per damage.
 
-A cost is a pure function of the widths and never falls when a width grows. The one cost of a run serves everything
+A cost is a pure function of the widths and never falls when a width grows (but for rounding in the last bits; along
+the FFN's width, which landing.py searches, not even by that). The one cost of a run serves everything
 that weighs or counts: an event's damage is divided by it (selection.py), the final shapes lie under a target in it
 (landing.py), and the schedule says how much of it may be left (schedule.py). FLOPs per token are in models/flops.py.
 """
@@ -14,17 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
 
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.
 TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
+_AXIS_OF = (DEPTH, STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE)  # the type that each of them narrows with
 
 
 class Cost(Protocol):
     """A price of shapes.
 
     name: as in `prune.cost`. unit: of its values, for messages. key: equal for costs that price every shape alike.
+    measured: whether its values carry noise, so that a step which seems to save nothing may do so.
     """
 
     @property
@@ -35,6 +38,9 @@ class Cost(Protocol):
 
     @property
     def key(self) -> str: ...
+
+    @property
+    def measured(self) -> bool: ...
 
     def __call__(self, widths: Any) -> Any:
         """The cost of a model of these Widths: an int (a float where the unit is no count); elementwise, int64 or
@@ -49,6 +55,7 @@ class Params:
     space: Space
     name: str = "params"
     unit: str = "parameters"
+    measured: bool = False
 
     @property
     def key(self) -> str:
@@ -65,6 +72,7 @@ class KVCache:
     head_dim: int
     name: str = "kv-cache"
     unit: str = "bytes of KV cache per token"
+    measured: bool = False
 
     @property
     def key(self) -> str:
@@ -87,6 +95,7 @@ class TableCost:
     key: str
     name: str = "latency"
     unit: str = "s"
+    measured: bool = True
 
     def __call__(self, widths: Any) -> Any:
         asked = [torch.as_tensor(getattr(widths, axis)) for axis in TABLE_AXES]
@@ -125,17 +134,28 @@ def _range(levels: Sequence[int]) -> str:
     return f"{levels[0]} to {levels[-1]}"
 
 
-def never_falling(values: Tensor) -> Tensor:
-    """The table midway between its running maximum (from below) and its running minimum (from above), along every
-    dimension at once: it never falls, and it is `values` itself where these never did."""
-    most, least = values.clone(), values.clone()
-    for dim in range(values.ndim):
-        most = most.cummax(dim).values
-        least = least.flip(dim).cummin(dim).values.flip(dim)
-    return torch.where(most == least, values, (most + least) / 2)
+SAMPLES = 9  # widths of each axis at which `counts` looks, ends included: more than a table has levels
 
 
-def counts(cost: Cost, source: Widths, pruning_type: str, least: int) -> bool:
-    """Whether a model gets cheaper when one type falls from the source's number of units to `least` of them."""
-    events = source.count(pruning_type) - least
-    return events > 0 and bool(cost(source.after(pruning_type, events)) < cost(source))
+def counts(cost: Cost, source: Widths, pruning_type: str, least: Widths) -> bool:
+    """Whether the cost falls along one type somewhere between the widths `least` and the source's.
+
+    Looked for with the other widths anywhere in between, since noise in a table may have left it flat along the type
+    at the source's own. A cost never falls as widths grow, so that both ends of the type tell.
+    """
+    if source.count(pruning_type) <= least.count(pruning_type):
+        return False
+    own = TABLE_AXES[_AXIS_OF.index(pruning_type)]
+    axes = []
+    for axis in TABLE_AXES:
+        low, high = int(getattr(least, axis)), int(getattr(source, axis))
+        axes.append(torch.tensor([high]) if axis == own else torch.linspace(low, high, SAMPLES).round().long().unique())
+    places = dict(zip(TABLE_AXES, (each.flatten() for each in torch.meshgrid(*axes, indexing="ij")), strict=True))
+    wide = cost(_shapes(places))
+    return bool((cost(_shapes(places | {own: torch.full_like(places[own], int(getattr(least, own)))})) < wide).any())
+
+
+def _shapes(places: dict[str, Tensor]) -> Any:
+    """Widths whose fields are tensors, from those of TABLE_AXES."""
+    heads = places["kv_heads"] * places["queries_per_kv"]
+    return Widths(places["layers"], places["hidden"], heads, places["kv_heads"], places["intermediate"])  # type: ignore[arg-type]

@@ -9,27 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.calibration import Calibration, measure
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, SecondMoment
 from efficientllm.pruning.correction import Corrections, correct, losing_readers
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import (
     ATTENTION_QUERY,
     DEPTH,
+    Cut,
     Event,
     Live,
     ParamSpec,
     Slice,
     Space,
     Widths,
-    group_slices,
 )
 from efficientllm.pruning.landing import Landing
-from efficientllm.pruning.saliency import MovingAverage, drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.saliency import (
+    MovingAverage,
+    all_finite,
+    drawn_scores,
+    input_scores,
+    reader_specs,
+    unit_scores,
+)
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.selection import Calibration, Candidate, Ranking, candidates, least_damage, next_on_path
-from efficientllm.pruning.shards import Alone, Reduction, fill, local, local_indices
-
-CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true cost is measured
+from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage, next_bundles, next_on_path
+from efficientllm.pruning.shards import Alone, Reduction, fill
+from efficientllm.pruning.slices import dead_slices, group_slices
 
 
 class PruningEngine:
@@ -65,6 +72,7 @@ class PruningEngine:
         self.average = MovingAverage(options.decay)
         self.calibration = Calibration()
         self.events = self.rung = 0
+        self._nonfinite = 0  # gradients left out since the last step()
         self._uncalibrated = float("inf")  # parameters removed since the last calibration
         self._device = next(iter(params.values())).device
         self._frozen = self._slices_to_hold()
@@ -109,7 +117,11 @@ class PruningEngine:
             return
         if all(weight.grad is None for weight in self.params.values()):
             raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
-        self.average.update(self._unit_scores())
+        scores = self._unit_scores()
+        if all_finite(scores):
+            self.average.update(scores)
+        else:  # in the average it would stay for good
+            self._nonfinite += 1
 
     def _unit_scores(self) -> dict[str, Tensor]:
         return unit_scores(self.space, self.criterion, self._weights(), self._device, self._reduction)
@@ -171,13 +183,14 @@ class PruningEngine:
             ranking = Ranking(self.average.values(), self.live)
             stale = self._uncalibrated >= self.options.bound * self.parameters or bool(report.events)
             if self._compares_types and stale:
-                self._calibrate(ranking, probe)
-                report.calibrations += 1
+                self._calibrate(ranking, probe, report)
             bundle = self._choose_bundle(ranking, position, report)
             if self.options.correction:
                 self._correct(bundle, probe, report.corrections)
             self.zero(bundle)
         report.flops += report.corrections.flops
+        report.nonfinite += self._nonfinite
+        self._nonfinite = 0
         report.ratios = {name: self.calibration.ratio(name) for name in self.calibration.predicted}
         return report
 
@@ -196,7 +209,7 @@ class PruningEngine:
                 calibration=self.calibration if self._compares_types else None,
                 types=self.options.types,
             )
-            falling = {each.event.type: self.space.event_cost(each.event.type, self.widths) for each in weighed}
+            falling = {each.event.type: each.parameters for each in weighed}
             report.damages = {each.event.type: each.event.saliency / falling[each.event.type] for each in weighed}
             event = self._choose(weighed)
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
@@ -226,7 +239,7 @@ class PruningEngine:
         final = self.landing.shape()
         return next_on_path(weighed, self.options.order, self.widths, source=self.landing.space.widths, final=final)
 
-    def _correct(self, bundle: Sequence[Event], probe: Probe, report: Corrections) -> None:
+    def _correct(self, bundle: Sequence[Cut], probe: Probe, report: Corrections) -> None:
         """Lets what is left of every layer make up for the inputs that the bundle takes from it."""
         assert self.options.correction is not None
         readers = list(losing_readers(self.space, bundle, self.live))
@@ -236,7 +249,7 @@ class PruningEngine:
         report.flops += done.flops
         report.skipped += done.skipped
 
-    def zero(self, events: Sequence[Event]) -> None:
+    def zero(self, events: Sequence[Cut]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         for part in group_slices(self.space, events):
             for tensor in (self.params[part.name], *self.moments(part.name).values()):
@@ -245,53 +258,16 @@ class PruningEngine:
             self._frozen = self._slices_to_hold()
 
     def _slices_to_hold(self) -> list[Slice]:
-        """What a gradient reaches although it is dead: query heads whose KV head is live, biases of dead layers."""
-        dead = (~self.live.query & self.live.kv[:, :, None]).flatten(0, 1)  # none in a dead layer
-        events = []
-        for unit in range(dead.shape[1]):
-            units = torch.where(dead[:, unit], unit, -1)
-            if bool((units >= 0).any()):
-                events.append(Event(ATTENTION_QUERY, units, 0.0, 1.0))
-        layers = (~self.live.layers).nonzero().flatten()
-        events += [Event(DEPTH, layer[None], 0.0, 1.0) for layer in layers]
-        parts = group_slices(self.space, events)
+        parts = dead_slices(self.space, self.live)
         return [Slice(part.name, part.dim, part.indices.to(self._device)) for part in parts]
 
-    def _calibrate(self, ranking: Ranking, probe: Probe) -> None:
-        """Measures what zeroing each type's next bundle does to the loss, and puts every bit back.
-
-        A bundle is large enough to stand above numerical noise: about 1 % of the live parameters. All
-        measurements share one micro-batch, so that their differences are paired.
-        """
-        widths = self.widths
-        unpruned = probe.loss()
-        for pruning_type in self.options.types:
-            left = widths.count(pruning_type) - 1
-            if left < 1:
-                continue
-            cost = self.space.event_cost(pruning_type, widths)
-            share = min(self.options.bound, CALIBRATION_SHARE)
-            number = min(left, max(1, round(share * self.parameters / cost)))
-            units, predicted = ranking.upcoming(pruning_type, number)
-            events = [Event(pruning_type, row, 0.0, 1.0) for row in units]
-            saved = self._cut_out(events)
-            measured = probe.loss() - unpruned
-            for part, values in saved:
-                local(self.params[part.name]).index_copy_(part.dim, part.indices, values)
-            self.calibration.update(pruning_type, measured, predicted)
+    def _calibrate(self, ranking: Ranking, probe: Probe, report: PruneReport) -> None:
+        bundles = next_bundles(
+            ranking, self.widths, landing=self.landing, bound=self.options.bound, types=self.options.types
+        )
+        report.nonfinite += measure(self.calibration, bundles, self.space, self.params, probe)
+        report.calibrations += 1
         self._uncalibrated = 0.0
-
-    def _cut_out(self, events: Sequence[Event]) -> list[tuple[Slice, Tensor]]:
-        """Zeroes the weights (not the moments) of the events' groups; returns what was there, with indices into the
-        local parts."""
-        saved = []
-        for part in group_slices(self.space, events):
-            weight = self.params[part.name]
-            part = Slice(part.name, part.dim, local_indices(weight, part.dim, part.indices))
-            saved.append((part, local(weight).index_select(part.dim, part.indices)))
-        for part, _ in saved:
-            local(self.params[part.name]).index_fill_(part.dim, part.indices, 0.0)
-        return saved
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +44,11 @@ ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH = "attention", "attention_quer
 PRUNING_TYPES = (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH)
 DEFAULT_TYPES = PRUNING_TYPES[:-1]
 ONE_ROW = (STEM, DEPTH)  # types whose units belong to the model, not to a layer
+
+
+def unknown(pruning_type: str) -> ValueError:
+    """For a word that is no pruning type, or one that the caller has no units of."""
+    return ValueError(f"'{pruning_type}' is no pruning type here; choose among {', '.join(PRUNING_TYPES)}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Widths:
             return replace(self, intermediate=self.intermediate - events)
         if pruning_type == DEPTH:
             return replace(self, layers=self.layers - events)
-        return replace(self, hidden=self.hidden - events)
+        if pruning_type == STEM:
+            return replace(self, hidden=self.hidden - events)
+        raise unknown(pruning_type)
 
     def count(self, pruning_type: str) -> int:
         """Units of one type left in each of its rows."""
@@ -137,6 +143,7 @@ class Space:
             return widths.hidden
         if axis == FFN:
             return widths.intermediate
+        assert axis in (QUERY, KV), axis
         return (widths.heads if axis == QUERY else widths.kv_heads) * self.head_dim
 
     def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
@@ -158,15 +165,21 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One pruning act: a type and one unit of each of its live rows.
+class Cut:
+    """What falls in one pruning act: a type and one unit of each of its live rows.
 
     units: int64 (rows,), the unit taken in each row, -1 where the row is dead already (its KV head is gone).
-    saliency: predicted loss increase in nats, calibrated. cost: what it saves, in the run's cost (costs.py).
     """
 
     type: str
     units: Tensor
+
+
+@dataclass(frozen=True)
+class Event(Cut):
+    """A cut, weighed. saliency: predicted loss increase in nats, calibrated. cost: the price that it is weighed by,
+    what it saves in the run's cost (selection.py bounds a measured one from below)."""
+
     saliency: float
     cost: float
 
@@ -214,7 +227,11 @@ class Live:
             return self.query.flatten(0, 1)
         if pruning_type == DEPTH:
             return self.layers[None]
-        return self.ffn if pruning_type == FFN_TYPE else self.hidden[None]
+        if pruning_type == FFN_TYPE:
+            return self.ffn
+        if pruning_type == STEM:
+            return self.hidden[None]
+        raise unknown(pruning_type)
 
     def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
         """Live entries along one axis of one layer, bool (length,)."""
@@ -222,11 +239,12 @@ class Live:
             return self.hidden
         if axis == FFN:
             return self.ffn[layer]
+        assert axis in (QUERY, KV), axis
         heads = self.kv[layer] if axis == KV else self.query[layer].flatten()
         return heads.repeat_interleave(head_dim)
 
-    def remove(self, event: Event) -> None:
-        """Marks an event's units as dead. Raises AssertionError if one of them was dead before."""
+    def remove(self, event: Cut) -> None:
+        """Marks the units of a cut as dead. Raises AssertionError if one of them was dead before."""
         units = self.units(event.type)
         rows = (event.units >= 0).nonzero().flatten()
         taken = event.units[rows]
@@ -237,60 +255,3 @@ class Live:
         if event.type == DEPTH:
             for mask in (self.ffn, self.kv, self.query):
                 mask[taken] = False
-
-
-def entries(axis: str, rows: Tensor, units: Tensor, pruning_type: str, shape: tuple[int, int, int]) -> Tensor:
-    """Entries along `axis` of one layer (or of the model) that belong to the given units.
-
-    rows, units: int64 (n,), all of one layer. shape: (kv_heads, queries_per_kv, head_dim) as allocated.
-    Returns int64, sorted.
-    """
-    kv_heads, queries, head_dim = shape
-    if pruning_type in (FFN_TYPE, STEM):
-        return units.sort().values
-    if pruning_type == ATTENTION_QUERY:
-        heads = (rows % kv_heads) * queries + units
-    elif axis == KV:
-        heads = units
-    else:
-        heads = (units[:, None] * queries + torch.arange(queries)).flatten()
-    return (heads.sort().values[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
-def _layer_slices(space: Space, layers: set[int]) -> Iterator[Slice]:
-    """Every weight of the given layers, whole."""
-    for spec in space.params:
-        if spec.layer in layers:
-            yield Slice(spec.name, 0, torch.arange(space.shape(spec, space.widths)[0]))
-
-
-CUT_AXES = {ATTENTION: (QUERY, KV), ATTENTION_QUERY: (QUERY,), FFN_TYPE: (FFN,), STEM: (HIDDEN,)}
-
-
-def group_slices(space: Space, events: Sequence[Event]) -> Iterator[Slice]:
-    """Every slice that falls with the events, merged to one per weight, dimension and type.
-
-    `space.widths` are the allocated widths, in which the units are counted.
-    """
-    widths = space.widths
-    shape = (widths.kv_heads, widths.queries_per_kv, space.head_dim)
-    for pruning_type in PRUNING_TYPES:
-        units = [event.units for event in events if event.type == pruning_type]
-        if not units:
-            continue
-        table = torch.stack(units)  # (events, rows)
-        if pruning_type == DEPTH:
-            yield from _layer_slices(space, set(table.flatten().tolist()))
-            continue
-        rows_per_layer = table.shape[1] if pruning_type == STEM else table.shape[1] // widths.layers
-        for spec in space.params:
-            for dim, axis in enumerate(spec.axes):
-                if axis not in CUT_AXES[pruning_type]:
-                    continue
-                first = 0 if pruning_type == STEM else (spec.layer or 0) * rows_per_layer
-                rows = torch.arange(first, first + rows_per_layer).expand(len(units), -1)
-                taken = table[:, first : first + rows_per_layer]
-                there = taken >= 0
-                indices = entries(str(axis), rows[there], taken[there], pruning_type, shape)
-                if len(indices):
-                    yield Slice(spec.name, dim, indices)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live, Widths
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live, Widths
 from efficientllm.pruning.surgery import choose_kept, cut_live
 
 KEPT = torch.inf
@@ -36,7 +36,7 @@ def fallen_at(
                 names = cut_live(Live(*names.values()), kept).tensors()
                 continue
             before = {key: mask.clone() for key, mask in live.tensors().items()}
-            live.remove(Event(line["type"], torch.tensor(line["units"]), 0.0, 1.0))
+            live.remove(Cut(line["type"], torch.tensor(line["units"])))
             for key, mask in live.tensors().items():
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:

@@ -216,6 +216,20 @@ class Landing:
         heads = kv_heads * int(self.queries[at])
         return Widths(int(self.layers[at]), int(self.hidden[at]), heads, kv_heads, int(ffn[at]))
 
+    def least(self, pruning_type: str) -> int:
+        """Units of one type in each of its rows in the narrowest shape listed: its floor, where it may fall."""
+        grids = dict(zip((DEPTH, STEM, ATTENTION, ATTENTION_QUERY), self._axes, strict=True)) | {FFN_TYPE: self.ffn}
+        return int(grids[pruning_type][0])
+
+    def mean_saving(self, pruning_type: str) -> float:
+        """What one event of a type saves on its way from the source's width to its floor, the other widths as in the
+        source; 0 where there is no way to go."""
+        source = self.space.widths
+        events = source.count(pruning_type) - self.least(pruning_type)
+        if events <= 0:
+            return 0.0
+        return float(self.cost(source) - self.cost(source.after(pruning_type, events))) / events
+
     def least_ffn(self, layers: Tensor, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
         """Per shape, the least FFN width from which a final shape is within reach; a huge one where none is."""
         none = torch.iinfo(torch.int64).max

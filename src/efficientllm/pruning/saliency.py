@@ -152,6 +152,11 @@ def drawn_scores(space: Space, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(score.shape, generator=generator) for name, score in units.items()}
 
 
+def all_finite(scores: Mapping[str, Tensor]) -> bool:
+    """Whether every unit of every type has a number for its score."""
+    return bool(torch.cat([each.flatten() for each in scores.values()]).isfinite().all())
+
+
 class MovingAverage:
     """Exponential moving average of the unit scores, without the bias of its start (as Adam corrects it)."""
 

@@ -1,17 +1,18 @@
 """Which event comes next: damage per parameter removed (or per unit of another cost), one currency for all types.
 
-A score that ranks units well within a type still has another scale in each type (METHOD: |g w| overestimates the
-loss increase of FFN channels 22-fold and of heads 1.7-fold), so the types are compared through measured ratios.
+A score that ranks units well within a type still has another scale in each type (docs/method.md, "Which type"), so the
+types are compared through measured ratios.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.calibration import CALIBRATION_SHARE, Bundle, Calibration
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
@@ -19,14 +20,16 @@ from efficientllm.pruning.groups import (
     FFN_TYPE,
     PRUNING_TYPES,
     STEM,
+    Cut,
     Event,
     Live,
     Widths,
 )
 from efficientllm.pruning.landing import Landing
 
-# A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
-LEAST_RATIO = 1e-3
+# Where a measured cost is flat, noise may have hidden what an event saves: it counts as at least this share of what an
+# event of its type saves on average, or no saliency however small would make it fall.
+LEAST_PRICE = 0.05
 
 
 class Ranking:
@@ -55,7 +58,7 @@ class Ranking:
         first = self._taken[pruning_type]
         return units[first : first + events], float(saliency[first : first + events].sum())
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Cut) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] += 1
         layered = (ATTENTION, ATTENTION_QUERY, FFN_TYPE)
@@ -64,39 +67,14 @@ class Ranking:
             self._orders.pop(other, None)
 
 
-@dataclass
-class Calibration:
-    """Measured over predicted loss increase of each type, smoothed over the measurements.
-
-    Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
-    does not. They share their weights, so the ratio needs no correction for their start at zero. At 0.8 about five
-    bundles of 1 % of the parameters speak: one, measured on a few hundred tokens, is often no more than noise.
-    """
-
-    smoothing: float = 0.8
-    measured: dict[str, float] = field(default_factory=dict)
-    predicted: dict[str, float] = field(default_factory=dict)
-
-    def update(self, pruning_type: str, measured: float, predicted: float) -> None:
-        """One measurement in nats: the loss increase of a zeroed bundle, and the sum of its saliency."""
-        for record, value in ((self.measured, measured), (self.predicted, predicted)):
-            old = record.get(pruning_type, 0.0)
-            record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
-
-    def ratio(self, pruning_type: str) -> float:
-        """Factor that turns predicted into measured loss increase; 1 before the first measurement."""
-        predicted = self.predicted.get(pruning_type, 0.0)
-        if predicted <= 0.0:
-            return 1.0
-        return max(self.measured[pruning_type] / predicted, LEAST_RATIO)
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price."""
+    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price.
+    parameters: what falls with it."""
 
     event: Event
     allowed: bool
+    parameters: int
 
 
 def candidates(
@@ -118,9 +96,29 @@ def candidates(
             saliency *= calibration.ratio(pruning_type)
         after = widths.after(pruning_type)
         allowed = landing.reachable(after)  # below the floors a latency table may say nothing
-        event = Event(pruning_type, units[0], saliency, now - landing.cost(after) if allowed else 0)
-        weighed.append(Candidate(event, allowed))
+        price = now - landing.cost(after) if allowed else 0
+        if allowed and landing.cost.measured:
+            price = max(price, LEAST_PRICE * landing.mean_saving(pruning_type))
+        event = Event(pruning_type, units[0], saliency, price)
+        weighed.append(Candidate(event, allowed, landing.space.event_cost(pruning_type, widths)))
     return weighed
+
+
+def next_bundles(
+    ranking: Ranking, widths: Widths, *, landing: Landing, bound: float, types: Sequence[str]
+) -> list[Bundle]:
+    """Of every type that may fall now the events that calibration measures: about 1 % of the live parameters (at most
+    `bound`), at least one event, and none below the type's floor."""
+    space, bundles = landing.space, []
+    for pruning_type in types:
+        left = widths.count(pruning_type) - landing.least(pruning_type)
+        if left < 1 or not landing.reachable(widths.after(pruning_type)):
+            continue
+        share = min(bound, CALIBRATION_SHARE) * space.num_params(widths)
+        number = min(left, max(1, round(share / space.event_cost(pruning_type, widths))))
+        units, predicted = ranking.upcoming(pruning_type, number)
+        bundles.append(Bundle(pruning_type, [Cut(pruning_type, row) for row in units], predicted))
+    return bundles
 
 
 # The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.
@@ -150,6 +148,8 @@ def next_on_path(
 
 
 def least_damage(weighed: Sequence[Candidate]) -> Event | None:
-    """The allowed event with the least damage; ties, events that save nothing among them, go to the first type."""
-    allowed = [candidate.event for candidate in weighed if candidate.allowed]
-    return min(allowed, key=lambda event: event.damage, default=None)
+    """The allowed event with the least damage; ties, events that save nothing among them, go to the least saliency a
+    parameter, then to the first type."""
+    allowed = [candidate for candidate in weighed if candidate.allowed]
+    least = min(allowed, key=lambda each: (each.event.damage, each.event.saliency / each.parameters), default=None)
+    return least.event if least else None

@@ -1,7 +1,7 @@
 """Compaction: cutting {name: tensor} down to narrower widths. Pure; the same code serves memory and disk.
 
 Cutting the stem from D to d channels changes the mean inside RMSNorm from sum/D to sum/d. With the gains times
-sqrt(D/d) and epsilon times D/d the function is unchanged (METHOD section 3). A weight scaled by a has its Adam
+sqrt(D/d) and epsilon times D/d the function is unchanged (docs/method.md). A weight scaled by a has its Adam
 moments scaled by 1/a and 1/a^2, as its gradient is.
 """
 

@@ -24,12 +24,13 @@ def bench_parts(result: Mapping[str, Any]) -> tuple[list[list[str]], list[list[s
 
 def _facts(result: Mapping[str, Any]) -> Iterator[list[str]]:
     context = result["settings"]["prompt"] + result["settings"]["generate"]
-    head = ["model", "parameters", "FLOPs/token, prefill", f"FLOPs/token, decode at {context}"]
+    head = ["model", "type", "parameters", "FLOPs/token, prefill", f"FLOPs/token, decode at {context}"]
     yield [*head, "weights", f"KV cache at {context}", "peak memory (above the empty process)"]
     for model in result["models"]:
         facts = model["facts"]
         yield [
             model["model"],
+            facts.get("type") or result["settings"]["dtype"],  # results of earlier versions name one for all
             format_count(facts["parameters"]),
             format_count(round(facts["prefill_flops"])),
             format_count(facts["decode_flops"]),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+Figure = tuple[float, str, float | None]  # value, name of the metric, standard error
 
 
 def eval_rows(
-    models: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], paper: Mapping[str, Mapping[str, float]]
+    models: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str],
+    paper: Mapping[str, Mapping[str, float]],
+    figure: Callable[[Mapping[str, float]], Figure],
 ) -> Iterator[list[str]]:
-    """Header, then one row a model: accuracy in percent, its standard error, n where it is normalised by length or a.
+    """Header, then one row a model: accuracy in percent, its standard error, n where it is normalised by length or a;
+    another metric as it is, with its name. `figure` chooses among the metrics of a task.
 
     models: name -> {"results": task -> {metric: value}, "mean": ...}. columns: task -> title. The paper's rows come
     last, where a task of theirs was asked for.
@@ -17,7 +23,7 @@ def eval_rows(
     yield ["model", *columns.values(), "Avg of 7"]
     for name, found in models.items():
         mean = found.get("mean")
-        cells = [_cell(found["results"].get(task)) for task in columns]
+        cells = [_cell(figure(found["results"][task])) if task in found["results"] else "-" for task in columns]
         yield [name, *cells, "-" if mean is None else f"{100 * mean:.2f}"]
     if any(task in figures for figures in paper.values() for task in columns):
         for name, figures in paper.items():
@@ -26,14 +32,12 @@ def eval_rows(
             yield [f"paper: {name}", *cells, f"{sum(seven) / len(seven):.2f}"]
 
 
-def _cell(values: Mapping[str, float] | None) -> str:
-    if values is None:
-        return "-"
-    normed = "acc_norm,none" in values
-    metric = "acc_norm" if normed else "acc"
-    error = values.get(f"{metric}_stderr,none")
-    spread = "" if error is None or error != error else f" ± {100 * error:.1f}"
-    return f"{100 * values[f'{metric},none']:.2f}{spread} {'n' if normed else 'a'}"
+def _cell(shown: Figure) -> str:
+    value, metric, error = shown
+    letter = {"acc_norm": "n", "acc": "a"}.get(metric)
+    scale, form = (100, (".2f", ".1f")) if letter else (1, (".4g", ".2g"))
+    spread = "" if error is None or error != error else f" ± {scale * error:{form[1]}}"
+    return f"{scale * value:{form[0]}}{spread} {letter or metric}"
 
 
 def markdown(rows: list[list[str]]) -> str:

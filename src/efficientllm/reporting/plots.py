@@ -3,39 +3,39 @@
 Drawn with matplotlib's object interface, which needs no display and leaves pyplot's global state alone.
 """
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from efficientllm.errors import UsageError
-from efficientllm.reporting.journal import read_journal, write_atomically
-from efficientllm.sizes import format_count
+from efficientllm.reporting.journal import read_journal
+from efficientllm.reporting.plot_style import (
+    FONT_SIZE,
+    LOSS_COLOUR,
+    PHASE_COLOUR,
+    RUN_COLOURS,
+    SIZE_COLOUR,
+    TYPE_STYLES,
+    VALIDATION_COLOUR,
+    Record,
+    columns,
+    count_label,
+    dress,
+    legend_above,
+    limit_to,
+    positive,
+    save_figure,
+    series,
+    smooth,
+)
 
-Record = Mapping[str, Any]
-
-# Okabe and Ito's palette: told apart with any colour vision; line styles tell them apart in grey
-TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
-    "attention": ("#0072B2", "-", "attention (KV groups)"),
-    "attention_query": ("#CC79A7", (0, (5, 1)), "attention_query (heads per KV group)"),
-    "ffn": ("#D55E00", "-", "ffn (channels)"),
-    "stem": ("#009E73", "-", "stem (hidden channels)"),
-    "depth": ("#8C510A", (0, (1, 1)), "depth (layers)"),
-}
-LOSS_COLOUR = "#000000"
-VALIDATION_COLOUR = "#56B4E9"
-SIZE_COLOUR = "#E69F00"
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-PHASE_COLOUR = "#F3F3F3"
-FONT_SIZE = 10
-DOTS_PER_INCH = 130
+__all__ = ["FONT_SIZE", "RUN_COLOURS", "TYPE_STYLES", "plot_demo", "plot_run", "save_figure"]
 
 
 def plot_run(run_dir: Path | str, out: Path | str, title: str | None = None) -> Path:
@@ -78,16 +78,16 @@ def plot_demo(runs: Mapping[str, Path | str], out: Path | str) -> Path:
     for index, (label, run_dir) in enumerate(runs.items()):
         metrics = _metrics(Path(run_dir))
         colour = RUN_COLOURS[index % len(RUN_COLOURS)]
-        tokens, losses = _series(metrics, "loss")
-        smoothed.append(_smooth(losses))
-        seen_at, validation = _series(metrics, "validation_loss")
+        tokens, losses = series(metrics, "loss")
+        smoothed.append(smooth(losses))
+        seen_at, validation = series(metrics, "validation_loss")
         if len(validation):
             label = f"{label}: validation {validation[-1]:.3f}"
         axes.plot(tokens, smoothed[-1], color=colour, linewidth=1.8, label=label)
         axes.plot(seen_at, validation, "o", color=colour, markersize=5, markeredgecolor="white", clip_on=False)
-    _style(axes, "Learning curves: smoothed training loss, validation as dots", "loss (nats per token)", pad=8)
+    dress(axes, "Learning curves: smoothed training loss, validation as dots", "loss (nats per token)", pad=8)
     # the first steps of a fresh model fall from ln(vocabulary); they would flatten all that is worth comparing
-    _limit(axes, [value for curve in smoothed for value in curve[len(curve) // 20 :]])
+    limit_to(axes, [value for curve in smoothed for value in curve[len(curve) // 20 :]])
     axes.set_xlim(left=0)
     axes.set_xlabel("training tokens", fontsize=FONT_SIZE)
     axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=FONT_SIZE)
@@ -100,8 +100,8 @@ def _draw_saliency(
     for name, (colour, line, _) in TYPE_STYLES.items():
         points = [(record["tokens"], (record.get("saliency") or {}).get(name)) for record in metrics]
         chosen = [(e["tokens"], e.get("damage_per_parameter")) for e in events if e.get("type") == name]
-        tokens, damage = _positive(points)
-        event_tokens, event_damage = _positive(chosen)
+        tokens, damage = positive(points)
+        event_tokens, event_damage = positive(chosen)
         label = _type_label(name, source)
         if len(tokens):
             dots = "." if len(tokens) < 20 else ""  # a line through one point is invisible
@@ -110,8 +110,8 @@ def _draw_saliency(
             shown = None if len(tokens) else label
             axes.plot(event_tokens, event_damage, "|", color=colour, markersize=6, alpha=0.6, label=shown)
     axes.set_yscale("log")
-    _style(axes, "Saliency: predicted damage of each type's next event (ticks: events taken)", "nats per parameter")
-    _legend(axes)
+    dress(axes, "Saliency: predicted damage of each type's next event (ticks: events taken)", "nats per parameter")
+    legend_above(axes)
 
 
 def _draw_ratio(axes: Axes, metrics: Sequence[Record], source: Mapping[str, float]) -> None:
@@ -122,14 +122,14 @@ def _draw_ratio(axes: Axes, metrics: Sequence[Record], source: Mapping[str, floa
             continue
         if name == "depth" and all(widths[name] == source[name] for _, widths in rows):
             continue  # layers fall only where the recipe asks for it
-        tokens, ratio = _columns([(0.0, 0.0), *((at, 1.0 - widths[name] / source[name]) for at, widths in rows)])
+        tokens, ratio = columns([(0.0, 0.0), *((at, 1.0 - widths[name] / source[name]) for at, widths in rows)])
         label = _type_label(name, source)
         axes.plot(tokens, ratio, color=colour, linestyle=line, linewidth=1.8, drawstyle="steps-post", label=label)
         highest = max(highest, *ratio)
-    _style(axes, "Pruning ratio of each type", "pruned share of the width")
+    dress(axes, "Pruning ratio of each type", "pruned share of the width")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(-0.03 * highest, 1.06 * highest)
-    _legend(axes)
+    legend_above(axes)
 
 
 def _share_tokens(saliency: Axes, ratio: Axes, size: Axes, *, pruned_at: Sequence[float]) -> None:
@@ -150,9 +150,9 @@ def _share_tokens(saliency: Axes, ratio: Axes, size: Axes, *, pruned_at: Sequenc
 
 def _draw_loss(axes: Axes, metrics: Sequence[Record], compactions: Sequence[Record]) -> Axes:
     """Draw loss and size; return the axes of the size, which lie behind."""
-    tokens, losses = _series(metrics, "loss")
-    smoothed = _smooth(losses)
-    seen_at, validation = _series(metrics, "validation_loss")
+    tokens, losses = series(metrics, "loss")
+    smoothed = smooth(losses)
+    seen_at, validation = series(metrics, "validation_loss")
     axes.plot(tokens, losses, color="#B0B0B0", linewidth=0.6, alpha=0.6)
     axes.plot(tokens, smoothed, color=LOSS_COLOUR, linewidth=1.6, label="training loss (smoothed)")
     if len(validation):
@@ -163,15 +163,15 @@ def _draw_loss(axes: Axes, metrics: Sequence[Record], compactions: Sequence[Reco
             "linestyle": "none",
         }
         axes.plot(seen_at, validation, marker="o", label="validation loss", clip_on=False, zorder=4, **dots)
-    _style(axes, "Loss and size", "loss (nats per token)")
+    dress(axes, "Loss and size", "loss (nats per token)")
     axes.set_xlabel("training tokens", fontsize=FONT_SIZE)
     settled = len(losses) // 50
     spread = np.quantile(losses[settled:], [0.02, 0.98]) if len(losses) else []
-    _limit(axes, [*smoothed[settled:], *spread, *validation])
+    limit_to(axes, [*smoothed[settled:], *spread, *validation])
     size = axes.twinx()
     _draw_size(size, metrics, compactions)
     handles = [*axes.get_legend_handles_labels()[0], *size.get_legend_handles_labels()[0]]
-    _legend(axes, handles)
+    legend_above(axes, handles)
     # the size lies behind the loss, and the loss panel's own background must not cover it
     axes.set_zorder(size.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -181,17 +181,17 @@ def _draw_loss(axes: Axes, metrics: Sequence[Record], compactions: Sequence[Reco
 def _draw_size(axes: Axes, metrics: Sequence[Record], compactions: Sequence[Record]) -> None:
     lines: dict[str, Any] = {"live": "-", "allocated": (0, (3, 1.5))}
     for word, line in lines.items():
-        tokens, parameters = _series(metrics, f"{word}_parameters")
+        tokens, parameters = series(metrics, f"{word}_parameters")
         style = {"color": SIZE_COLOUR, "linestyle": line, "linewidth": 1.6, "drawstyle": "steps-post"}
         if len(tokens):
             axes.plot(tokens, parameters, label=f"{word} parameters", **style)
     if compactions:
-        tokens, parameters = _series(compactions, "allocated_after")
+        tokens, parameters = series(compactions, "allocated_after")
         axes.plot(tokens, parameters, "v", color=SIZE_COLOUR, markeredgecolor="#7A5200", label="compaction")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("parameters", fontsize=FONT_SIZE, color="#8A5F00")
     axes.tick_params(axis="y", labelsize=FONT_SIZE - 1, labelcolor="#8A5F00", color="#8A5F00")
-    axes.yaxis.set_major_formatter(FuncFormatter(_count_label))
+    axes.yaxis.set_major_formatter(FuncFormatter(count_label))
     for side in ("top", "left", "bottom"):
         axes.spines[side].set_visible(False)
 
@@ -227,80 +227,3 @@ def _type_widths(widths: Mapping[str, int]) -> dict[str, float]:
         "stem": widths["hidden"],
         "depth": widths["layers"],
     }
-
-
-def _series(records: Iterable[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens, values) of the records that have a number under `key`; a diverged loss is recorded as null."""
-    pairs = [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
-    return _columns(pairs)
-
-
-def _positive(pairs: Iterable[tuple[float, float | None]]) -> tuple[np.ndarray, np.ndarray]:
-    """Keep what a logarithmic axis can show."""
-    return _columns([(tokens, value) for tokens, value in pairs if value is not None and value > 0.0])
-
-
-def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    table = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the centred mean over about a fiftieth of the run (at least three steps), cut short at its ends."""
-    at = np.arange(len(values))
-    reach = len(values) // 100 + 1
-    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return (total[last] - total[first]) / (last - first)
-
-
-def _limit(axes: Axes, values: Sequence[float]) -> None:
-    """Fit the axis to `values`, so that one spike of the raw loss does not flatten everything else."""
-    if len(values):
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low) or 0.05
-        axes.set_ylim(low - margin, high + margin)
-
-
-def _style(axes: Axes, title: str, ylabel: str, *, pad: float = 22) -> None:
-    """Dress `axes`; `pad` (points) is the room between title and panel, where `_legend` puts its row."""
-    axes.set_title(title, loc="left", fontsize=FONT_SIZE + 1, pad=pad)
-    axes.xaxis.set_major_formatter(FuncFormatter(_count_label))
-    axes.set_ylabel(ylabel, fontsize=FONT_SIZE)
-    axes.tick_params(which="both", labelsize=FONT_SIZE - 1)
-    axes.grid(True, color="#000000", alpha=0.1, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
-    """Put the legend in a row between title and panel, where it hides no data."""
-    handles = handles if handles is not None else axes.get_legend_handles_labels()[0]
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        ncols=max(len(handles), 1),
-        frameon=False,
-        fontsize=FONT_SIZE - 1.5,
-        handlelength=1.8,
-        columnspacing=1.2,
-        borderaxespad=0.1,
-        borderpad=0.2,
-    )
-
-
-def _count_label(value: float, _position: int | None = None) -> str:
-    return format_count(round(value))
-
-
-def save_figure(figure: Figure, out: Path) -> Path:
-    """Render to memory first: a picture is never half-written; the same records give the same bytes."""
-    kind = "svg" if out.suffix.lower() == ".svg" else "png"
-    content = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "efficientllm"}):
-        figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-    write_atomically(out, content.getvalue())
-    return out

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from efficientllm.reporting.plots import FONT_SIZE, TYPE_STYLES, save_figure
+from efficientllm.reporting.plot_style import FONT_SIZE, TYPE_STYLES, save_figure
 
 COLUMNS = 4
 

@@ -126,17 +126,16 @@ def _evaluation(run: RunRecord) -> Iterator[str]:
 
 
 def _bench(run: RunRecord) -> Iterator[str]:
-    """What `efficientllm bench` has measured with this run's model."""
-    if not run.bench:
-        return
-    yield f"<h2>{html.escape(run.name)}: what it costs to run</h2>"
-    *tables, notes = bench_parts(run.bench)
-    for head, *rows in tables:
-        yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        yield "</tr></thead><tbody>"
-        yield from map(_row, rows)
-        yield "</tbody></table></div>"
-    yield from (f"<p>{html.escape(note)}</p>" for (note,) in notes)
+    """What `efficientllm bench` has measured with this run's model, backend by backend."""
+    for result in run.bench:
+        yield f"<h2>{html.escape(run.name)}: what it costs to run, in {html.escape(result['settings']['backend'])}</h2>"
+        *tables, notes = bench_parts(result)
+        for head, *rows in tables:
+            yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+            yield "</tr></thead><tbody>"
+            yield from map(_row, rows)
+            yield "</tbody></table></div>"
+        yield from (f"<p>{html.escape(note)}</p>" for (note,) in notes)
 
 
 def _samples(run: RunRecord) -> Iterator[str]:

@@ -28,12 +28,16 @@ class RunRecord:
     recipe: str | None
     samples: list[Record]
     evaluation: Record | None
-    bench: Record | None = None
+    bench: list[Record] = field(default_factory=list)  # of each backend, what `efficientllm bench` has left
     notes: list[str] = field(default_factory=list)
 
     @property
     def source_widths(self) -> dict[str, int] | None:
         return dict(self.source["widths"]) if self.source else None
+
+
+def _measured(content: Any) -> bool:
+    return isinstance(content, dict) and content.keys() >= {"settings", "machine", "models"}
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
@@ -79,6 +83,6 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         recipe,
         facts("samples.json") or [],
         facts("eval/results.json"),
-        facts("bench/results.json"),
+        [found for file in sorted((path / "bench").glob("*.json")) if _measured(found := facts(f"bench/{file.name}"))],
         notes,
     )

@@ -54,7 +54,7 @@ class WandbTracker:
         identity = _identity(folder, "wandb", lambda: uuid.uuid4().hex[:16])
         project = os.environ.get("WANDB_PROJECT", "efficientllm")
         self._run: Any = wandb.init(
-            project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(recipe)
+            project=project, name=_name(folder), id=identity, resume="allow", dir=str(folder), config=dict(recipe)
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -72,7 +72,7 @@ class MLflowTracker:
 
         self._client: Any = mlflow
         known = _identity(folder, "mlflow", lambda: "")
-        run = mlflow.start_run(run_id=known or None, run_name=None if known else folder.name)
+        run = mlflow.start_run(run_id=known or None, run_name=None if known else _name(folder))
         if not known:
             _remember(folder, "mlflow", run.info.run_id)
             mlflow.log_params({name: str(value)[:500] for name, value in _flat(recipe)})
@@ -131,6 +131,12 @@ class Trackers:
             self._open.pop(name, None)
             first = str(error).strip().split("\n")[0] or type(error).__name__
             self._say(f"{name} is left out from here on ({first}); metrics.jsonl has everything")
+
+
+def _name(folder: Path) -> str:
+    """The run folder's name; of a comparison's runs, which all have names like seed-0-lr-0.001, with their arm's."""
+    parts = folder.resolve().parts[-2:]
+    return "/".join(parts) if parts[-1].startswith("seed-") else parts[-1]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

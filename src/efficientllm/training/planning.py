@@ -138,7 +138,7 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
     if prune.cost == "params":
         return types
     source, least = space.widths, _least(prune, space)
-    counted = tuple(name for name in types if counts(cost, source, name, least.count(name)))
+    counted = tuple(name for name in types if counts(cost, source, name, least))
     free = [name for name in types if name not in counted and least.count(name) < source.count(name)]
     if isinstance(prune.target, WidthTarget):
         if free:

@@ -1,0 +1,119 @@
+"""Equal FLOPs: each arm on as many tokens as its seed's budget pays for, found by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from efficientllm.comparison.budget import (
+    CLOSE,
+    TRIES,
+    batch_tokens,
+    close,
+    fixed_cost,
+    solved_tokens,
+    source_flops,
+    tail_cost,
+)
+from efficientllm.comparison.runner import Outcome
+from efficientllm.comparison.work import ArmResult, Comparison, Say, run_work, summary_of
+from efficientllm.reporting.journal import read_journal
+
+
+@dataclass
+class Search:
+    """The runs of one arm and seed towards a budget, that at equal tokens first."""
+
+    result: ArmResult
+    seed: int
+    budget: float
+    tried: list[Outcome]
+    ended: bool = False
+
+    @property
+    def nearest(self) -> Outcome:
+        return min(self.tried, key=lambda outcome: abs(summary_of(outcome)["flops"] / self.budget - 1))
+
+    @property
+    def met(self) -> bool:
+        return close(summary_of(self.nearest)["flops"], self.budget)
+
+    def next_tokens(self, batch: int) -> int | None:
+        """Tokens of the next run; None where the budget is met, cannot be, or enough has been tried."""
+        if self.ended or self.met or len(self.tried) > TRIES:
+            return None
+        tokens = solved_tokens(self._costs(), self._tail(), self.budget, batch)
+        first = self._costs()[0]
+        if tokens < batch and len(self.tried) == 1:
+            # Pruning takes its share of a run too, so one run says less of what stays than two: ask a second.
+            tokens = max(batch, int(first[0] * self.budget / first[1] / batch) * batch)
+        return None if tokens < batch or tokens in dict(self._costs()) else tokens
+
+    def problem(self, batch: int) -> str | None:
+        """Why the budget is not met, in one sentence; None where it is."""
+        if self.met:
+            return None
+        costs, tail = self._costs(), self._tail()
+        fixed, spent = fixed_cost(costs, tail), summary_of(self.nearest)["flops"] / self.budget
+        said = f"seed {self.seed}: cannot meet {self.budget:.3g} FLOPs"
+        if solved_tokens(costs, tail, self.budget, batch) < batch:
+            return f"{said}: pruning alone costs {fixed:.3g}; raise train.tokens"
+        return (
+            f"{said} within {CLOSE:.0%}: pruning alone costs {max(0.0, fixed):.3g}, a batch {tail * batch:.3g}, and "
+            f"the nearest run spent {spent:.2f} of it; raise train.tokens"
+        )
+
+    def _costs(self) -> list[tuple[int, float]]:
+        return [(summary["tokens"], float(summary["flops"])) for summary in map(summary_of, self.tried)]
+
+    def _tail(self) -> float:
+        """Of the first run, at equal tokens."""
+        return tail_cost(read_journal(Path(summary_of(self.tried[0])["result"]["path"]).parent / "metrics.jsonl"))
+
+
+def equal_flops(comparison: Comparison, equal: Mapping[str, ArmResult], budget: str, say: Say) -> dict[str, ArmResult]:
+    """Arms again, at the rates found for equal tokens, within CLOSE of what the loop of each seed has spent.
+
+    Under `pipeline` only scratch arms run, with what the source's own pretraining cost on top. An arm that cannot meet
+    the budget keeps its nearest run, with its sentence.
+    """
+    loop = equal["loop"]
+    loops = {seed: summary_of(outcome) for seed, outcome in loop.runs.items()}
+    extra = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
+    results = {"loop": loop}
+    searches: list[Search] = []
+    say(f"budget {budget}: up to {TRIES} runs of each arm and seed, until one is within {CLOSE:.0%} of the FLOPs")
+    for name, known in equal.items():
+        if name == "loop" or (budget == "pipeline" and known.arm.base != "scratch"):
+            continue
+        result = results[name] = ArmResult(known.arm, known.rates, known.rate)
+        if known.problem:
+            result.problem = f"at equal tokens, {known.problem}"
+            continue
+        result.allowed = {seed: float(loops[seed]["flops"]) + extra for seed in known.runs}
+        searches += [Search(result, seed, result.allowed[seed], [run]) for seed, run in known.runs.items()]
+    _run_searches(comparison, searches, budget, loops, say)
+    return results
+
+
+def _run_searches(
+    comparison: Comparison, searches: list[Search], budget: str, loops: Mapping[int, dict[str, object]], say: Say
+) -> None:
+    batch = batch_tokens(comparison.recipe)
+    while True:
+        wanted = [(search, tokens) for search in searches if (tokens := search.next_tokens(batch)) is not None]
+        if not wanted:
+            break
+        work = [(search.result, search.seed, search.result.rate or 0.0, tokens) for search, tokens in wanted]
+        for (search, _), outcome in zip(wanted, run_work(comparison, work, budget, loops, say), strict=True):
+            if outcome.summary is None:
+                search.ended = True
+                search.result.keep(search.seed, outcome, say)
+            else:
+                search.tried.append(outcome)
+    for search in searches:
+        problem = None if search.ended else search.problem(batch)
+        search.result.keep(search.seed, search.nearest, say)
+        if problem is not None:
+            search.result.fail(problem, say)

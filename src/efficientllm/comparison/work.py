@@ -1,0 +1,155 @@
+"""What is compared, what has come of each arm, and one batch of runs of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientllm.comparison.arms import Arm, arm_recipe
+from efficientllm.comparison.budget import BUDGETS, source_flops
+from efficientllm.comparison.runner import Outcome, run_all
+from efficientllm.config import Recipe
+from efficientllm.errors import UsageError
+from efficientllm.evaluation.harness import EvalRequest, check_tasks
+from efficientllm.jobs.run_folder import RunFolder, fingerprint
+from efficientllm.models.loading import load_config
+from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import Space
+
+Say = Callable[[str], None]
+Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop
+Work = tuple["ArmResult", int, float, int]  # arm, seed, peak rate, tokens
+
+
+@dataclass
+class ArmResult:
+    """One arm under one budget.
+
+    rates: every rate tried -> loss with the first seed; runs: by seed, at the best. allowed: by seed, the FLOPs that
+    the budget grants; empty at equal tokens. problem: why no claim can be made about it.
+    """
+
+    arm: Arm
+    rates: dict[float, float | None] = field(default_factory=dict)
+    rate: float | None = None
+    runs: dict[int, Outcome] = field(default_factory=dict)
+    allowed: dict[int, float] = field(default_factory=dict)
+    problem: str | None = None
+
+    def keep(self, seed: int, outcome: Outcome, say: Say) -> None:
+        """Takes the run of a seed, or the reason why there is none."""
+        if loss_of(outcome) is not None:
+            self.runs[seed] = outcome
+        else:
+            self.fail(f"seed {seed}: {outcome.problem or 'its loss diverged'}", say)
+
+    def fail(self, problem: str, say: Say) -> None:
+        """Notes the first thing that went wrong, and says it."""
+        if self.problem is None:
+            self.problem = problem
+            say(f"no claim about {self.arm.name}: {problem}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared and where it is kept."""
+
+    recipe: Recipe
+    space: Space
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    budgets: Sequence[str]
+    grid: Sequence[float]
+    folder: Path
+    devices: int = 0
+    tasks: EvalRequest | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        arms: Sequence[Arm],
+        seeds: Sequence[int],
+        budgets: Sequence[str],
+        grid: Sequence[float],
+        folder: Path,
+        tasks: EvalRequest | None = None,
+    ) -> Comparison:
+        """Checks what can be checked before anything is spent. Raises UsageError."""
+        if recipe.prune is None:
+            raise UsageError("the recipe has no prune section: the loop, which all arms are compared with, needs one")
+        if recipe.prune.mode != "loop":
+            raise UsageError(f"prune.mode is {recipe.prune.mode}: set it to loop; the arms set their own modes")
+        if recipe.init != "pretrained" or recipe.resume is not None:
+            raise UsageError("a comparison starts from a pretrained source: drop init and resume from the recipe")
+        twice = next((seed for seed in seeds if list(seeds).count(seed) > 1), None)
+        if twice is not None or not seeds:
+            said = f"seed {twice} is given twice: " if seeds else "there is no seed: "
+            raise UsageError(said + "runs of one seed are equal and no evidence; give different ones")
+        unknown = next((budget for budget in budgets if budget not in BUDGETS), None)
+        if unknown is not None:
+            raise UsageError(f"'{unknown}' is no budget: choose from {', '.join(BUDGETS)}")
+        if not grid or min(grid) <= 0 or len(set(grid)) < len(grid):
+            raise UsageError("--lr-grid wants different positive multiples of train.lr, such as 0.5,1,2")
+        space = space_of(load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
+        if "pipeline" in budgets:
+            source_flops(recipe, space)
+        if tasks is not None:
+            check_tasks(tasks)
+        ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
+        devices = torch.cuda.device_count()
+        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks)
+
+
+def loss_of(outcome: Outcome) -> float | None:
+    """Validation loss at the end; None where the run failed or diverged."""
+    loss = None if outcome.summary is None else outcome.summary["result"]["validation_loss"]
+    return float(loss) if loss is not None and math.isfinite(loss) else None
+
+
+def summary_of(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.summary is not None
+    return outcome.summary
+
+
+def run_work(comparison: Comparison, work: Sequence[Work], budget: str, loops: Loops, say: Say) -> list[Outcome]:
+    """Outcomes in the order of the work, each run in FOLDER/budget/arm/seed-S-lr-R (see `placed`)."""
+    outcomes: list[Outcome | None] = [None] * len(work)
+    recipes: dict[int, Recipe] = {}
+    for index, (result, seed, lr, tokens) in enumerate(work):
+        folder = comparison.folder / budget / result.arm.name.replace(":", "-") / f"seed-{seed}-lr-{lr:g}"
+        try:
+            recipe = arm_recipe(
+                result.arm,
+                comparison.recipe,
+                comparison.space,
+                seed=seed,
+                lr=lr,
+                tokens=tokens,
+                folder=str(folder),
+                loop=loops.get(seed),
+            )
+            recipes[index] = placed(recipe)
+        except UsageError as error:
+            outcomes[index] = Outcome(None, None, str(error))
+    found = run_all(list(recipes.values()), devices=comparison.devices, say=say)
+    for index, outcome in zip(recipes, found, strict=True):
+        outcomes[index] = outcome
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe in its own run folder, or, where that holds a run of another recipe, in one beside it.
+
+    An arm that takes the loop's shape is another run once the loop's best rate has changed, and so is one that is
+    given other tokens to meet a budget; both runs stay, and each is found again.
+    """
+    if RunFolder(recipe.run.dir).difference(recipe) is None:
+        return recipe
+    run = recipe.run.model_copy(update={"dir": f"{recipe.run.dir}-{fingerprint(recipe)}"})
+    return recipe.model_copy(update={"run": run})

@@ -1,0 +1,48 @@
+"""The end of a run: what is measured there stands, whatever becomes of pictures and pages."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conftest import World
+from efficientllm.cli import main
+from efficientllm.distributed.ranks import ALONE
+from efficientllm.jobs import finish, report
+from efficientllm.jobs.run_folder import RunFolder
+
+
+def call(*argv: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(("written", "read"), [(2.5, 2.5), (math.inf, math.nan), (math.nan, math.nan)])
+def test_a_final_loss_that_is_not_finite_is_read_back_as_such(tmp_path: Path, written: float, read: float) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.append({"step": 5, "tokens": 5, "validation_loss": written})
+    job: Any = SimpleNamespace(ranks=ALONE, folder=folder)
+    state: Any = SimpleNamespace(step=5)
+    assert finish.final_loss(job, state) == pytest.approx(read, nan_ok=True)
+
+
+def test_a_picture_or_page_that_fails_leaves_a_finished_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no room for a legend")
+
+    monkeypatch.setattr(finish, "plot_run", fail)
+    monkeypatch.setattr(report, "write_report", fail)
+    assert call("prune", world.write("undrawn", train={"tokens": 1024}, run={"report": True})) == 0
+    folder = world.folder / "runs" / "undrawn"
+    said = capsys.readouterr().err
+    assert (folder / "summary.json").is_file()
+    assert not (folder / "run.png").exists()
+    assert "run.png could not be drawn (no room for a legend)" in said
+    assert "the report could not be written (no room for a legend)" in said
