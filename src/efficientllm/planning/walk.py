@@ -106,8 +106,13 @@ class Walker:
 
     def _calibrate(self, done: Walk) -> None:
         forward = forward_flops(self._space, self._calibration_rows, self._length, done.allocated)
-        measured = sum(done.live.count(name) > 1 for name in self._types)
-        done.pruning += (1 + measured) * forward.total
+        landing = self._plan.landings[done.rung]
+        measured = [
+            name
+            for name in self._types
+            if done.live.count(name) > landing.least(name) and landing.reachable(done.live.after(name))
+        ]
+        done.pruning += (1 + len(measured)) * forward.total
         done.calibrations += 1
         done.uncalibrated = 0.0
 
