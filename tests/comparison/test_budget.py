@@ -11,7 +11,7 @@ import pytest
 
 from efficientllm.comparison import equal_flops
 from efficientllm.comparison.arms import parse_arm
-from efficientllm.comparison.budget import CLOSE, fixed_cost, solved_tokens, tail_cost
+from efficientllm.comparison.budget import CLOSE, solved_tokens, tail_cost
 from efficientllm.comparison.equal_flops import Search
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.work import ArmResult, Work
@@ -24,14 +24,12 @@ def test_tail_of_a_run_of_one_step() -> None:
 
 def test_the_first_guess_leaves_the_cost_of_pruning_alone() -> None:
     tried = [(1000, 5000.0)]  # 3,000 of pruning and 2 a token
-    assert fixed_cost(tried, 2.0) == 3000
     assert solved_tokens(tried, 2.0, 4000.0, 10) == 500
     assert solved_tokens(tried, 2.0, 2900.0, 10) <= 0
 
 
 def test_further_guesses_follow_the_runs() -> None:
     tried = [(1000, 5000.0), (500, 3500.0)]  # in truth 2,000 of pruning and 3 a token, for some of it goes with them
-    assert fixed_cost(tried, 2.0) == 2000
     assert solved_tokens(tried, 2.0, 3200.0, 10) == 400
     assert solved_tokens([(500, 4000.0), (1000, 3900.0)], 2.0, 4100.0, 10) == 1100  # a falling line is noise
 
@@ -52,7 +50,7 @@ def test_the_search_meets_its_budget(tmp_path: Path, fixed: float, share: float)
     search = Search(ArmResult(parse_arm("loop")), 0, 4000.0, [outcome(tmp_path, 1000, fixed, share)])
     while (tokens := search.next_tokens(10)) is not None:
         search.tried.append(outcome(tmp_path, tokens, fixed, share))
-    assert search.problem(10) is None
+    assert search.problem() is None
     assert search.nearest.summary is not None
     assert search.nearest.summary["flops"] == pytest.approx(4000, rel=CLOSE)
     assert len(search.tried) <= 3
@@ -62,11 +60,14 @@ def test_what_cannot_meet_a_budget_says_so(tmp_path: Path) -> None:
     dear = Search(ArmResult(parse_arm("loop")), 3, 2000.0, [outcome(tmp_path, 1000, 3000.0, 0.0)])
     while (tokens := dear.next_tokens(10)) is not None:
         dear.tried.append(outcome(tmp_path, tokens, 3000.0, 0.0))
-    assert dear.problem(10) == "seed 3: cannot meet 2e+03 FLOPs: pruning alone costs 3e+03; raise train.tokens"
+    assert dear.problem() == (
+        "seed 3: cannot meet 2e+03 FLOPs within 2%: pruning alone costs about 3e+03, and runs of 1K, 400 tokens spent "
+        "2.500, 1.900 of it; raise train.tokens"
+    )
     coarse = Search(ArmResult(parse_arm("dense")), 0, 1500.0, [outcome(tmp_path, 990, 0.0, 0.0)])
     while (tokens := coarse.next_tokens(330)) is not None:
         coarse.tried.append(outcome(tmp_path, tokens, 0.0, 0.0))
-    assert "within 2%: pruning alone costs 0, a batch 660, and the nearest run spent 0.88" in str(coarse.problem(330))
+    assert "pruning alone costs about 0, and runs of 990, 660 tokens spent 1.320, 0.880 of it" in str(coarse.problem())
 
 
 def test_the_pipeline_charges_the_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

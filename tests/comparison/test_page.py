@@ -67,7 +67,7 @@ def test_what_was_spent_of_a_budget_is_a_column(shares: tuple[float | None, floa
         "runs": runs,
     }
     header, _, row = _table({"it": figures})
-    assert ("| FLOPs / budget |" in header) == ("| 0.99 to 1.39 |" in row) == (shares[0] is not None)
+    assert ("| FLOPs / budget |" in header) == ("| 0.990 to 1.390 |" in row) == (shares[0] is not None)
     assert "| 1 + 5 |" in row
 
 

@@ -31,12 +31,6 @@ def solved_tokens(tried: Sequence[tuple[int, float]], tail: float, budget: float
     return round((tokens + (budget - flops) / _slope(tried, tail)) / batch) * batch
 
 
-def fixed_cost(tried: Sequence[tuple[int, float]], tail: float) -> float:
-    """FLOPs that the same line leaves at no tokens at all: what pruning alone costs."""
-    tokens, flops = tried[-1]
-    return flops - _slope(tried, tail) * tokens
-
-
 def _slope(tried: Sequence[tuple[int, float]], tail: float) -> float:
     if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
         return tail

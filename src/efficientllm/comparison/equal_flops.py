@@ -11,7 +11,6 @@ from efficientllm.comparison.budget import (
     TRIES,
     batch_tokens,
     close,
-    fixed_cost,
     solved_tokens,
     source_flops,
     tail_cost,
@@ -19,6 +18,7 @@ from efficientllm.comparison.budget import (
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.work import ArmResult, Comparison, Say, run_work, summary_of
 from efficientllm.reporting.journal import read_journal
+from efficientllm.sizes import format_count
 
 
 @dataclass
@@ -50,18 +50,17 @@ class Search:
             tokens = max(batch, int(first[0] * self.budget / first[1] / batch) * batch)
         return None if tokens < batch or tokens in dict(self._costs()) else tokens
 
-    def problem(self, batch: int) -> str | None:
+    def problem(self) -> str | None:
         """Why the budget is not met, in one sentence; None where it is."""
         if self.met:
             return None
-        costs, tail = self._costs(), self._tail()
-        fixed, spent = fixed_cost(costs, tail), summary_of(self.nearest)["flops"] / self.budget
-        said = f"seed {self.seed}: cannot meet {self.budget:.3g} FLOPs"
-        if solved_tokens(costs, tail, self.budget, batch) < batch:
-            return f"{said}: pruning alone costs {fixed:.3g}; raise train.tokens"
+        summary, tail = summary_of(self.nearest), self._tail()
+        pruning = max(0.0, summary["flops"] - tail * summary["tokens"])
+        tokens = ", ".join(format_count(each) for each, _ in self._costs())
+        shares = ", ".join(f"{flops / self.budget:.3f}" for _, flops in self._costs())
         return (
-            f"{said} within {CLOSE:.0%}: pruning alone costs {max(0.0, fixed):.3g}, a batch {tail * batch:.3g}, and "
-            f"the nearest run spent {spent:.2f} of it; raise train.tokens"
+            f"seed {self.seed}: cannot meet {self.budget:.3g} FLOPs within {CLOSE:.0%}: pruning alone costs about "
+            f"{pruning:.3g}, and runs of {tokens} tokens spent {shares} of it; raise train.tokens"
         )
 
     def _costs(self) -> list[tuple[int, float]]:
@@ -115,7 +114,7 @@ def _run_searches(
             else:
                 search.tried.append(outcome)
     for search in searches:
-        problem = None if search.ended else search.problem(batch)
+        problem = None if search.ended else search.problem()
         search.result.keep(search.seed, search.nearest, say)
         if problem is not None:
             search.result.fail(problem, say)

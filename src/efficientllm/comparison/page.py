@@ -125,7 +125,7 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
 def _shares(runs: Iterable[Mapping[str, Any]]) -> str:
     """What the seeds spent of their budgets, from the least to the most; the loop's is the budget itself."""
     shares = sorted(run["budget_spent"] or 1.0 for run in runs)
-    return " to ".join(dict.fromkeys(f"{share:.2f}" for share in (shares[0], shares[-1])))
+    return " to ".join(dict.fromkeys(f"{share:.3f}" for share in (shares[0], shares[-1])))
 
 
 def _rates(arms: Mapping[str, Any]) -> Iterator[str]:
