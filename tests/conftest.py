@@ -66,6 +66,15 @@ def need_llamacpp() -> None:
     pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch.compile keeps its kernels in a folder of this session: its usual one outlives it, and kernels made there
+    for other CPU features (ATEN_CPU_CAPABILITY) abort the process that loads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before() -> Iterator[None]:
     """No test, and nothing that it calls in this process, may leave another number of threads behind: on some CPUs
