@@ -7,7 +7,7 @@ Where saliency would choose between types, events take the way that leaves them 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from efficientllm.models.flops import ForwardFlops, forward_flops
@@ -15,7 +15,8 @@ from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.pruning.correction import solve_flops
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM, Space, Widths
-from efficientllm.training.state import PruningPlan
+from efficientllm.pruning.selection import most_left
+from efficientllm.training.state import PruningPlan, narrower
 
 StepFlops = Callable[[Widths], float]
 ITERATIONS = 10  # of a correction's solve at the default tolerance: docs/results/plan.md
@@ -31,12 +32,10 @@ class Walk:
     events: int = 0
     compactions: int = 0
     refreshes: int = 0
-    calibrations: int = 0
     rung: int = 0
     uncalibrated: float = float("inf")
     flops: float = 0.0
     pruning: float = 0.0
-    path: dict[str, int] = field(default_factory=dict)  # events of each type from the source to the shape
 
 
 class Walker:
@@ -55,6 +54,7 @@ class Walker:
     ) -> None:
         self._space, self._plan, self._shape, self._step_flops = space, plan, shape, step_flops
         self._rows, self._length, self._calibration_rows = rows, length, calibration_rows
+        self._correction_rows = min(max(1, plan.correction_tokens // length), rows)
         self._needs = criterion(plan.options.saliency).needs
         self._types = [name for name in PRUNING_TYPES if name in plan.options.types]
         heads = [int(spec.axes[0]) for spec in space.params if spec.name == HEAD_WEIGHT]
@@ -64,7 +64,6 @@ class Walker:
     def walk(self, steps: int) -> Walk:
         """The whole run."""
         done = Walk(self._space.widths, self._space.widths)
-        done.path = {name: done.live.count(name) - self._shape.count(name) for name in self._types}
         for step in range(1, steps + 1):
             done.flops += self._step_flops(done.allocated)
             self._prune(done, step * self._rows * self._length)
@@ -73,9 +72,8 @@ class Walker:
 
     def _next_type(self, done: Walk) -> str | None:
         """That of which the largest share of its way is left; None at the end of all."""
-        left = {name: done.live.count(name) - self._shape.count(name) for name in self._types}
-        open_ = [name for name in self._types if left[name] > 0]
-        return max(open_, key=lambda name: left[name] / done.path[name], default=None)
+        ahead = [name for name in self._types if done.live.count(name) > self._shape.count(name)]
+        return most_left(ahead, done.live, self._space.widths, self._shape) if ahead else None
 
     def _due(self, done: Walk, position: int) -> bool:
         plan = self._plan
@@ -107,13 +105,8 @@ class Walker:
     def _calibrate(self, done: Walk) -> None:
         forward = forward_flops(self._space, self._calibration_rows, self._length, done.allocated)
         landing = self._plan.landings[done.rung]
-        measured = [
-            name
-            for name in self._types
-            if done.live.count(name) > landing.least(name) and landing.reachable(done.live.after(name))
-        ]
-        done.pruning += (1 + len(measured)) * forward.total
-        done.calibrations += 1
+        measured = sum(landing.may_fall(name, done.live) for name in self._types)
+        done.pruning += (1 + measured) * forward.total
         done.uncalibrated = 0.0
 
     def _take_bundle(self, done: Walk, position: int) -> bool:
@@ -136,13 +129,12 @@ class Walker:
         return False
 
     def _inputs(self, done: Walk) -> ForwardFlops:
-        rows = min(max(1, self._plan.correction_tokens // self._length), self._rows)
-        return forward_flops(self._space, rows, self._length, done.allocated)
+        return forward_flops(self._space, self._correction_rows, self._length, done.allocated)
 
     def _correct(self, done: Walk, before: Widths) -> None:
         """The pass that captures inputs, a solve for each tensor that loses inputs, and its readers' update."""
         inputs, wide, dim = self._inputs(done), done.allocated, self._space.head_dim
-        tokens = min(max(1, self._plan.correction_tokens // self._length), self._rows) * self._length
+        tokens = self._correction_rows * self._length
         fallen = {name: before.count(name) - done.live.count(name) for name in self._types}
         head = self._vocabulary if fallen.get(STEM) else 0
         outputs = {
@@ -162,10 +154,7 @@ class Walker:
         done.pruning += inputs.total if head else inputs.base
 
     def _compact(self, done: Walk, *, exactly: bool) -> None:
-        widths = done.live if exactly else self._plan.landing.align.round_up(done.live, done.allocated)
-        if widths == done.allocated:
-            return
-        freed = 1.0 - self._parameters(widths) / self._parameters(done.allocated)
-        if exactly or freed >= self._plan.compact_at:
+        widths = narrower(done.live, done.allocated, self._plan, self._parameters, exactly=exactly)
+        if widths is not None:
             done.allocated = widths
             done.compactions += 1

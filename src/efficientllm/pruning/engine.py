@@ -203,15 +203,14 @@ class PruningEngine:
             report.damages = {each.event.type: each.event.saliency / falling[each.event.type] for each in weighed}
             event = self._choose(weighed)
             assert event is not None, "an unfinished run always has an allowed event (Landing)"
-            if bundle and removed + falling[event.type] > limit:
+            fell, before = falling[event.type], self.size
+            if bundle and removed + fell > limit:
                 break
-            before = self.size
             self.live.remove(event)
             ranking.take(event)
             self.events += 1
-            removed += falling[event.type]
+            removed += fell
             bundle.append(event)
-            fell = falling[event.type]
             report.events.append(AppliedEvent(event, self.parameters, self.widths, fell, before - self.size))
             if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
                 report.rung = self.rung

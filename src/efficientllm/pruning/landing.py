@@ -221,6 +221,10 @@ class Landing:
         grids = dict(zip((DEPTH, STEM, ATTENTION, ATTENTION_QUERY), self._axes, strict=True)) | {FFN_TYPE: self.ffn}
         return int(grids[pruning_type][0])
 
+    def may_fall(self, pruning_type: str, widths: Widths) -> bool:
+        """Whether the type is above its floor, and one event of it keeps a final shape within reach."""
+        return widths.count(pruning_type) > self.least(pruning_type) and self.reachable(widths.after(pruning_type))
+
     def mean_saving(self, pruning_type: str) -> float:
         """What one event of a type saves on its way from the source's width to its floor, the other widths as in the
         source; 0 where there is no way to go."""

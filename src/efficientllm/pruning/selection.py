@@ -111,9 +111,9 @@ def next_bundles(
     `bound`), at least one event, and none below the type's floor."""
     space, bundles = landing.space, []
     for pruning_type in types:
-        left = widths.count(pruning_type) - landing.least(pruning_type)
-        if left < 1 or not landing.reachable(widths.after(pruning_type)):
+        if not landing.may_fall(pruning_type, widths):
             continue
+        left = widths.count(pruning_type) - landing.least(pruning_type)
         share = min(bound, CALIBRATION_SHARE) * space.num_params(widths)
         number = min(left, max(1, round(share / space.event_cost(pruning_type, widths))))
         units, predicted = ranking.upcoming(pruning_type, number)
@@ -139,12 +139,18 @@ def next_on_path(
     allowed = {candidate.event.type: candidate.event for candidate in weighed if candidate.allowed}
     if order in ORDERS:
         return next((allowed[name] for name in ORDERS[order] if name in allowed), None)
+    return allowed[most_left(list(allowed), widths, source, final)] if allowed else None
+
+
+def most_left(types: Sequence[str], widths: Widths, source: Widths, final: Widths) -> str:
+    """The type that has the largest share of its way from `source` to `final` left, ties to the first. All of them have
+    a way to go."""
 
     def left(pruning_type: str) -> float:
         goal = final.count(pruning_type)
         return (widths.count(pruning_type) - goal) / (source.count(pruning_type) - goal)
 
-    return allowed[max(allowed, key=left)] if allowed else None
+    return max(types, key=left)
 
 
 def least_damage(weighed: Sequence[Candidate]) -> Event | None:

@@ -9,7 +9,7 @@ no other way in which a tensor changes its shape.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -210,11 +210,17 @@ def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = F
     if pruner is None or pruner.live.all_live():
         return None
     exactly = exactly or pruner.finished
-    widths = pruner.widths if exactly else plan.landing.align.round_up(pruner.widths, state.space.widths)
-    if widths == state.space.widths:
+    return narrower(pruner.widths, state.space.widths, plan, state.space.num_params, exactly=exactly)
+
+
+def narrower(
+    live: Widths, allocated: Widths, plan: PruningPlan, count: Callable[[Widths], float], *, exactly: bool
+) -> Widths | None:
+    """Widths that allocated ones are to be cut to, or None. count: parameters of a model of some widths."""
+    widths = live if exactly else plan.landing.align.round_up(live, allocated)
+    if widths == allocated:
         return None
-    freed = 1.0 - state.space.num_params(widths) / state.allocated_parameters
-    return widths if exactly or freed >= plan.compact_at else None
+    return widths if exactly or 1.0 - count(widths) / count(allocated) >= plan.compact_at else None
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
