@@ -12,12 +12,13 @@ from typing import Any, Self
 import pytest
 import torch
 
-from conftest import World, need_llamacpp, tiny_model
-from efficientllm.benching import runner, worker
+from conftest import World, need_llamacpp, tiny_config, tiny_model
+from efficientllm.benching import runner, table, worker
 from efficientllm.benching.contract import Facts, Settings
 from efficientllm.benching.subjects import Candidate
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
+from efficientllm.models.space import widths_of
 from efficientllm.reporting.report_page import _bench
 from efficientllm.reporting.run_record import read_run
 
@@ -163,6 +164,16 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, e
     asked = {"source": "mine", "settings": asdict(Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))}
     with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
         list(worker.answers(iter([asked, {"batch": 1}])))
+
+
+def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(table, "_turn", fail)
+    config, settings = tiny_config("llama-gqa"), Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
+    with pytest.raises(UsageError, match="two models of that size with 12 tokens do not fit in the memory"):
+        table.latencies(config, [widths_of(config)], settings)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from efficientllm.benching.results import machine
 from efficientllm.benching.statistics import spread, turn
 from efficientllm.benching.timing import measure, threads
 from efficientllm.benching.transformers_backend import LoadedModel, rehearse
-from efficientllm.errors import UsageError
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
+from efficientllm.models.memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
 from efficientllm.pruning.costs import TABLE_AXES
 from efficientllm.pruning.groups import Widths
@@ -137,7 +137,8 @@ def _latencies(
     rehearse(settings)
     ratios: list[list[float]] = [[] for _ in shapes]
     source: list[float] = []
-    with uncollected(), memory_in_a_sentence(settings):
+    lacking = f"two models of that size with {settings.context} tokens do not fit in the memory of the device"
+    with uncollected(), memory_in_a_sentence(lacking, "lower --batch or --prompt"):
         reference = _model_of(config, widths_of(config), settings)
         for repeat in range(settings.repeats):
             for index in turn(len(shapes), repeat * len(shapes) // settings.repeats):
@@ -164,17 +165,6 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextmanager
-def memory_in_a_sentence(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UsageError(
-            f"two models of that size with {settings.context} tokens do not fit in the memory of the device; lower "
-            "--batch or --prompt"
-        ) from None
 
 
 def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> LoadedModel:

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -22,9 +21,9 @@ import transformers
 
 from efficientllm.benching.contract import Backend, Settings
 from efficientllm.benching.energy import counter_for
-from efficientllm.benching.memory import peak_resident, resident
 from efficientllm.benching.timing import Counter, measure, threads
 from efficientllm.errors import UsageError
+from efficientllm.models.memory import memory_in_a_sentence, peak_resident, resident
 
 
 def loader(settings: Settings) -> Callable[[str, Settings], Backend]:
@@ -68,23 +67,6 @@ def _measured(source: str, settings: Settings, requests: Iterator[dict[str, Any]
         with memory_in_a_sentence(f"{what} does not fit in the memory of the device", "lower --batch or --prompt"):
             sample = measure(backend, request["batch"], settings.generate - 1, joules)
         yield asdict(sample)
-
-
-@contextmanager
-def memory_in_a_sentence(problem: str, mend: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if lacks_memory(error) or lacks_memory(error.__cause__):  # load_model has it as the cause of its own sentence
-            raise UsageError(f"{problem}; {mend}") from None
-        raise
-
-
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out: of a GPU, of Python, or of PyTorch on the processor, which has no type of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "enough memory" in str(error))
 
 
 def main() -> int:

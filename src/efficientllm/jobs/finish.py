@@ -20,6 +20,7 @@ from efficientllm.config import dump_recipe
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
 from efficientllm.models.loading import load_generation_config
+from efficientllm.models.memory import peak_resident
 from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
@@ -134,11 +135,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: of the GPU's memory where it trains there, else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss goes on from the process that started this one
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    peak = peak_resident()
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

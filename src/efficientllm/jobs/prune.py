@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
-
-import torch
 
 from efficientllm.checkpoint.store import checkpoints, retain, save
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.distributed.watch import watched
-from efficientllm.errors import UsageError
 from efficientllm.jobs.arithmetic import deterministic
 from efficientllm.jobs.begin import begin
 from efficientllm.jobs.finish import finish, result_line
@@ -22,12 +19,19 @@ from efficientllm.jobs.ladder import leave_rung
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
+from efficientllm.models.memory import memory_in_a_sentence
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
 from efficientllm.training.planning import calibration_rows
 from efficientllm.training.state import TrainState, capture
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "lower train.micro_batch, set train.gradient_checkpointing=true or lower prune.correction_tokens, then run the "
+    "same command again: what is saved is not lost",
+)
 
 
 def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
             say(f"{folder.path} is finished: {result_line(done)}")
             return done
         job = prepare(recipe, folder, say, ranks)
-        with memory_in_a_sentence(), watched(job.ranks, recipe.distributed.timeout):
+        with memory_in_a_sentence(*OUT_OF_MEMORY), watched(job.ranks, recipe.distributed.timeout):
             state, source = begin(job, say)
             with stop_signals() as stop:
                 if ranks.leads:
@@ -69,20 +73,6 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
         if stopped is not None:
             raise Interrupted(f"stopped after {folder.path} had finished", stopped)
         return summary
-
-
-@contextmanager
-def memory_in_a_sentence() -> Iterator[None]:
-    """Turns running out of memory into a UsageError."""
-    try:
-        yield
-    except RuntimeError as error:  # torch's CPU allocator raises no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UsageError(
-            "out of memory; lower train.micro_batch, set train.gradient_checkpointing=true or lower "
-            "prune.correction_tokens, then run the same command again: what is saved is not lost"
-        ) from error
 
 
 def crossed(every: int, before: int, after: int) -> bool:
