@@ -8,9 +8,9 @@ import torch
 
 from efficientllm.benching.contract import Settings
 from efficientllm.errors import UsageError
+from efficientllm.models.latency_table import DTYPES
 
 BACKENDS = ("transformers", "llamacpp")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_backend(backend: str) -> None:

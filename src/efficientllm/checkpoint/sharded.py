@@ -69,7 +69,8 @@ def read_shards(folder: Path, ranks: Ranks, device: torch.device | str) -> dict[
     process cannot read, on all of them."""
     reader = storage().HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Any] = {}
-    layout = agreed(ranks, lambda: reader.read_metadata().state_dict_metadata)[ranks.rank]
+    layout: dict[str, Any] = {}
+    agreed(ranks, lambda: layout.update(reader.read_metadata().state_dict_metadata))
     for name, each in layout.items():
         whole = name.startswith(WHOLE) or not len(each.size)
         if whole:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from efficientllm.errors import UsageError
+from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import head_dim_of
 
 BLOCK = 32  # row lengths of all types that are written here
@@ -140,7 +141,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, 
     """
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, layers)
-    head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"
+    head = HEAD_WEIGHT if HEAD_WEIGHT in shapes else EMBEDDING_WEIGHT
     stored = []
     for source, shape in shapes.items():
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from efficientllm.errors import UsageError
 from efficientllm.export.gguf_pretokenizers import pre_tokenizer_name
+from efficientllm.models.generation import listed
 
 SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -208,7 +209,7 @@ def _special_tokens(
 
     Where nothing else names the tokens that begin and end a text, the model's config.json does.
     """
-    stops = stops or _listed(getattr(config, "eos_token_id", None))
+    stops = stops or listed(getattr(config, "eos_token_id", None))
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
     if end is None:
         raise UsageError(
@@ -225,10 +226,6 @@ def _special_tokens(
     vocabulary.add_bos, vocabulary.add_eos = _surrounding(tokenizer, begin, end)
     template = tokenizer.chat_template
     vocabulary.chat_template = template.get("default") if isinstance(template, dict) else template
-
-
-def _listed(ids: Any) -> list[int]:
-    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _surrounding(tokenizer: PreTrainedTokenizerBase, begin: int | None, end: int) -> tuple[bool, bool]:

@@ -70,9 +70,10 @@ def _is_rung(folder: Path) -> bool:
 def _facts(file: Path) -> dict[str, Any] | None:
     """A run's summary; None for a file of that name that is something else, of which no card can be written."""
     content = _json(file)
-    needed = ("tokens", "events", "compactions", "seconds", "recipe")
-    known = content and _has(content, *needed) and _is_source(content.get("source"))
-    return content if known and content and _has(content.get("result"), "parameters", "widths") else None
+    if content is None or not _has(content, "tokens", "events", "compactions", "seconds", "recipe"):
+        return None
+    known = _is_source(content.get("source")) and _has(content.get("result"), "parameters", "widths")
+    return content if known else None
 
 
 def _has(content: Any, *keys: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config, load_tokenizer
 
 
@@ -31,5 +32,4 @@ def tokenizer_of(folder: Path, say: Callable[[str], None]) -> PreTrainedTokenize
 def end_tokens(folder: Path, say: Callable[[str], None]) -> list[int]:
     """Ids at which generation stops, as the folder's generation config says; none where it says nothing."""
     settings = load_generation_config(str(folder), say)
-    stops = None if settings is None else settings.eos_token_id
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return [] if settings is None else listed(settings.eos_token_id)

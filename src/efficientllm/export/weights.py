@@ -15,11 +15,11 @@ from transformers import AutoConfig, PretrainedConfig
 from efficientllm.errors import UsageError
 from efficientllm.models.adapter import registry
 from efficientllm.models.loading import reason_of
+from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import space_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Weights:
                     f"{self.folder}: {name} has shape {list(have)}, but its config.json asks for {list(shape)}; the "
                     "two are not of one model"
                 )
-        ours = {HEAD} if self.config.tie_word_embeddings else set()  # tied: the embedding once more
+        ours = {HEAD_WEIGHT} if self.config.tie_word_embeddings else set()  # tied: the embedding once more
         odd = [name for name in self._places if name not in wanted | dict.fromkeys(ours) and "rotary" not in name]
         if odd:
             raise UsageError(
@@ -70,9 +70,10 @@ class Weights:
 
     def _check_tied(self) -> None:
         """A head of its own beside `tie_word_embeddings`: transformers 5 uses it, transformers 4 does not."""
-        if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
+        if not torch.equal(self.read(HEAD_WEIGHT), self.read(EMBEDDING_WEIGHT)):
             raise UsageError(
-                f"{self.folder}: config.json ties the embeddings, but its {HEAD} differs from {EMBEDDING}: what counts "
+                f"{self.folder}: config.json ties the embeddings, but its {HEAD_WEIGHT} differs from "
+                f"{EMBEDDING_WEIGHT}: what counts "
                 'depends on the version of transformers; set "tie_word_embeddings" to false in config.json to keep both'
             )
 

@@ -19,6 +19,7 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.config import dump_recipe
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
+from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
 from efficientllm.models.memory import peak_resident
 from efficientllm.reporting.journal import read_journal, without_nonfinite
@@ -100,8 +101,7 @@ def generation_settings(job: Job) -> GenerationConfig | None:
     end = job.tokenizer.eos_token_id
     if settings is None or job.recipe.tokenizer is None or end is None:
         return settings
-    known = settings.eos_token_id
-    stops = list(known) if isinstance(known, list) else [] if known is None else [known]
+    stops = listed(settings.eos_token_id)
     settings.eos_token_id = stops if end in stops else [*stops, end]
     return settings
 

@@ -70,3 +70,8 @@ def _is_token(value: Any, several: bool) -> bool:
     if several and isinstance(value, list):
         return bool(value) and all(_is_token(each, False) and each is not None for each in value)
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Token ids as a configuration names them: one, several or none."""
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

@@ -94,14 +94,14 @@ def load_model(
         )
     model.config.use_cache = False
     check_space(space_of(config), model)
-    return _owning(model).to(device)
+    return _owning(model.to(device))
 
 
 def _owning(model: Any) -> Any:
     """The model with weights of its own, copied one by one; ties stay ties.
 
-    Those of from_pretrained are maps of the file: a file that is truncated while they are in use ends the process, and
-    their addresses, which decide on the order of some sums, are the file's.
+    On the CPU those of from_pretrained are maps of the file: one that is truncated while they are in use ends the
+    process. What has gone to another device is a copy already.
     """
     for weight in model.parameters():
         if weight.device.type == "cpu":

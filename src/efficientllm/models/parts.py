@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"  # where it is not the embedding's
 
 
@@ -19,9 +20,3 @@ def blocks(model: Any) -> nn.ModuleList:
     """The decoder layers, in order."""
     parts: nn.ModuleList = model.model.layers
     return parts
-
-
-def head(model: Any) -> nn.Linear:
-    """The LM head; its weight may be the embedding's."""
-    part: nn.Linear = model.lm_head
-    return part

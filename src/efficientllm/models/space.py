@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from efficientllm.errors import UsageError
 from efficientllm.models.adapter import adapter_for
+from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.pruning.groups import HIDDEN, ParamSpec, Space, Widths
 
 
@@ -37,13 +38,13 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
     widths = widths_of(config)
     vocabulary = config.vocab_size
     _check_widths(config)
-    params = [ParamSpec("model.embed_tokens.weight", (vocabulary, HIDDEN))]
+    params = [ParamSpec(EMBEDDING_WEIGHT, (vocabulary, HIDDEN))]
     for layer in range(widths.layers):
         for name, axes in adapter.layer_axes(config).items():
             params.append(ParamSpec(f"model.layers.{layer}.{name}", axes, layer))
     params.append(ParamSpec("model.norm.weight", (HIDDEN,)))
     if not config.tie_word_embeddings:
-        params.append(ParamSpec("lm_head.weight", (vocabulary, HIDDEN)))
+        params.append(ParamSpec(HEAD_WEIGHT, (vocabulary, HIDDEN)))
     gains = {spec.name for spec in params if spec.axes == (HIDDEN,) and "norm" in spec.name}
     feeding = {
         spec.name for spec in params if spec.layer is not None and spec.name.endswith(adapter.norm_inputs() or ("\0",))
@@ -52,7 +53,7 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
         tuple(params),
         widths,
         head_dim_of(config),
-        embeddings=frozenset({"model.embed_tokens.weight"}),
+        embeddings=frozenset({EMBEDDING_WEIGHT}),
         stem_gains=frozenset(gains),
         norm_inputs=frozenset(feeding),
     )

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from efficientllm.models.flops import forward_flops, teacher_flops
-from efficientllm.models.parts import body, head
+from efficientllm.models.parts import body
 from efficientllm.models.space import space_of
 from efficientllm.training.gradient import Precision, next_tokens
 
@@ -54,7 +54,8 @@ class LiveTeacher:
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = functional.log_softmax(head(self.model)(said[0]).float() / temperature, dim=-1)
+            logits: Tensor = self.model.get_output_embeddings()(said[0]).float()
+            wanted = functional.log_softmax(logits / temperature, dim=-1)
         return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
 
     def flops(self, rows: int, length: int) -> int:
