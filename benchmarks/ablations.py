@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from efficientllm.comparison.statistics import over_seeds
 from efficientllm.config import Recipe
 from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, write_architecture
 from efficientllm.errors import UsageError
@@ -28,7 +28,6 @@ from efficientllm.pruning.groups import Space, Widths
 from efficientllm.sizes import parse_count
 
 SIZE = DemoSize(validation_tokens=None)
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 SHAPE = {"target": "the loop's shape"}  # filled in from the default loop of the same seed
 PROPORTIONAL = {"target": "proportional"}
 
@@ -96,11 +95,10 @@ def recipe_of(folder: Path, arm: str, seed: int, tokens: int, loop: dict[str, An
 
 
 def row(arm: str, losses: list[float], base: list[float], widths: list[str]) -> str:
-    differences = [own - other for own, other in zip(losses, base, strict=True)]
-    mean, spread = statistics.mean(differences), "-"
-    if len(differences) > 1 and arm != "loop":
-        half = STUDENT[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-        spread = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+    spread = "-"
+    if len(losses) > 1 and arm != "loop":
+        found = over_seeds(losses, base)
+        spread = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
     return f"| {arm} | {', '.join(f'{loss:.3f}' for loss in losses)} | {spread} | {', '.join(widths)} |"
 
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
+from efficientllm.comparison.statistics import over_seeds
 from efficientllm.reporting.eval_table import markdown
 
 MEASURED = "latency, measured"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 LOSSES = 33  # points in the window
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -96,11 +96,10 @@ def paired(own: dict[int, Path], other: dict[int, Path], measure: str) -> tuple[
         statistics.mean(own[seed].share(measure, loss) - other[seed].share(measure, loss) for loss in losses)
         for seed in own
     ]
-    mean = statistics.mean(differences)
     if len(differences) < 2:
-        return mean, -math.inf, math.inf
-    half = STUDENT[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-    return mean, mean - half, mean + half
+        return statistics.mean(differences), -math.inf, math.inf
+    found = over_seeds(differences, [0.0] * len(differences))
+    return found.mean, found.low, found.high
 
 
 def comparison_table(rows: Sequence[Row]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,10 @@ from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.page import _problems, _rates, _reach, _structure, _table, _verdict, at_edge
 from efficientllm.comparison.results import _between_shapes, arm_figures, check_same_text
 from efficientllm.comparison.runner import Outcome
+from efficientllm.comparison.tasks import task_accuracy
 from efficientllm.comparison.work import ArmResult
 from efficientllm.errors import UsageError
+from efficientllm.evaluation.harness import EvalRequest
 
 
 def arm(mean: float, half: float, *, over: str = "seeds", lr: float = 2e-3) -> dict[str, object]:
@@ -94,6 +98,18 @@ def test_an_arm_with_a_seed_that_diverged_claims_nothing() -> None:
     assert figures["difference"] is None
     assert figures["problem"] == "seed 2: its loss diverged"
     assert list(_problems({"dense": figures}))[1] == "No claim about `dense`: seed 2: its loss diverged"
+
+
+def test_accuracy_over_first_records_leaves_that_over_all_of_them_alone(tmp_path: Path) -> None:
+    run = Outcome({"result": {"path": str(tmp_path / "model")}}, None)
+    whole, limited = {"acc,none": 0.75}, {"acc,none": 0.25}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({"results": {"boolq": whole}, "limit": None}))
+    assert task_accuracy(run, "boolq", EvalRequest(["boolq"])) == 0.75
+    assert task_accuracy(run, "boolq", EvalRequest(["boolq"], limit=4)) is None
+    (tmp_path / "eval" / "results-limit-4.json").write_text(json.dumps({"results": {"boolq": limited}, "limit": 4}))
+    assert task_accuracy(run, "boolq", EvalRequest(["boolq"], limit=4)) == 0.25
+    assert task_accuracy(run, "boolq", EvalRequest(["boolq"])) == 0.75
 
 
 def test_shapes_are_tested_where_two_seeds_have_each() -> None:

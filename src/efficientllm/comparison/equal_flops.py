@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from efficientllm.comparison.budget import (
@@ -43,7 +44,7 @@ class Search:
         """Tokens of the next run; None where the budget is met, cannot be, or enough has been tried."""
         if self.ended or self.met or len(self.tried) > TRIES:
             return None
-        tokens = solved_tokens(self._costs(), self._tail(), self.budget, batch)
+        tokens = solved_tokens(self._costs(), self._tail, self.budget, batch)
         first = self._costs()[0]
         if tokens < batch and len(self.tried) == 1:
             # Pruning takes its share of a run too, so one run says less of what stays than two: ask a second.
@@ -54,7 +55,7 @@ class Search:
         """Why the budget is not met, in one sentence; None where it is."""
         if self.met:
             return None
-        summary, tail = summary_of(self.nearest), self._tail()
+        summary, tail = summary_of(self.nearest), self._tail
         pruning = max(0.0, summary["flops"] - tail * summary["tokens"])
         tokens = ", ".join(format_count(each) for each, _ in self._costs())
         shares = ", ".join(f"{flops / self.budget:.3f}" for _, flops in self._costs())
@@ -66,6 +67,7 @@ class Search:
     def _costs(self) -> list[tuple[int, float]]:
         return [(summary["tokens"], float(summary["flops"])) for summary in map(summary_of, self.tried)]
 
+    @cached_property
     def _tail(self) -> float:
         """Of the first run, at equal tokens."""
         return tail_cost(read_journal(Path(summary_of(self.tried[0])["result"]["path"]).parent / "metrics.jsonl"))

@@ -10,6 +10,7 @@ from efficientllm.comparison.rates import MORE
 from efficientllm.comparison.work import Comparison
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.loading import load_config
+from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.groups import Widths
 from efficientllm.sizes import format_count
 from efficientllm.training.planning import pruning_plan
@@ -29,7 +30,7 @@ def forecast(comparison: Comparison) -> str:
         f"all, and about {each * sum(costs.values()):.2g} FLOPs"
     )
     if len(comparison.grid) > 1:
-        said += f"; up to {2 * MORE} more runs of an arm whose best rate lies at the edge of those tried"
+        said += f"; up to {MORE} more runs of an arm whose best rate lies at the edge of those tried"
     for budget in comparison.budgets[1:]:
         others = [arm for arm in arms[1:] if budget == "flops" or arm.base == "scratch"]
         extra = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
@@ -42,15 +43,17 @@ def forecast(comparison: Comparison) -> str:
 def expected_flops(comparison: Comparison) -> dict[str, float]:
     """FLOPs of each arm's run at equal tokens, estimated from shapes: training at the final size, and for arms that
     prune step by step a look at the gradient for every `bound` that falls, at a size midway."""
-    return {arm.name: _expected(comparison, arm) for arm in comparison.arms}
-
-
-def _expected(comparison: Comparison, arm: Arm) -> float:
-    recipe, space, length = comparison.recipe, comparison.space, comparison.recipe.data.sequence_length
+    recipe = comparison.recipe
     plan = pruning_plan(recipe, load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
     assert plan is not None
+    pruned = plan.landing.balanced()
+    return {arm.name: _expected(comparison, arm, plan.landing.cost, pruned) for arm in comparison.arms}
+
+
+def _expected(comparison: Comparison, arm: Arm, cost: Cost, pruned: Widths) -> float:
+    recipe, space, length = comparison.recipe, comparison.space, comparison.recipe.data.sequence_length
     assert recipe.prune is not None
-    final = space.widths if arm.base == "dense" else plan.landing.balanced()
+    final = space.widths if arm.base == "dense" else pruned
 
     def token(widths: Widths) -> float:
         own = training_flops(
@@ -62,7 +65,7 @@ def _expected(comparison: Comparison, arm: Arm) -> float:
 
     flops = token(final) * recipe.train.tokens
     if arm.prunes and arm.base != "one-shot":
-        share = plan.landing.cost(final) / plan.landing.cost(space.widths)
+        share = cost(final) / cost(space.widths)
         looks = math.ceil(math.log(share) / math.log1p(-min(recipe.prune.bound, 0.99)))
         flops += looks * batch_tokens(recipe) * (token(final) + token(space.widths)) / 2
     return flops

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.budget import CLOSE
 from efficientllm.comparison.rates import FACTOR, MORE
 from efficientllm.sizes import format_count
@@ -80,9 +81,7 @@ def _reach(results: Mapping[str, Any]) -> Iterator[str]:
         if seeds > 1
         else "With one seed an interval speaks of other windows of this validation text, not of other runs."
     )
-    borrowed = [
-        name for name in results["settings"]["arms"] if "@loop" in name or name.startswith(("scratch", "fixed"))
-    ]
+    borrowed = [name for name in results["settings"]["arms"] if parse_arm(name).needs_loop]
     if borrowed:
         names = ", ".join(f"`{name}`" for name in borrowed)
         yield (
@@ -174,7 +173,7 @@ def difference_cell(difference: Mapping[str, Any] | None) -> str:
         return "-"
     text = f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
     text = f"**{text}**" if difference["resolved"] else text
-    return text if difference["over"] == "seeds" else f"{text}, over windows of one seed"
+    return f"{text}, over windows of one seed" if difference["over"] == "windows" else text
 
 
 def _problems(arms: Mapping[str, Any]) -> Iterator[str]:
@@ -242,7 +241,4 @@ def _structure(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shapes_cell(difference: Mapping[str, Any] | None) -> str:
-    if difference is None:
-        return "cannot be said"
-    text = f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
-    return f"**{text}**" if difference["resolved"] else text
+    return "cannot be said" if difference is None else difference_cell(difference)

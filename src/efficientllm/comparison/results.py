@@ -19,9 +19,10 @@ from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.statistics import Interval, between_groups, over_seeds, over_windows, surviving
 from efficientllm.comparison.structure import kept_units, overlaps
 from efficientllm.comparison.tasks import task_accuracy
-from efficientllm.comparison.work import ArmResult, Comparison
+from efficientllm.comparison.work import ArmResult, Comparison, summary_of
 from efficientllm.config import dump_recipe
 from efficientllm.errors import UsageError
+from efficientllm.evaluation.harness import EvalRequest
 from efficientllm.pruning.groups import Widths
 from efficientllm.reporting.journal import read_journal
 
@@ -31,9 +32,7 @@ LN2 = math.log(2)
 def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult]]) -> dict[str, Any]:
     """One JSON object: settings, source, budget -> arm -> figures, structure of the loops."""
     loop = results["tokens"]["loop"]
-    source = next(iter(loop.runs.values())).summary
-    assert source is not None
-    tasks = tuple(comparison.tasks.tasks) if comparison.tasks else ()
+    source = summary_of(next(iter(loop.runs.values())))
     check_same_text([run for arms in results.values() for arm in arms.values() for run in arm.runs.values()])
     return {
         "settings": {
@@ -49,7 +48,9 @@ def collect(comparison: Comparison, results: Mapping[str, Mapping[str, ArmResult
         },
         "source": source["source"],
         "budgets": {
-            budget: with_survivors({name: arm_figures(arm, arms["loop"], tasks) for name, arm in arms.items()})
+            budget: with_survivors(
+                {name: arm_figures(arm, arms["loop"], comparison.tasks) for name, arm in arms.items()}
+            )
             for budget, arms in results.items()
         },
         "structure": {
@@ -64,18 +65,18 @@ def check_same_text(outcomes: Sequence[Outcome]) -> None:
     """Raises UsageError naming a run that was measured on other text, or more of it, than the first."""
     kinds = []
     for outcome in outcomes:
-        assert outcome.summary is not None
         assert outcome.windows is not None
-        kinds.append((outcome.summary["source"]["corpora"], len(outcome.windows["losses"])))
+        summary = summary_of(outcome)
+        kinds.append((summary["source"]["corpora"], len(outcome.windows["losses"])))
         if kinds[-1] != kinds[0]:
-            folder = Path(outcome.summary["result"]["path"]).parent
+            folder = Path(summary["result"]["path"]).parent
             raise UsageError(
                 f"{folder} was trained or measured on other text than the rest of the comparison; delete it, and the "
                 "same command runs it anew"
             )
 
 
-def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -> dict[str, Any]:
+def arm_figures(result: ArmResult, loop: ArmResult, request: EvalRequest | None = None) -> dict[str, Any]:
     """All seeds of one arm under one budget; the difference to the loop is left out where it has no interval, and
     where something went wrong with the arm, a seed that diverged or a budget that it could not meet."""
     runs = {
@@ -89,22 +90,19 @@ def arm_figures(result: ArmResult, loop: ArmResult, tasks: Sequence[str] = ()) -
         "losses_by_lr": {f"{lr:g}": loss for lr, loss in result.rates.items()},
         "problem": result.problem,
         "runs": runs,
-        "tasks": {
-            task: {
-                "mean": statistics.fmean(values),
-                "difference": None if reference is None else _task_difference(*pair),
-            }
-            for task in tasks
-            if (pair := (_task(result, task), _task(loop, task))) and (values := list(pair[0].values()))
-        },
+        "tasks": _tasks(result, reference, request) if request else {},
         "task_problems": dict(result.task_problems),
         "inherited_flops": result.inherited,
         "mean": {
             name: _mean(runs.values(), name) for name in ("loss", "bits_per_byte", "perplexity", "flops", "tokens")
         },
         "spread": _spread([run["loss"] for run in runs.values()]),
-        "difference": None if difference is None else asdict(difference) | {"resolved": difference.resolved},
+        "difference": None if difference is None else _figures(difference),
     }
+
+
+def _figures(interval: Interval) -> dict[str, Any]:
+    return asdict(interval) | {"resolved": interval.resolved}
 
 
 def with_survivors(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -116,9 +114,20 @@ def with_survivors(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return arms
 
 
-def _task(result: ArmResult, task: str) -> dict[int, float]:
+def _tasks(result: ArmResult, reference: ArmResult | None, request: EvalRequest) -> dict[str, Any]:
+    """Of the tasks that are measured with every seed; reference: the loop, where there may be a difference to it."""
+    found = {}
+    for task in request.tasks:
+        own = _task(result, task, request)
+        if own:
+            difference = None if reference is None else _task_difference(own, _task(reference, task, request))
+            found[task] = {"mean": statistics.fmean(own.values()), "difference": difference}
+    return found
+
+
+def _task(result: ArmResult, task: str, request: EvalRequest) -> dict[int, float]:
     """By seed; nothing where a seed is not measured, for the mean over the others would be no match for the rest."""
-    found = {seed: task_accuracy(outcome, task) for seed, outcome in result.runs.items()}
+    found = {seed: task_accuracy(outcome, task, request) for seed, outcome in result.runs.items()}
     return {seed: value for seed, value in found.items() if value is not None} if None not in found.values() else {}
 
 
@@ -127,21 +136,18 @@ def _task_difference(own: dict[int, float], loop: dict[int, float]) -> dict[str,
     seeds = sorted(own.keys() & loop.keys())
     if len(seeds) < 2:
         return None
-    interval = over_seeds([own[seed] for seed in seeds], [loop[seed] for seed in seeds])
-    return asdict(interval) | {"resolved": interval.resolved}
+    return _figures(over_seeds([own[seed] for seed in seeds], [loop[seed] for seed in seeds]))
 
 
 def spent(result: ArmResult, seed: int) -> float | None:
     """FLOPs of a run as a share of its budget; None at equal tokens, where there is none."""
-    summary = result.runs[seed].summary
-    return summary["flops"] / result.allowed[seed] if summary and seed in result.allowed else None
+    return summary_of(result.runs[seed])["flops"] / result.allowed[seed] if seed in result.allowed else None
 
 
 def run_figures(outcome: Outcome) -> dict[str, Any]:
     """loss: nats per token, mean over the windows that no rate was chosen on. bits_per_byte: that loss, by the bytes
     that a token of all windows has."""
-    summary, windows = outcome.summary, outcome.windows
-    assert summary is not None
+    summary, windows = summary_of(outcome), outcome.windows
     assert windows is not None
     loss = statistics.fmean(reported_windows(outcome))
     tokens = len(windows["losses"]) * windows["tokens"]
@@ -177,12 +183,12 @@ def structure(result: ArmResult) -> dict[str, Any]:
     kept, source, widths = [], None, []
     shapes: dict[tuple[int, ...], list[float]] = {}
     for outcome in result.runs.values():
-        assert outcome.summary is not None
-        folder = Path(outcome.summary["result"]["path"]).parent
-        source = Widths(**outcome.summary["source"]["widths"])
+        summary = summary_of(outcome)
+        folder = Path(summary["result"]["path"]).parent
+        source = Widths(**summary["source"]["widths"])
         journals = (read_journal(folder / f"{name}.jsonl") for name in ("events", "compactions"))
         kept.append(kept_units(source, *journals))
-        widths.append(outcome.summary["result"]["widths"])
+        widths.append(summary["result"]["widths"])
         shapes.setdefault(tuple(widths[-1].values()), []).append(statistics.fmean(reported_windows(outcome)))
     assert source is not None
     spread = {name: max(each[name] for each in widths) - min(each[name] for each in widths) for name in widths[0]}
@@ -198,8 +204,7 @@ def _between_shapes(groups: Sequence[Sequence[float]]) -> dict[str, Any] | None:
     one, other = sorted([*groups, [], []], key=len, reverse=True)[:2]
     if len(other) < 2:
         return None
-    interval = between_groups(one, other)
-    return asdict(interval) | {"resolved": interval.resolved}
+    return _figures(between_groups(one, other))
 
 
 def _mean(runs: Any, name: str) -> float | None:

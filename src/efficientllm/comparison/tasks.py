@@ -18,6 +18,7 @@ from efficientllm.evaluation.harness import (
     evaluate,
     joined_with,
     known_results,
+    results_file,
     same_way,
     way_of,
 )
@@ -27,7 +28,7 @@ from efficientllm.reporting.journal import write_atomically
 
 
 def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: str, say: Say) -> None:
-    """Writes eval/results.json into each run folder that does not have these tasks, measured in this way, yet.
+    """Writes eval/ into each run folder that does not have these tasks, measured in this way, yet (as `eval` does).
 
     A task that cannot be measured is noted in its arm's task_problems; the rest of the comparison stays.
     """
@@ -43,7 +44,7 @@ def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: st
 
 def _measure(outcome: Outcome, request: EvalRequest, manager: Any, device: str, say: Say) -> dict[str, str]:
     """What could not be measured: task -> why."""
-    model, file = _model_and_results(outcome)
+    model, file = _model_and_results(outcome, request)
     known = known_results(file)
     there: Mapping[str, Any] = known.get("results", {}) if same_way(known, way_of(request)) else {}
     missing = [task for task in request.tasks if task not in there]
@@ -65,12 +66,12 @@ def _without_accuracy(results: Mapping[str, Any], tasks: Iterable[str]) -> dict[
     }
 
 
-def task_accuracy(outcome: Outcome, task: str) -> float | None:
+def task_accuracy(outcome: Outcome, task: str, request: EvalRequest) -> float | None:
     """Accuracy in [0, 1] of one run, normalised by length where the harness reports that; None where unmeasured."""
-    known = known_results(_model_and_results(outcome)[1]).get("results", {})
+    known = known_results(_model_and_results(outcome, request)[1]).get("results", {})
     return accuracy(known[task])[0] if task in known and not _without_accuracy(known, [task]) else None
 
 
-def _model_and_results(outcome: Outcome) -> tuple[Path, Path]:
+def _model_and_results(outcome: Outcome, request: EvalRequest) -> tuple[Path, Path]:
     model = Path(summary_of(outcome)["result"]["path"])
-    return model, model.parent / "eval" / "results.json"
+    return model, results_file(model.parent, request)

@@ -108,8 +108,6 @@ class Comparison:
         if "pipeline" in budgets:
             source_flops(recipe, space)
         if tasks is not None:
-            if tasks.data_dir is not None and not tasks.data_dir.is_dir():
-                raise UsageError(f"--data-dir {tasks.data_dir} is no folder: give one as `efficientllm eval` takes it")
             check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
         # Runs side by side, one a GPU; a CPU, or one GPU of the user's choice, would only be shared among them.

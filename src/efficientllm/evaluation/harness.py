@@ -38,11 +38,11 @@ class EvalRequest:
 def check_tasks(request: EvalRequest) -> Any:
     """The harness's task manager. Raises UsageError for a task that it does not have, naming the nearest, and for a
     folder of local records that is none."""
+    check_folder(request.data_dir)
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError('evaluation needs lm-evaluation-harness: pip install "efficientllm[eval]"') from error
-    check_folder(request.data_dir)
     manager = TaskManager()
     for task in request.tasks:
         if task not in manager.all_tasks:

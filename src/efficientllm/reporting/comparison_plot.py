@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from efficientllm.reporting.journal import read_journal
-from efficientllm.reporting.plots import FONT_SIZE, RUN_COLOURS, save_figure
-from efficientllm.sizes import format_count
+from efficientllm.reporting.plot_style import FONT_SIZE, RUN_COLOURS, count_label, save_figure
 
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 COLUMNS = 3  # of the legend
@@ -45,7 +44,7 @@ def plot_comparison(arms: Mapping[str, Sequence[Path | str]], out: Path | str, *
             room = max(0.5 * (high - low), 0.05)
             axes.set_ylim(low - 0.2 * room, high + room)
         axes.set_xlim(left=0)
-    upper.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(round(value))))
+    upper.xaxis.set_major_formatter(FuncFormatter(count_label))
     figure.legend(
         *upper.get_legend_handles_labels(),
         loc="outside lower center",

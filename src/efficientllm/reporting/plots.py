@@ -35,8 +35,6 @@ from efficientllm.reporting.plot_style import (
     smooth,
 )
 
-__all__ = ["FONT_SIZE", "RUN_COLOURS", "TYPE_STYLES", "plot_demo", "plot_run", "save_figure"]
-
 
 def plot_run(run_dir: Path | str, out: Path | str, title: str | None = None) -> Path:
     """Draw the run in `run_dir` to `out` (.png or .svg) and return `out`.
