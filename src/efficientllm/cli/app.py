@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a good language model into a better small one: pretraining, architecture design and pruning in one run.",
     epilog="Results go to stdout, everything else to stderr. Exit codes: 0 done; 2 something you can mend; 75 a rank "
-    "hung; 130 or 143 stopped, with everything saved.",
+    "hung; 130 and 143 stopped by Ctrl-C and SIGTERM (a run has saved everything).",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; see recipes/ for commented ones.")]
