@@ -166,8 +166,8 @@ class DistributedConfig(Section):
     shard: Literal["auto", "none", "full", "hybrid"] = Field(
         default="auto",
         description="none: a copy of the model on every device; full: every weight cut over all of them (FSDP2); "
-        "hybrid: cut within a group, groups are copies; auto: none where it fits, else full, or hybrid where several nodes have several "
-        "processes each",
+        "hybrid: cut within a group, groups are copies; auto: none where it fits, else full, or hybrid where several "
+        "nodes have several processes each",
     )
     replicate: Literal["auto"] | Count = Field(
         default="auto", description="Copies of the model with shard hybrid; auto: one a node, or 2"
