@@ -16,6 +16,7 @@ ALLOWED = {
     "pruning": set(),
     "models": {"errors", "pruning"},
     "config": {"errors", "sizes"},
+    "data": {"errors", "config"},
     "distributed": {"errors", "config", "pruning"},
     "training": {"errors", "config", "models", "pruning", "distributed"},
     "checkpoint": {"errors", "models", "training", "distributed", ""},
@@ -23,7 +24,7 @@ ALLOWED = {
     "reporting": {"errors", "sizes", "pruning"},
     "export": {"errors", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {
-        "errors", "sizes", "config", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
+        "errors", "sizes", "config", "data", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
         "reporting", "",
     },
     "planning": {"errors", "sizes", "config", "models", "pruning", "distributed", "training"},

@@ -14,6 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from efficientllm.checkpoint.sharded import storage
 from efficientllm.config import Recipe
+from efficientllm.data.cache import file_digest
+from efficientllm.data.corpus import Corpus, cache_folder, load_corpora
+from efficientllm.data.sampling import BatchStream
 from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
@@ -22,14 +25,11 @@ from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
-from efficientllm.training.cache import file_digest
 from efficientllm.training.chunked_loss import loss_is_chunked
-from efficientllm.training.corpus import Corpus, cache_folder, load_corpora
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan
-from efficientllm.training.sampling import BatchStream
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.teacher_cache import CachedTeacher
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from efficientllm.config import DataConfig
+from efficientllm.data.corpus import load_corpora
+from efficientllm.data.sampling import BatchStream
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.probe import Scores, criteria_scores, judge, loss_increases, sample_units
 from efficientllm.jobs.job import choose_device
@@ -19,9 +21,7 @@ from efficientllm.models.space import space_of
 from efficientllm.reporting.journal import without_nonfinite, write_atomically
 from efficientllm.reporting.probe_plot import plot_probe
 from efficientllm.reporting.progress import RunProgress
-from efficientllm.training.corpus import load_corpora
 from efficientllm.training.gradient import Precision
-from efficientllm.training.sampling import BatchStream
 
 
 @dataclass(frozen=True)

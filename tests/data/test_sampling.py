@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientllm.training.sampling import BLOCK, BatchStream, permute, quotas
+from efficientllm.data.sampling import BLOCK, BatchStream, permute, quotas
 
 
 class Numbered:

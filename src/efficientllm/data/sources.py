@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 
+from efficientllm.data.documents import PACKED, TEXT_COLUMN, documents, no_column, no_documents, no_text, readable
 from efficientllm.errors import UsageError
-from efficientllm.training.documents import PACKED, TEXT_COLUMN, documents, no_column, no_documents, no_text, readable
 
 if TYPE_CHECKING:
     from efficientllm.config import DataSource

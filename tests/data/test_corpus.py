@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from efficientllm.training import cache, corpus, rows, sources
-from efficientllm.training.cache import file_digest
-from efficientllm.training.corpus import Corpus
-from training.corpus_samples import (
+from data.corpus_samples import (
     EOS,
     LENGTH,
     STORIES,
@@ -40,6 +37,9 @@ from training.corpus_samples import (
     tokens_in,
     write_jsonl,
 )
+from efficientllm.data import cache, corpus, rows, sources
+from efficientllm.data.cache import file_digest
+from efficientllm.data.corpus import Corpus
 
 
 @pytest.fixture

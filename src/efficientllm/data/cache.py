@@ -17,9 +17,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from efficientllm.data.documents import readable
+from efficientllm.data.sources import disk_full
 from efficientllm.errors import UsageError
-from efficientllm.training.documents import readable
-from efficientllm.training.sources import disk_full
 
 _SETTLED_SECONDS = 2.0
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

@@ -23,11 +23,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from efficientllm.data.cache import file_digest, only_one, plain_errors, publish, temporary, tokenizer_digest
+from efficientllm.data.documents import no_documents
+from efficientllm.data.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
+from efficientllm.data.sources import Located, load_from_hub, locate, read
 from efficientllm.errors import UsageError
-from efficientllm.training.cache import file_digest, only_one, plain_errors, publish, temporary, tokenizer_digest
-from efficientllm.training.documents import no_documents
-from efficientllm.training.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
-from efficientllm.training.sources import Located, load_from_hub, locate, read
 
 if TYPE_CHECKING:
     from efficientllm.config import DataConfig, DataSource

@@ -18,11 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.config import DataConfig
-from efficientllm.errors import UsageError
-from efficientllm.training import corpus, rows, sources
-from efficientllm.training.corpus import Corpus, load_corpora
-from training.corpus_samples import (
+from data.corpus_samples import (
     LENGTH,
     STORIES,
     load_path,
@@ -31,6 +27,10 @@ from training.corpus_samples import (
     small_tokenizer,
     write_jsonl,
 )
+from efficientllm.config import DataConfig
+from efficientllm.data import corpus, rows, sources
+from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.errors import UsageError
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.config import DataConfig
-from efficientllm.training.corpus import Corpus, load_corpora
+from efficientllm.data.corpus import Corpus, load_corpora
 
 EOS = "<|endoftext|>"
 LENGTH = 16
