@@ -27,7 +27,7 @@ from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.sizes import parse_count
 
-SIZE = DemoSize(validation_tokens=None)
+SIZE = DemoSize(validation_tokens=262_144)
 SHAPE = {"target": "the loop's shape"}  # filled in from the default loop of the same seed
 PROPORTIONAL = {"target": "proportional"}
 

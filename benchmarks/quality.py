@@ -22,7 +22,7 @@ from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, writ
 from efficientllm.jobs.prune import run
 from efficientllm.sizes import parse_count
 
-SIZE = DemoSize(hidden=192, heads=6, intermediate=512, validation_tokens=None)
+SIZE = DemoSize(hidden=192, heads=6, intermediate=512, validation_tokens=262_144)
 
 PRUNE = {"target": "40%"}
 

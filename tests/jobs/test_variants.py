@@ -185,7 +185,7 @@ def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     recipe = world.write("freer")
     assert call("prune", recipe, "run.validation_tokens=64") == 2
-    assert "run.validation_tokens=256Ki, not 64" in capsys.readouterr().err
+    assert "run.validation_tokens=auto, not 64" in capsys.readouterr().err
     assert call("prune", recipe, "train.micro_batch=2") == 0
     assert losses(folder)[-1] == pytest.approx(losses(calm)[-1], abs=1e-2)
 

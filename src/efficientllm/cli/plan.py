@@ -52,7 +52,7 @@ def plan(
     for note in found.notes:
         say(note)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
-    hours = found.flops / (machine.peak(bf16=bf16) * utilisation) / 3600 if machine else None
+    hours = (found.flops + found.validation_flops) / (machine.peak(bf16=bf16) * utilisation) / 3600 if machine else None
     host = 4 * found.parameters * min(gpus, per_node)
     if as_json:
         more: dict[str, object] = {
@@ -166,7 +166,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
         ("tokens", f"{before} before, {pruning} while, {after} after pruning; {plan.steps:,} steps of "
          f"{format_count(plan.batch_tokens)}"),
         ("FLOPs", f"{plan.flops:.3g} in all, {plan.pruning_flops:.3g} of them for pruning; "
-         f"{plan.step_flops:.3g} a step at full shape"),
+         f"{plan.step_flops:.3g} a step at full shape; validation takes {plan.validation_flops:.3g} more"),
         ("memory, weights", format_bytes(memory.weights)),
         ("memory, gradients", format_bytes(memory.gradients)),
         ("memory, AdamW", format_bytes(memory.optimizer)),

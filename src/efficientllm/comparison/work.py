@@ -21,7 +21,8 @@ from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.groups import Space
-from efficientllm.training.planning import cost_of
+from efficientllm.training.planning import cost_of, pruning_plan
+from efficientllm.training.validation_pace import validation_pace
 
 Say = Callable[[str], None]
 Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop
@@ -105,6 +106,10 @@ class Comparison:
             raise UsageError("--lr-grid wants different positive multiples of train.lr, such as 0.5,1,2")
         config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
         space, cost = space_of(config), cost_of(recipe.prune, config, recipe.data.sequence_length)
+        if recipe.run.validation_tokens == "auto":  # one number: all arms are compared on those rows
+            rows = validation_pace(recipe, space, pruning_plan(recipe, config)).rows
+            run = recipe.run.model_copy(update={"validation_tokens": rows * recipe.data.sequence_length})
+            recipe = recipe.model_copy(update={"run": run})
         if "pipeline" in budgets:
             source_flops(recipe, space)
         if tasks is not None:

@@ -49,8 +49,7 @@ def window_losses(job: Job, model: Any) -> dict[str, Any]:
     """losses: nats per token of each window. bytes: UTF-8 length of all text that is predicted in them, special
     tokens apart. tokens: predicted tokens of a window."""
     length = job.recipe.data.sequence_length
-    most = job.recipe.run.validation_tokens
-    chosen = chosen_rows(job.validation, None if most is None else max(1, most // length))
+    chosen = chosen_rows(job.validation, job.pace.rows)
     losses: list[float] = []
     size = 0
     with torch.no_grad(), track("validation windows", sum(map(len, chosen))) as bar:

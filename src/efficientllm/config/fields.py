@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     model_serializer,
     model_validator,
@@ -28,7 +30,7 @@ from efficientllm.sizes import Position, exact_count, format_fraction, parse_cou
 # Longest part of a bad value that a message repeats.
 _SHOWN = 60
 _YAML_KINDS = {"dictionary": "mapping of keys to values", "tuple": "list"}
-_TAGS = ("<plain>", "<widths>", "<cost>")
+_TAGS = ("<plain>", "<widths>", "<cost>", "<auto>")
 
 
 class Section(BaseModel):
@@ -106,6 +108,11 @@ def union_side(value: object) -> str:
     return "<widths>" if isinstance(value, Mapping | BaseModel) else "<plain>"
 
 
+def _auto_side(value: object) -> str:
+    """As `union_side`, for auto or a value of its own."""
+    return "<auto>" if value == "auto" else "<plain>"
+
+
 def one_or_more(value: object) -> object:
     """A list of one for a lone string, mapping or section."""
     return [value] if isinstance(value, str | Mapping | BaseModel) else value
@@ -143,3 +150,7 @@ Share = Annotated[float, BeforeValidator(parse_fraction), json_as(format_fractio
 Place = Annotated[Position, PlainValidator(Position.parse), json_as(str)]
 Interval = Annotated[Position, PlainValidator(_interval), json_as(str)]
 Device = Annotated[str, AfterValidator(_device)]
+Auto = Annotated[Literal["auto"], Tag("<auto>")]
+AutoCount = Annotated[Auto | Annotated[Count, Tag("<plain>")], Discriminator(_auto_side)]
+AutoInterval = Annotated[Auto | Annotated[Interval, Tag("<plain>")], Discriminator(_auto_side)]
+AutoPlace = Annotated[Auto | Annotated[Place, Tag("<plain>")], Discriminator(_auto_side)]

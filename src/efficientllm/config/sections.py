@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from efficientllm.config.fields import (
+    AutoCount,
+    AutoInterval,
     Count,
     Device,
     Interval,
@@ -183,9 +185,15 @@ class RunConfig(Section):
     dir: Text = Field(description="Run folder; the same command on an existing one resumes")
     checkpoint_every: Interval = Field(default=Position(0.1), description="Stretch between two checkpoints")
     keep: Count = Field(default=2, description="Checkpoints that are kept")
-    validate_every: Interval = Field(default=Position(0.05), description="Stretch between two validations")
-    validation_tokens: Count | None = Field(
-        default=262_144, description="Tokens of one validation, spread over the split; null: the whole split"
+    validate_every: AutoInterval = Field(
+        default="auto",
+        description="Stretch between two validations; auto: 5% of the run or more, so that all of them take at most 5% "
+        "of its FLOPs",
+    )
+    validation_tokens: AutoCount = Field(
+        default="auto",
+        description="Tokens of one validation, spread over the split; auto: as many as 5% of the run's FLOPs pay for, "
+        "8 rows at least and 256Ki tokens at most",
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(

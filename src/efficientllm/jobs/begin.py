@@ -19,7 +19,7 @@ from efficientllm.jobs.validate import validate
 from efficientllm.models.loading import load_model
 from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
-from efficientllm.sizes import format_count
+from efficientllm.sizes import exact_count, format_count
 from efficientllm.training.state import TrainState, restore, start
 
 
@@ -57,6 +57,7 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
         "parameters": state.allocated_parameters,
         "widths": asdict(state.space.widths),
         "validation_loss": loss,
+        "validation_rows": job.pace.rows,
         "corpora": job.corpora,
         "precision": job.precision.name,
         **arithmetic(job.device),
@@ -133,6 +134,13 @@ def _check_source(job: Job, source: dict[str, Any], folder: RunFolder) -> None:
         raise UsageError(
             f"run folder {folder.path} was begun with another prune.latency_table under that name; restore it, or "
             "choose another run.dir"
+        )
+    rows = source.get("validation_rows", job.pace.rows)
+    if rows != job.pace.rows:
+        tokens = exact_count(rows * job.recipe.data.sequence_length)
+        raise UsageError(
+            f"the source of run folder {folder.path} was validated on {rows:,} rows, and this run would take "
+            f"{job.pace.rows:,}; set run.validation_tokens to {tokens}"
         )
     if source.get("precision") != job.precision.name:
         raise UsageError(

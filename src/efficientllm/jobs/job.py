@@ -32,6 +32,7 @@ from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.teacher_cache import CachedTeacher
+from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Job:
     batches: BatchStream
     batch_rows: int
     validation: Sequence[Corpus]
+    pace: ValidationPace
     steps: int
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
@@ -193,7 +195,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
     plan = pruning_plan(recipe, config)
-    for note in notes_of(recipe, plan):
+    pace = validation_pace(recipe, space_of(config), plan)
+    for note in (*notes_of(recipe, plan), *([pace.said] if pace.said else [])):
         say(note)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
     length = recipe.data.sequence_length
@@ -230,6 +233,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
         batches,
         rows,
         validation,
+        pace,
         steps,
         corpora,
         Unlogged(),

@@ -85,7 +85,6 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
     recipe = job.recipe
     total = job.steps * job.batch_rows * recipe.data.sequence_length
     checkpoint_every = recipe.run.checkpoint_every.tokens(total)
-    validate_every = recipe.run.validate_every.tokens(total)
     rows = calibration_rows(recipe, job.batch_rows)
     records = train_steps(
         state,
@@ -113,7 +112,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
                 warned = True
                 progress.note(SKIPPED)
             last = state.step == job.steps
-            due = last or crossed(validate_every, before, state.tokens)
+            due = last or crossed(job.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
             stopping = agreed(job, stop)  # once: a signal from here on is for the next step, whose line comes first

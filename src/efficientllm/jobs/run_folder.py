@@ -24,7 +24,8 @@ from efficientllm.reporting.journal import Journal, write_atomically
 
 # Keys that say how a run is kept, shown, fitted into memory or computed, not what it is to learn; they may change when
 # it is resumed (with other bits, but the same run), the correction's solver among them. Of the run section only
-# validation_tokens is bound: the source was measured on those rows. docs/distributed.md has the list too.
+# validation_tokens is bound: the source was measured on those rows; where it is auto, it follows from validate_every,
+# which then is bound too. docs/distributed.md has the list too.
 FREE_KEYS = {
     "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
     "data": {"cache_dir", "workers"},
@@ -157,6 +158,8 @@ def _essential(recipe: Recipe) -> dict[str, Any]:
         for section, values in content.items()
     }
     length = recipe.data.sequence_length
+    if recipe.run.validation_tokens == "auto":
+        kept["run"]["validate_every"] = content["run"]["validate_every"]
     kept["train"]["batch_tokens"] = recipe.train.batch_rows(length) * length
     return kept
 

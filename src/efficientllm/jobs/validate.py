@@ -13,9 +13,7 @@ from efficientllm.training.state import TrainState
 def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable[[], None] = lambda: None) -> float:
     """Validation loss in nats per token, with a bar; `check` is called between micro-batches and may raise."""
     recipe = job.recipe
-    tokens = recipe.run.validation_tokens
-    limit = None if tokens is None else max(1, tokens // recipe.data.sequence_length)
-    rows = sum(len(indices) for indices in chosen_rows(job.validation, limit))
+    rows = sum(len(indices) for indices in chosen_rows(job.validation, job.pace.rows))
     with progress.track("validation", rows) as tracker:
 
         def tick(rows: int) -> None:
@@ -26,7 +24,7 @@ def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable
             state.model,
             job.validation,
             micro_batch=recipe.train.micro_batch,
-            limit=limit,
+            limit=job.pace.rows,
             device=job.device,
             precision=job.precision,
             chunked=job.chunked_loss,

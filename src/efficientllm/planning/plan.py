@@ -18,6 +18,7 @@ from efficientllm.sizes import format_amount
 from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import calibration_rows, pruning_plan
 from efficientllm.training.state import PruningPlan
+from efficientllm.training.validation_pace import validation_pace
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Plan:
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
-    pruning_flops: those of it that refreshes, calibration, scores and corrections take. Bytes throughout. notes: what
-    the run will say before it starts."""
+    pruning_flops: those of it that refreshes, calibration, scores and corrections take; validation_flops come on top.
+    Bytes throughout. notes: what the run will say before it starts."""
 
     parameters: int
     target: int
@@ -42,6 +43,7 @@ class Plan:
     batch_tokens: int
     flops: float
     pruning_flops: float
+    validation_flops: int
     step_flops: int
     memory: StepMemory
     checkpoint: int
@@ -70,6 +72,7 @@ def plan_of(
     cost = _step_flops(recipe, space, teaching, batch_rows)
     done = _walk(recipe, plan, space, cost, batch_rows, steps)
     parameters = int(space.num_params())
+    pace = validation_pace(recipe, space, plan)
     return Plan(
         parameters,
         target,
@@ -84,6 +87,7 @@ def plan_of(
         batch,
         done.flops,
         done.pruning,
+        pace.flops,
         int(cost(space.widths)),
         replace(
             step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
@@ -91,7 +95,7 @@ def plan_of(
         ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
-        notes=notes_of(recipe, plan),
+        notes=(*notes_of(recipe, plan), *([pace.said] if pace.said else [])),
     )
 
 
