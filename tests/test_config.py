@@ -170,7 +170,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     schedule = draw(st.sampled_from(["wsd", "cosine", "constant"]))
     train = {
         "tokens": draw(st.integers(10**7, 10**13)),
-        "batch_tokens": draw(st.integers(1, 10**7)),
+        "batch_tokens": draw(st.integers(1024, 10**7)),
         "lr": draw(st.floats(1e-12, 1e3)),
         "schedule": schedule,
         "warmup": draw(positions),
@@ -269,6 +269,10 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.cost=flops", "prune.cost is flops, but prune.target is in params: write it as {flops: 40%}"),
         ("prune.latency_table=a.json", "prune.latency_table has no effect with prune.cost params: remove it"),
         ("prune.cost=energy", "prune.cost should be 'params', 'flops', 'kv-cache' or 'latency', not 'energy'"),
+        (
+            "train.batch_tokens=1000",
+            "train.batch_tokens (1000) is less than one row of data.sequence_length (1024): raise it to a row or more",
+        ),
         ("prune.target={}", "prune.target names no width: give one or more of layers, hidden, heads"),
         ("prune.target.hidden=8", "override 'prune.target.hidden=8': prune.target has no keys in this recipe, so set"),
         ("prune.bound=2", "prune.bound: 2 is not a fraction: write a share such as 2% or 0.02"),

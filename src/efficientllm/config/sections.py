@@ -252,6 +252,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_step_has_a_row(self) -> Self:
+        tokens, length = self.train.batch_tokens, self.data.sequence_length
+        if tokens < length:
+            raise UsageError(
+                f"train.batch_tokens ({exact_count(tokens)}) is less than one row of data.sequence_length "
+                f"({exact_count(length)}): raise it to a row or more, or make rows shorter"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _loss_has_an_effect(self) -> Self:
         if self.distill and self.train.loss != "auto":
             raise UsageError(
