@@ -147,6 +147,16 @@ def test_overrides_win_and_null_restores_the_default(load: Load) -> None:
     assert load("prune=null", "prune.target=50%").prune == load("prune.target=50%").prune
 
 
+def test_pruning_starts_once_the_learning_rate_is_there(load: Load) -> None:
+    assert load("train.warmup=3M").pruning_starts == 3_000_000
+    assert load("train.warmup=3M", "prune.every=2").pruning_starts == 3_000_000
+    assert load("train.warmup=3M", "prune.start=0").pruning_starts == 0
+    assert load("train.warmup=3M", "prune.start=2M").pruning_starts == 2_000_000
+    for mode in ("one-shot", "iterative"):  # their weights are at rest until pruning is over, and then warm up
+        assert load("train.warmup=3M", f"prune={{target: 50%, mode: {mode}}}").pruning_starts == 0
+    assert load("prune=null").pruning_starts == 0
+
+
 @pytest.mark.parametrize(
     ("batch_tokens", "sequence_length", "rows"),
     [(32_000, 1024, 32), (32_768, 1024, 32), (4096, 1024, 4), (5000, 1024, 5), (100, 1024, 1), (12_288, 1024, 16)],
@@ -159,7 +169,7 @@ def test_batches_are_whole_micro_batches_where_they_can(batch_tokens: int, seque
 
 
 positions = st.one_of(
-    st.floats(0, 0.2).map(lambda x: f"{x:.6f}"), st.integers(2, 2_000_000).map(str), st.just("0%"), st.just("1M")
+    st.floats(0, 0.14).map(lambda x: f"{x:.6f}"), st.integers(2, 1_400_000).map(str), st.just("0%"), st.just("1M")
 )
 names = st.text(string.ascii_letters + string.digits + " ./_-:#'\"{}[]%&*!|>@`\t\u00e9\u4e16", min_size=1, max_size=20)
 
@@ -282,6 +292,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
             "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem' or 'depth', not 'fnn'",
         ),
         ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
+        ("train.warmup=15%", "pruning starts at the end of train.warmup (15%), which must come before prune.end (15%)"),
         ("prune.start=20%", "prune.start (20%) must come before prune.end (15%)"),
         ("prune.end=70M", "prune.end (70M) lies beyond train.tokens (60M): lower it"),
         ("prune.end=110%", "prune.end: '110%' is no place in a run: write a share of it such as 15% or 0.15"),

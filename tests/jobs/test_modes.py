@@ -186,7 +186,7 @@ def test_bad_requests_get_one_sentence(
 
 
 def test_a_low_rate_while_pruning_and_warm_up_after_it(world: World) -> None:
-    prune = {"lr": 0.25, "end": "50%"}
+    prune = {"lr": 0.25, "start": "0%", "end": "50%"}
     assert call("prune", world.write("low", prune=prune, train={"warmup": 4 * 256, "decay": 0})) == 0
     metrics = records(world, "low", "metrics")
     last = records(world, "low", "events")[-1]["step"]

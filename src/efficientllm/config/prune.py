@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from efficientllm.config.fields import (
+    AutoPlace,
     Count,
     Momentum,
     Place,
@@ -102,7 +103,11 @@ class PruneConfig(Section):
     order: Literal["saliency", "attention-first", "ffn-first", "stem-first", "interleaved"] = Field(
         default="saliency", description="Which type falls next; the others are pruning paths to widths given as target"
     )
-    start: Place = Field(default=Position(0.0), description="Where pruning starts")
+    start: AutoPlace = Field(
+        default="auto",
+        description="Where pruning starts; auto: at the end of warm-up, with mode one-shot or iterative at once, since "
+        "their warm-up follows pruning",
+    )
     end: Place = Field(default=Position(0.15), description="Where the target is reached")
     every: Count | None = Field(
         default=None, description="The paper's N: one event every N batches until the target, in place of end"

@@ -230,6 +230,16 @@ class Recipe(Section):
     )
     run: RunConfig = Field(description="The run folder")
 
+    @property
+    def pruning_starts(self) -> int:
+        """Tokens before pruning; 0 where nothing is pruned."""
+        if self.prune is None:
+            return 0
+        start = self.prune.start
+        if start == "auto":
+            start = self.train.warmup if self.prune.mode == "loop" else Position(0.0)
+        return start.tokens(self.train.tokens)
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_sentence(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -243,7 +253,7 @@ class Recipe(Section):
         if self.distill and self.distill.teacher is None and self.init == "random":
             raise UsageError("distill.teacher is missing: with init random the source has no weights to teach with")
         prune, distill = self.prune, self.distill
-        untrained = prune is not None and (prune.mode != "loop" or not prune.start.tokens(self.train.tokens))
+        untrained = prune is not None and (prune.mode != "loop" or not self.pruning_starts)
         if distill and distill.weight == 1.0 and distill.teacher is None and untrained:
             raise UsageError(
                 "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: lower "
@@ -279,7 +289,12 @@ class Recipe(Section):
             end = Position(1.0)
         if end.tokens(total) > total:
             raise UsageError(f"prune.end ({end}) lies beyond train.tokens ({exact_count(total)}): lower it")
-        if start.tokens(total) >= end.tokens(total):
+        if self.pruning_starts >= end.tokens(total):
             last = "the end of the run" if end == Position(1.0) else f"prune.end ({end})"
+            if start == "auto":
+                raise UsageError(
+                    f"pruning starts at the end of train.warmup ({self.train.warmup}), which must come before {last}: "
+                    "shorten the warm-up, move the end, or set prune.start"
+                )
             raise UsageError(f"prune.start ({start}) must come before {last}: lower prune.start or move the end")
         return self

@@ -118,7 +118,7 @@ def _phases(recipe: Recipe, plan: PruningPlan | None, batch: int, steps: int, ev
     total = steps * batch
     if recipe.prune is None or plan is None:
         return total, 0, 0
-    start = recipe.prune.start.tokens(recipe.train.tokens)
+    start = recipe.pruning_starts
     span = getattr(plan.schedule, "end", None)
     end = span if span is not None else start + events * (recipe.prune.every or 1) * batch
     end = int(min(total, end))

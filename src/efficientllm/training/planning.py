@@ -46,7 +46,7 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         correction_tokens=prune.correction_tokens,
         calibrate_on_next=prune.calibration_batch == "next",
         lr_share=prune.lr if prune.mode == "loop" else 0.0,
-        begins=prune.start.tokens(recipe.train.tokens),
+        begins=recipe.pruning_starts,
     )
 
 
@@ -229,7 +229,7 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
     after the calibration batches.
     """
     train = recipe.train
-    start = prune.start.tokens(train.tokens)
+    start = recipe.pruning_starts
     batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
     source, target = landing.cost(space.widths), landing.target
     if prune.mode == "one-shot":
