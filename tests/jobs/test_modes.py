@@ -220,13 +220,13 @@ def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.C
     assert losses[0] < 0.5 * 5.6  # at first the student is the teacher: no divergence, three tenths of the loss
     assert losses[-1] < 5.0
     for name in ("cached", "cached-again"):  # the second run finds every logit on the disk
-        assert call("prune", world.write(name, distill={"weight": 0.7, "top_k": 20})) == 0
-    (cache,) = (world.folder / "cache").glob("teacher-*-20")
+        assert call("prune", world.write(name, distill={"weight": 0.7, "samples": 20})) == 0
+    (cache,) = (world.folder / "cache").glob("teacher-*-drawn-1-20")
     rows = (cache / "keys.bin").stat().st_size // 16
     assert rows == 24 * 8
     assert records(world, "cached", "metrics")[-1]["loss"] == records(world, "cached-again", "metrics")[-1]["loss"]
-    assert call("prune", world.write("greedy", distill={"top_k": 301})) == 2
-    assert "more than the vocabulary's 300" in capsys.readouterr().err
+    assert call("prune", world.write("greedy", distill={"top_k": 20})) == 2
+    assert "distill.top_k is gone" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_config, tiny_model
 from efficientllm.models.space import space_of
-from efficientllm.training.distillation import Distillation, LiveTeacher
+from efficientllm.training.distillation import Distillation, LiveTeacher, draws, sampled_divergence
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.teacher_cache import CachedTeacher
 
@@ -68,40 +68,82 @@ def loss_of(teacher: CachedTeacher | LiveTeacher, rows: torch.Tensor) -> float:
     return float(Distillation(teacher, 0.6, 1.5, 8).summed_loss(student.model, student.lm_head, rows, CPU).detach())
 
 
-def test_all_logits_from_disk_are_the_teacher(tmp_path: Path) -> None:
-    """With k the whole vocabulary nothing is cut off, and fp16 is all that is lost."""
-    cached = CachedTeacher(tmp_path, Asked(), length=11, k=61, space=SPACE)
+def kl_and_gradient(logits: torch.Tensor, p: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || softmax(logits / T)) of each token and its gradient to the logits, in fp64: (q - p) / T."""
+    q = functional.softmax(logits.double() / temperature, -1)
+    return (p * (p.log() - q.log())).sum(-1), (q - p) / temperature
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_few_draws_are_right_on_average(temperature: float) -> None:
+    """Over evenly spaced offsets, so that the average is the expectation but for the spacing: value and gradient are
+    those of the whole distribution. The largest logits, normalised to one, would be off by a tenth and more."""
+    generator = torch.Generator().manual_seed(3)
+    teacher, student = (torch.randn(5, 61, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    p = functional.softmax(teacher / temperature, -1)
+    want, want_gradient = kl_and_gradient(student, p, temperature)
+    value, gradient, offsets = torch.zeros(5, dtype=torch.float64), torch.zeros_like(student), 4000
+    for index in range(offsets):
+        log_p, tokens = draws(teacher, temperature, 4, torch.full((5,), (index + 0.5) / offsets, dtype=torch.float64))
+        logits = student.clone().requires_grad_()
+        each = sampled_divergence(functional.log_softmax(logits / temperature, -1), log_p, tokens)
+        each.sum().backward()
+        value += each.detach() / offsets
+        gradient += logits.grad / offsets
+    torch.testing.assert_close(value, want, rtol=0, atol=5e-3)
+    torch.testing.assert_close(gradient, want_gradient, rtol=0, atol=1 / (4 * offsets))
+    kept = teacher.topk(4).indices
+    sharp = torch.zeros_like(p).scatter(-1, kept, functional.softmax(teacher.gather(-1, kept) / temperature, -1))
+    assert ((sharp - p) / temperature).abs().max() > 0.1 / temperature
+
+
+def test_draws_of_a_token_are_off_by_less_than_one() -> None:
+    teacher = torch.randn(7, 61, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 3
+    log_p, tokens = draws(teacher, 1.0, 50, torch.rand(7, dtype=torch.float64))
+    p = functional.softmax(teacher, -1)
+    torch.testing.assert_close(log_p.double(), p.log().gather(-1, tokens), rtol=0, atol=1e-5)
+    counts = torch.zeros_like(p).scatter_add(-1, tokens, torch.ones_like(log_p, dtype=torch.float64))
+    assert (counts - 50 * p).abs().max() < 1
+    edges = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert draws(edges, 1.0, 4, torch.tensor([0.999], dtype=torch.float64))[1].tolist() == [[1, 1, 3, 3]]
+    last = draws(edges, 1.0, 4, torch.tensor([1.0 - 2**-53], dtype=torch.float64))
+    assert last[1][0, -1] == 3  # where rounding would end behind the last entry, which has no probability
+    assert last[0].isfinite().all()
+
+
+def test_many_draws_from_disk_are_the_teacher(tmp_path: Path) -> None:
+    cached = CachedTeacher(tmp_path, Asked(), length=11, samples=20_000, temperature=1.5, space=SPACE)
     assert loss_of(cached, IDS) == pytest.approx(loss_of(LiveTeacher(Asked()()), IDS), rel=2e-3)
 
 
 def test_the_teacher_is_asked_once_and_not_again_by_another_run(tmp_path: Path) -> None:
     asked = Asked()
-    cached = CachedTeacher(tmp_path, asked, length=11, k=5, space=SPACE)
+    cached = CachedTeacher(tmp_path, asked, length=11, samples=5, temperature=1.5, space=SPACE)
     first = loss_of(cached, IDS)
     assert loss_of(cached, IDS.flip(0)) == pytest.approx(first, rel=1e-5)
     del cached
     again = Asked()
-    cached = CachedTeacher(tmp_path, again, length=11, k=5, space=SPACE)
+    cached = CachedTeacher(tmp_path, again, length=11, samples=5, temperature=1.5, space=SPACE)
     assert loss_of(cached, IDS) == first
     assert (asked.times, again.times) == (1, 0)
 
 
 def test_a_row_torn_by_a_kill_is_asked_again(tmp_path: Path) -> None:
-    cached = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
+    cached = CachedTeacher(tmp_path, Asked(), length=11, samples=5, temperature=1.5, space=SPACE)
     first = loss_of(cached, IDS)
     del cached
     with (tmp_path / "tokens.bin").open("ab") as file:
         file.truncate((tmp_path / "tokens.bin").stat().st_size - 7)
     asked = Asked()
-    cached = CachedTeacher(tmp_path, asked, length=11, k=5, space=SPACE)
+    cached = CachedTeacher(tmp_path, asked, length=11, samples=5, temperature=1.5, space=SPACE)
     assert loss_of(cached, IDS) == first
     assert asked.times == 1
     assert (tmp_path / "keys.bin").stat().st_size == 3 * 16
 
 
 def test_a_second_process_reads_and_does_not_write(tmp_path: Path) -> None:
-    writer = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
+    writer = CachedTeacher(tmp_path, Asked(), length=11, samples=5, temperature=1.5, space=SPACE)
     loss_of(writer, IDS[:2])
-    reader = CachedTeacher(tmp_path, Asked(), length=11, k=5, space=SPACE)
+    reader = CachedTeacher(tmp_path, Asked(), length=11, samples=5, temperature=1.5, space=SPACE)
     loss_of(reader, IDS)
     assert (tmp_path / "keys.bin").stat().st_size == 2 * 16

@@ -155,10 +155,22 @@ class DistillConfig(Section):
     teacher: Text | None = Field(default=None, description="Folder or hub id; null: the source, as it was")
     weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
     temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
-    top_k: Count | None = Field(
-        default=None, description="Keep this many of the teacher's logits a token on disk; null: all, asked anew"
+    samples: Count | None = Field(
+        default=None,
+        description="Keep so many draws from the teacher's distribution a token on disk (50, say): a gradient that is "
+        "right on average; null: all of it, asked anew",
     )
     chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_is_gone(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("top_k") is not None:
+            raise UsageError(
+                "distill.top_k is gone, since the largest logits alone teach a distribution that is too sharp: set "
+                "distill.samples, such as 50"
+            )
+        return data
 
 
 class DistributedConfig(Section):

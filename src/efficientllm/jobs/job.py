@@ -109,16 +109,22 @@ def teacher_of(job: Job) -> Distillation | None:
         return model.to(torch.bfloat16) if job.precision.bf16 else model
 
     teacher: Teacher
-    if distill.top_k is None:
+    if distill.samples is None:
         teacher = LiveTeacher(load())
     else:
-        if distill.top_k > theirs:
-            raise UsageError(f"distill.top_k {distill.top_k} is more than the vocabulary's {theirs:,}; lower it")
         root, length = cache_folder(job.recipe.data), job.recipe.data.sequence_length
-        name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{length}-{distill.top_k}"
+        drawn = f"{length}-drawn-{distill.temperature:g}-{distill.samples}"
+        name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
             name += f"-{job.ranks.rank}-of-{job.ranks.world}"
-        teacher = CachedTeacher(root / name, load, length=length, k=distill.top_k, space=space_of(config))
+        teacher = CachedTeacher(
+            root / name,
+            load,
+            length=length,
+            samples=distill.samples,
+            temperature=distill.temperature,
+            space=space_of(config),
+        )
     return Distillation(teacher, distill.weight, distill.temperature, distill.chunk_tokens)
 
 

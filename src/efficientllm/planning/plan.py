@@ -133,7 +133,7 @@ def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
 def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) -> StepFlops:
     """FLOPs of a step as a function of the allocated widths, a teacher's included."""
     length, distill = recipe.data.sequence_length, recipe.distill is not None
-    keeps = recipe.distill is not None and recipe.distill.top_k is not None
+    keeps = recipe.distill is not None and recipe.distill.samples is not None
     teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
 
     @lru_cache(1 << 16)

@@ -62,13 +62,27 @@ class LiveTeacher:
         return teacher_flops(forward_flops(space_of(self.model.config), rows, length))
 
 
-def top_k_divergence(own: Tensor, temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:
-    """KL of a teacher known by its k largest logits (tokens, k), normalised over them, at vocabulary entries `tokens`.
+def draws(logits: Tensor, temperature: float, samples: int, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, fp32, and vocabulary entries, int64, of draws from softened logits: each (tokens, samples).
 
-    Deviation: what lies outside the k is taken as zero.
+    Random Sampling KD (arXiv 2503.16870, sec. 4.1, drawn from the teacher itself: all weights are 1 / samples).
+    Deviation: the draws of a token are systematic, at (0 .. samples - 1 + offset) / samples of its cumulated
+    probabilities, with one offset (tokens,) in [0, 1). Over offsets each entry comes up samples x p times on average,
+    as in independent draws, and never further from that than one.
     """
-    wanted = functional.log_softmax(logits.float() / temperature, dim=-1)
-    return (wanted.exp() * (wanted - own.gather(-1, tokens.long()))).sum(-1)
+    log_p = functional.log_softmax(logits.double() / temperature, dim=-1)
+    cumulated = log_p.exp().cumsum(-1)
+    at = (torch.arange(samples, dtype=torch.float64, device=logits.device) + offset[:, None]) / samples
+    # Below 1 although it may round to it, and of the last sum, which rounding leaves a little off 1.
+    at = at.clamp(max=1.0 - 2.0**-53) * cumulated[:, -1:]
+    tokens = torch.searchsorted(cumulated, at, right=True)
+    return log_p.gather(-1, tokens).float(), tokens
+
+
+def sampled_divergence(own: Tensor, log_p: Tensor, tokens: Tensor) -> Tensor:
+    """KL(teacher || student) of each token by draws from the teacher: the mean of log p - log q, whose value and whose
+    gradient are both right on average. own: as in Teacher; log_p, tokens: from `draws`."""
+    return (log_p - own.gather(-1, tokens.long())).mean(-1)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""A teacher's largest logits on disk: computed once for each row of text, read back by every run that meets it again.
+"""What a teacher says, as draws on disk: taken once for each row of text, read back by every run that meets it again.
 
-teacher-DIGEST/keys.bin     16 bytes a row: a digest of its tokens
-               logits.bin   fp16 (rows, length, k)
-               tokens.bin   int32 (rows, length, k), the vocabulary entries that the logits belong to
+teacher-DIGEST/keys.bin      16 bytes a row: a digest of its tokens
+               log_p.bin     fp16 (rows, length, samples), log-probabilities of what was drawn
+               tokens.bin    int32 (rows, length, samples), the vocabulary entries that were drawn
 
 Files only grow, each flushed before the next and keys last, so that a torn row has no key. One process writes; others
 read what there was when they began, and ask the teacher for the rest.
@@ -25,23 +25,34 @@ from transformers import PreTrainedModel
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops, teacher_flops
 from efficientllm.pruning.groups import Space
-from efficientllm.training.distillation import top_k_divergence
+from efficientllm.training.distillation import draws, sampled_divergence
 
 KEY_BYTES = 16
+PART = 256  # tokens whose distributions stand in memory in fp64
 
 
 class CachedTeacher:
-    """A Teacher (distillation.py) that keeps the k largest logits of every token on disk.
+    """A Teacher (distillation.py) that keeps draws of every token's distribution, at one temperature, on disk.
 
-    load: brings the model when a row is not there yet, and never before. length: tokens of a row. k: at most the
-    vocabulary. space: the model's. Raises UsageError when the disk refuses.
+    load: brings the model when a row is not there yet, and never before. length: tokens of a row. samples: draws of a
+    token. space: the model's. Raises UsageError when the disk refuses.
     """
 
-    def __init__(self, folder: Path, load: Callable[[], PreTrainedModel], *, length: int, k: int, space: Space) -> None:
-        self._load, self._length, self._k, self._space = load, length, k, space
+    def __init__(
+        self,
+        folder: Path,
+        load: Callable[[], PreTrainedModel],
+        *,
+        length: int,
+        samples: int,
+        temperature: float,
+        space: Space,
+    ) -> None:
+        self._load, self._length, self._samples, self._space = load, length, samples, space
+        self._temperature = temperature
         self._model: PreTrainedModel | None = None
-        self._paths = [folder / name for name in ("logits.bin", "tokens.bin", "keys.bin")]
-        self._sizes = [length * k * 2, length * k * 4, KEY_BYTES]
+        self._paths = [folder / name for name in ("log_p.bin", "tokens.bin", "keys.bin")]
+        self._sizes = [length * samples * 2, length * samples * 4, KEY_BYTES]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock")
@@ -56,8 +67,8 @@ class CachedTeacher:
 
     def _refused(self, error: OSError) -> UsageError:
         return UsageError(
-            f"cannot use the cache of the teacher's logits in {self._paths[0].parent} ({error.strerror}); make room, "
-            "set data.cache_dir to a larger disk, or leave out distill.top_k"
+            f"cannot use the cache of the teacher's draws in {self._paths[0].parent} ({error.strerror}); make room, "
+            "set data.cache_dir to a larger disk, or leave out distill.samples"
         )
 
     def _read_keys(self) -> dict[bytes, int]:
@@ -74,32 +85,34 @@ class CachedTeacher:
 
     @torch.no_grad()
     def says(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The k largest logits, fp32 (tokens, k), and their vocabulary entries, int64 (tokens, k)."""
+        """Log-probabilities of the draws, fp32 (tokens, samples), and their vocabulary entries, int64."""
         keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=KEY_BYTES).digest() for row in rows.cpu()]
         missing = [place for place, key in enumerate(keys) if key not in self._places]
         fresh: dict[bytes, tuple[Tensor, Tensor]] = {}
         if missing:
-            logits, tokens = self._ask(rows[missing])
-            fresh = {keys[at]: (logits[place], tokens[place]) for place, at in enumerate(missing)}
+            fresh = {keys[at]: self._ask(rows[at], keys[at]) for at in missing}
             if self._writes:
                 self._append(fresh)
         parts = [fresh[key] if key in fresh else self._read(self._places[key]) for key in keys]
         said = (torch.stack([part[which] for part in parts]).flatten(0, 1).to(rows.device) for which in (0, 1))
-        logits, tokens = said
-        return logits.float(), tokens.long()
+        log_p, tokens = said
+        return log_p.float(), tokens.long()
 
-    def _ask(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A row at a time, so that no more than one row's logits stand in memory. fp16 and int32, on the CPU."""
+    def _ask(self, row: Tensor, key: bytes) -> tuple[Tensor, Tensor]:
+        """One row's draws, fp16 and int32, on the CPU: its own logits alone stand in memory. The row seeds them."""
         if self._model is None:
             self._model = self._load()
         model: Any = self._model
-        answers = [model(input_ids=row[None], use_cache=False).logits[0].float().topk(self._k) for row in rows]
-        logits = torch.stack([answer.values.half() for answer in answers])
-        return logits.cpu(), torch.stack([answer.indices.int() for answer in answers]).cpu()
+        logits = model(input_ids=row[None], use_cache=False).logits[0]
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+        offset = torch.rand(len(row), generator=generator, dtype=torch.float64).to(logits.device)
+        parts = zip(logits.split(PART), offset.split(PART), strict=True)
+        log_p, tokens = zip(*(draws(part, self._temperature, self._samples, at) for part, at in parts), strict=True)
+        return torch.cat(log_p).half().cpu(), torch.cat(tokens).int().cpu()
 
     def _append(self, fresh: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         content = (
-            b"".join(logits.numpy().tobytes() for logits, _ in fresh.values()),
+            b"".join(log_p.numpy().tobytes() for log_p, _ in fresh.values()),
             b"".join(tokens.numpy().tobytes() for _, tokens in fresh.values()),
             b"".join(fresh),
         )
@@ -115,7 +128,7 @@ class CachedTeacher:
             self._places[key] = len(self._places)
 
     def _read(self, place: int) -> tuple[Tensor, Tensor]:
-        shape = (self._length, self._k)
+        shape = (self._length, self._samples)
         parts = []
         for path, size, kind in zip(self._paths[:2], self._sizes, (np.float16, np.int32), strict=False):
             with path.open("rb") as file:
@@ -124,7 +137,7 @@ class CachedTeacher:
         return parts[0], parts[1]
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
-        return top_k_divergence(own, temperature, *said)
+        return sampled_divergence(own, *said)
 
     def flops(self, rows: int, length: int) -> int:
         return teacher_flops(forward_flops(self._space, rows, length), keeps=True)
