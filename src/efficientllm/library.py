@@ -30,7 +30,7 @@ from efficientllm.pruning.groups import DEFAULT_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.optim import second_moment, shaped_moments
+from efficientllm.training.optim import shaped_moments
 from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
 from efficientllm.training.snapshot import cut, model_of, snapshot_of
 from efficientllm.training.state import load_moments
@@ -151,7 +151,6 @@ class Pruner:
             space,
             params,
             lambda name: shaped_moments(self.optimizer, params[name]),
-            second_moment=lambda name: second_moment(self.optimizer, params[name]),
             landings=[self._landing],
             schedule=self._schedule,
             options=self._options,

@@ -24,7 +24,7 @@ TWO = [
     Case("full-wanda", family="llama-mha-tied", criterion="wanda"),
     Case("full-sparsegpt", criterion="sparsegpt", correction="none", steps=3),
     Case("full-activation", family="qwen3-gqa", criterion="activation", correction="none", steps=3),
-    Case("none-element2", family="qwen2-gqa-tied", shard="none", criterion="taylor-element2", correction="none"),
+    Case("none-fisher", family="qwen2-gqa-tied", shard="none", criterion="fisher", correction="none"),
 ]
 FOUR = [
     Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector"),

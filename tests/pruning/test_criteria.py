@@ -44,3 +44,8 @@ def test_random_is_a_function_of_the_seed() -> None:
 def test_unknown_criterion_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'sparsegpt'"):
         criterion("sparse-gpt")
+
+
+def test_one_that_is_gone_says_what_to_take_instead() -> None:
+    with pytest.raises(ValueError, match=r"'taylor-element2' is gone: .*; take taylor-element$"):
+        criterion("taylor-element2")

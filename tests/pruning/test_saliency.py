@@ -45,15 +45,14 @@ def test_scores_equal_the_reference(family: str, name: str) -> None:
     space = space_of(model.config)
     weights = {key: weight.detach() for key, weight in model.named_parameters()}
     grads = {key: weight.grad for key, weight in model.named_parameters()}
-    fisher = {key: grad.square() * 0.7 for key, grad in grads.items()}
-    parts = ((spec, weights[spec.name], grads[spec.name], fisher[spec.name]) for spec in space.params)
+    parts = ((spec, weights[spec.name], grads[spec.name]) for spec in space.params)
     scores = unit_scores(space, criterion(name), parts, torch.device("cpu"))
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     for pruning_type in PRUNING_TYPES:
         rows, units = scores[pruning_type].shape
         for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
             masks = group_masks(shapes, space.widths, space.head_dim, pruning_type, row, unit)
-            want = unit_saliency(name, masks, weights, grads, fisher)
+            want = unit_saliency(name, masks, weights, grads)
             assert float(scores[pruning_type][row, unit]) == pytest.approx(want, rel=2e-4, abs=1e-6)
 
 
@@ -63,7 +62,7 @@ def test_taylor_vector_is_the_slope_of_the_loss(family: str) -> None:
     fp64_loss(model).backward()
     space = space_of(model.config)
     params = dict(model.named_parameters())
-    parts = ((spec, params[spec.name].detach(), params[spec.name].grad, None) for spec in space.params)
+    parts = ((spec, params[spec.name].detach(), params[spec.name].grad) for spec in space.params)
     scores = unit_scores(space, criterion("taylor-vector"), parts, torch.device("cpu"))
     shapes = {key: tuple(weight.shape) for key, weight in params.items()}
     originals = {key: weight.detach().clone() for key, weight in params.items()}

@@ -54,17 +54,14 @@ def group_masks(
     return masks
 
 
-def unit_saliency(
-    name: str, masks: dict[str, Tensor], weights: dict[str, Tensor], grads: dict[str, Tensor], fisher: dict[str, Tensor]
-) -> float:
+def unit_saliency(name: str, masks: dict[str, Tensor], weights: dict[str, Tensor], grads: dict[str, Tensor]) -> float:
     """One unit's saliency in fp64, formula by formula as in docs/method.md."""
     total = 0.0
     for key, mask in masks.items():
-        w, g, f = (table[key].double()[mask] for table in (weights, grads, fisher))
+        w, g = (table[key].double()[mask] for table in (weights, grads))
         total += {
             "taylor-vector": (g * w).sum(),
             "taylor-element": (g * w).abs().sum(),
-            "taylor-element2": (g * w - 0.5 * f * w * w).abs().sum(),
             "fisher": ((g * w) ** 2).sum(),
             "magnitude": (w * w).sum(),
         }[name].item()

@@ -35,9 +35,9 @@ class Sample:
 def criteria_scores(
     model: PreTrainedModel, batches: Sequence[Tensor], micro_batch: int, precision: Precision, tick: Tick
 ) -> Scores:
-    """Mean score over the batches of every unit by every criterion; F is the mean of g^2 over the batches.
+    """Mean score over the batches of every unit by every criterion.
 
-    batches: int64 (rows, length) each. `tick` is told of every pass over a batch, three each.
+    batches: int64 (rows, length) each. `tick` is told of every pass over a batch, two each.
     """
     space, params = space_of(model.config), dict(model.named_parameters())
     device = next(iter(params.values())).device
@@ -49,19 +49,12 @@ def criteria_scores(
             old = totals[name].get(pruning_type, 0.0)
             totals[name][pruning_type] = old + score.cpu() / len(batches)
 
-    fisher = {name: torch.zeros_like(weight) for name, weight in params.items()}
-    for batch in batches:
-        _gradient(model, batch, micro_batch, precision)
-        for name, weight in params.items():
-            if weight.grad is not None:
-                fisher[name] += weight.grad.square() / len(batches)
-        tick(1)
     for batch in batches:
         _gradient(model, batch, micro_batch, precision)
         for criterion in CRITERIA.values():
             if criterion.element:
                 weights = (
-                    (spec, params[spec.name].detach(), grad, fisher[spec.name])
+                    (spec, params[spec.name].detach(), grad)
                     for spec in space.params
                     if (grad := params[spec.name].grad) is not None
                 )

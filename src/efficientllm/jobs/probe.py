@@ -64,7 +64,7 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
     space = space_of(model.config)
     units = sample_units(space, request.types, request.units, request.seed)
     with RunProgress(0, description="probe") as progress:
-        with progress.track("scores by every criterion", 3 * len(batches)) as tracker:
+        with progress.track("scores by every criterion", 2 * len(batches)) as tracker:
             scores = criteria_scores(model, batches, request.micro_batch, precision, tracker.advance)
         with progress.track("removing units one by one", len(units)) as tracker:
             samples = loss_increases(model, units, torch.cat(batches), request.micro_batch, precision, tracker.advance)

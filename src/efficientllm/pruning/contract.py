@@ -12,7 +12,6 @@ from efficientllm.pruning.correction import Corrections, SolverOptions
 from efficientllm.pruning.groups import Event, Widths
 
 Moments = Callable[[str], Mapping[str, Tensor]]
-SecondMoment = Callable[[str], Tensor | None]
 
 
 class Probe(Protocol):

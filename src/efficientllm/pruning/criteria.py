@@ -1,7 +1,7 @@
 """The criteria: how much a unit seems to matter, each a pure function from its paper, chosen by name.
 
-Notation: L the loss, w a weight, g = dL/dw (of the mean loss over the batch), F = E[g^2] the diagonal Fisher; X the
-inputs (tokens x inputs) of a linear layer W (outputs x inputs).
+Notation: L the loss, w a weight, g = dL/dw (of the mean loss over the batch); X the inputs
+(tokens x inputs) of a linear layer W (outputs x inputs).
 
 Two kinds. An *element* criterion scores every weight; a unit's saliency is the sum over its group. A *column* criterion
 scores every input of a linear layer that reads the unit (down_proj for FFN channels, o_proj for heads; q, k, v,
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ElementScore = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ElementScore = Callable[[Tensor, Tensor], Tensor]
 InputStatistic = Callable[[Tensor], Tensor]
 ColumnScore = Callable[[Tensor, Tensor], Tensor]
 Needs = Literal["gradient", "weights", "inputs", "nothing"]
@@ -31,8 +31,8 @@ DAMPING = 0.01  # of the OBS Hessian, as a share of its mean diagonal (SparseGPT
 class Criterion:
     """A named score.
 
-    needs: what it looks at beside the weights. element(w, g, F) has w's shape; with `signed` the sum over the group is
-    taken before |.|; `second_moment` says that it looks at F. statistic(X) is one number an input, fp32 (inputs,),
+    needs: what it looks at beside the weights. element(w, g) has w's shape; with `signed` the sum over the group is
+    taken before |.|. statistic(X) is one number an input, fp32 (inputs,),
     taken once where layers share X; column(W, statistic) one number an input of W, and without it the statistic itself
     is the score of each X. statistic_flops(tokens, inputs): of its matrix
     products. root: a unit's score is the square root of its sum.
@@ -45,14 +45,13 @@ class Criterion:
     cost: str
     element: ElementScore | None = None
     signed: bool = False
-    second_moment: bool = False
     statistic: InputStatistic | None = None
     statistic_flops: Callable[[int, int], int] = lambda tokens, inputs: 0
     column: ColumnScore | None = None
     root: bool = False
 
 
-def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     """First-order change of the loss when w goes to 0, signed: g w (LLM-Pruner, arXiv 2305.11627, eq. 3).
 
     Deviation: without the second-order term, and |.| is taken of the whole group's sum, not of each matrix's.
@@ -60,27 +59,17 @@ def taylor(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
     return grad * weight
 
 
-def taylor_element(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+def taylor_element(weight: Tensor, grad: Tensor) -> Tensor:
     """|g w| (arXiv 2305.11627, eq. 5 without the second-order term)."""
     return (grad * weight).abs_()
 
 
-def taylor_element2(weight: Tensor, grad: Tensor, fisher: Tensor | None) -> Tensor:
-    """|g w - F w^2 / 2| (arXiv 2305.11627, eq. 5).
-
-    Deviation: F is Adam's running second moment (bias-corrected, of clipped batch gradients) where there is one, not
-    a mean over single samples; where it has none (before its first step, post-training modes, SGD) g^2 stands in.
-    """
-    curvature = grad.square() if fisher is None else fisher
-    return (grad - 0.5 * curvature * weight).mul_(weight).abs_()
-
-
-def fisher(weight: Tensor, grad: Tensor, _fisher: Tensor | None) -> Tensor:
+def fisher(weight: Tensor, grad: Tensor) -> Tensor:
     """(g w)^2, the squared first-order change of the loss (arXiv 1906.10771), weight by weight."""
     return (grad * weight).square_()
 
 
-def magnitude(weight: Tensor, _grad: Tensor, _fisher: Tensor | None) -> Tensor:
+def magnitude(weight: Tensor, _grad: Tensor) -> Tensor:
     """w^2 (arXiv 1608.08710 uses |w|; the square is the usual choice for groups)."""
     return weight.square()
 
@@ -151,15 +140,6 @@ CRITERIA = {
     for criterion in (
         Criterion("taylor-element", "gradient", LLM_PRUNER, "sum |g w|", "free with training", element=taylor_element),
         Criterion(
-            "taylor-element2",
-            "gradient",
-            LLM_PRUNER,
-            "sum |g w - F w^2 / 2|",
-            "free with training",
-            element=taylor_element2,
-            second_moment=True,
-        ),
-        Criterion(
             "taylor-vector", "gradient", LLM_PRUNER, "|sum g w|", "free with training", element=taylor, signed=True
         ),
         Criterion("fisher", "gradient", "arXiv 1906.10771", "sum (g w)^2", "free with training", element=fisher),
@@ -186,5 +166,10 @@ def criterion(name: str) -> Criterion:
     """The criterion of that name. Raises ValueError naming the nearest one."""
     if name in CRITERIA:
         return CRITERIA[name]
+    if name == "taylor-element2":
+        raise ValueError(
+            "saliency criterion 'taylor-element2' is gone: its second-order term was too small to change any choice; "
+            "take taylor-element"
+        )
     near = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no saliency criterion '{name}'; did you mean '{near}'? (known: {', '.join(CRITERIA)})")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.calibration import Calibration, measure
-from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, SecondMoment
+from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, correct, losing_readers
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, Cut, Event, Live, ParamSpec, Slice, Space, Widths
@@ -33,11 +33,11 @@ class PruningEngine:
     """Decides and carries out pruning events on a fixed set of tensors.
 
     params: the model's weights by name, whole or sharded (DTensor), updated in place. moments: optimizer state tensors
-    of a weight by key, each with the weight's shape (empty before the first update). second_moment: its running mean
-    of g^2, free of bias, or None. `space.widths` are the allocated widths, in which units are counted; `live` says
-    which of them are left. After a compaction a new PruningEngine is made for the new tensors and given the old one's
-    state, sliced. landings: the ladder's shapes, largest first, the target's last. reduction: how processes that train
-    the same model bring their parts together; each decides for itself, and all alike.
+    of a weight by key, each with the weight's shape (empty before the first update). `space.widths` are the allocated
+    widths, in which units are counted; `live` says which of them are left. After a compaction a new
+    PruningEngine is made for the new tensors and given the old one's state, sliced. landings: the ladder's shapes,
+    largest first, the target's last. reduction: how processes that train the same model bring their parts together;
+    each decides for itself, and all alike.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class PruningEngine:
         params: Mapping[str, Tensor],
         moments: Moments,
         *,
-        second_moment: SecondMoment = lambda name: None,
         landings: Sequence[Landing],
         schedule: Schedule,
         options: PrunerOptions,
@@ -54,7 +53,6 @@ class PruningEngine:
         reduction: Reduction | None = None,
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
-        self._second_moment = second_moment
         self._reduction: Reduction = reduction or Alone()
         self.landings, self.schedule, self.options = tuple(landings), schedule, options
         self.live = live or Live.full(space.widths)
@@ -145,8 +143,8 @@ class PruningEngine:
             scores = drawn_scores(self.space, self.options.seed)
             self.average.update({name: score.to(self._device) for name, score in scores.items()})
 
-    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor, Tensor | None]]:
-        """(spec, w, g, F) of every weight, without those that want a gradient; F where the criterion looks at it.
+    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor]]:
+        """(spec, w, g) of every weight, without those that want a gradient.
 
         Sharded weights come as they are; whoever reads them takes the local part.
         """
@@ -154,8 +152,7 @@ class PruningEngine:
             weight = self.params[spec.name]
             gradient = weight.grad if self.criterion.needs == "gradient" else weight
             if gradient is not None:
-                fisher = self._second_moment(spec.name) if self.criterion.second_moment else None
-                yield spec, weight.detach(), gradient, fisher
+                yield spec, weight.detach(), gradient
 
     @torch.no_grad()
     def step(self, position: float, probe: Probe) -> PruneReport:

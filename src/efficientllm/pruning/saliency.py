@@ -90,19 +90,18 @@ class AxisSums:
 def unit_scores(
     space: Space,
     chosen: Criterion,
-    weights: Iterable[tuple[ParamSpec, Tensor, Tensor, Tensor | None]],
+    weights: Iterable[tuple[ParamSpec, Tensor, Tensor]],
     device: torch.device,
     reduction: Reduction = ALONE,
 ) -> dict[str, Tensor]:
-    """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g, F).
+    """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g).
 
     Of sharded weights each process scores the rows it holds; the sums along the axes are then added up.
     """
     assert chosen.element is not None
     sums = AxisSums(space, device)
-    for spec, weight, grad, second_moment in weights:
-        fisher = None if second_moment is None else local(second_moment)
-        sums.add(spec, chosen.element(local(weight), local(grad), fisher).float(), first_row(weight))
+    for spec, weight, grad in weights:
+        sums.add(spec, chosen.element(local(weight), local(grad)).float(), first_row(weight))
     sums.reduce(reduction)
     scores = sums.units()
     return {name: score.abs() for name, score in scores.items()} if chosen.signed else scores

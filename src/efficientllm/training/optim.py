@@ -29,17 +29,6 @@ def shaped_moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> Mapping[
     return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == weight.shape}
 
 
-def second_moment(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | None:
-    """Adam's running mean of g^2 without the bias of its start (arXiv 1412.6980, algorithm 1); None where there is
-    none. Of clipped gradients, as the optimizer saw them."""
-    state: Mapping[str, Any] = optimizer.state.get(weight, {})
-    if "exp_avg_sq" not in state:
-        return None
-    group = next(each for each in optimizer.param_groups if any(weight is other for other in each["params"]))
-    moment: Tensor = state["exp_avg_sq"]
-    return moment / (1.0 - group["betas"][1] ** float(state["step"]))
-
-
 def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> float:
     """Learning rate for the step that begins after `tokens` tokens, `lowered` of them while the rate was held down.
 

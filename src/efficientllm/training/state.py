@@ -27,7 +27,7 @@ from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
 from efficientllm.training.gradient import Precision
-from efficientllm.training.optim import build_optimizer, second_moment, shaped_moments
+from efficientllm.training.optim import build_optimizer, shaped_moments
 from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, cut, fill_model, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -125,7 +125,6 @@ def _assemble(
             space,
             params,
             lambda name: shaped_moments(optimizer, params[name]),
-            second_moment=lambda name: second_moment(optimizer, params[name]),
             landings=plan.landings,
             schedule=plan.schedule,
             options=plan.options,
