@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
-    "library": {"config", "models", "pruning", "training", "checkpoint"},
+    "library": {"errors", "config", "models", "pruning", "training", "checkpoint"},
     "trainer_callback": {"library"},
     "cli": {
         "errors", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning", "jobs",

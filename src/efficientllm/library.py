@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
+from efficientllm.errors import UsageError
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.engine import PruningEngine
@@ -96,7 +97,7 @@ class Pruner:
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
     default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
     observe(). Further keywords are the recipe's prune keys: curve, saliency, ema, types, selection, bound, correction,
-    align, floors, cost, latency_table, latency_on. sequence_length: tokens at which cost "flops" counts.
+    align, floors, cost, latency_table, latency_on. sequence_length: tokens at which cost "flops" counts. One process.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -114,6 +115,7 @@ class Pruner:
         types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
     ) -> None:
+        _refuse_several_processes()
         options = _options({"target": target, "types": list(types)} | prune)
         foreign = sorted(RECIPE_ONLY & prune.keys())
         if foreign:
@@ -264,6 +266,17 @@ class Pruner:
             snapshot.moments = {}
             model = model_of(cut(snapshot, widths, self._source), next(self.model.parameters()).device)
         export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
+
+
+def _refuse_several_processes() -> None:
+    """Raises UsageError where this is one of several processes: nothing here is summed over them."""
+    distributed = torch.distributed
+    world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if world > 1:
+        raise UsageError(
+            f"Pruner prunes in one process, and this is one of {world}: each would zero units of its own; use "
+            "`efficientllm prune` under torchrun, which prunes on several, or start one process"
+        )
 
 
 def _options(values: dict[str, Any]) -> PruneConfig:
