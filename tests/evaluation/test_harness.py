@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ def test_models_are_measured_and_missing_data_is_said(
     ("argv", "sentence"),
     [
         (["--tasks", "hellaswagg"], "did you mean hellaswag?"),
+        (["--limit", "3", "--sample", "3"], "--limit takes the first records and --sample draws some of all: give one"),
         (["--batch-size", "0"], "neither auto nor a positive number"),
         (["--tasks", "piqa", "--data-dir", "/nowhere"], "is no folder"),
         (["--tasks", "ai2_arc", "--data-dir", "RECORDS"], "no figure of its own; name the tasks in it one by one"),
@@ -255,6 +257,7 @@ def test_results_measured_in_another_way_are_not_mixed() -> None:
     known, found = measured(["piqa"]), measured(["boolq"])
     assert joined_with(known, found)["results"].keys() == {"piqa", "boolq"}
     assert joined_with(known | {"data": "hub"}, found) == found
+    assert joined_with(known | {"sample": 4}, found) == found
     assert joined_with({}, found) == found
 
 
@@ -273,6 +276,7 @@ def test_a_limited_evaluation_leaves_the_whole_one_alone(tmp_path: Path) -> None
     assert results_file(tmp_path, limited) == results_file(tmp_path, whole) == file
     file.write_text(json.dumps(measured(["boolq"], limit=None)))
     assert results_file(tmp_path, limited) == tmp_path / "eval/results-limit-10.json"
+    assert results_file(tmp_path, EvalRequest(sample=20)) == tmp_path / "eval/results-sample-20.json"
     assert results_file(tmp_path, whole) == file
     for damaged in ("[]", "{", '{"results": [1]}', '{"versions": 3}'):
         file.write_text(damaged)
@@ -281,8 +285,6 @@ def test_a_limited_evaluation_leaves_the_whole_one_alone(tmp_path: Path) -> None
 
 
 def test_an_answer_longer_than_the_model_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     def _loglikelihood_tokens(**_: object) -> None:
         raise AssertionError  # as the harness's function of this name does
 

@@ -25,7 +25,10 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL...", help="Run folders, transformers folders or hub ids.")
     ],
     tasks: Annotated[str, typer.Option(help="Comma-separated harness tasks; default: the paper's eight.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Records of each task; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first records of each task; default: all.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Records of each task drawn at random, the same for every model.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
     data_dir: Annotated[
         Path | None, typer.Option(help="Local records: DIR/<hub id>/<config>/<split>.jsonl; default: the hub.")
@@ -34,6 +37,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="File for all results and versions.")] = None,
 ) -> None:
     """Zero-shot accuracy by lm-evaluation-harness, beside the paper's Table 2; `n`: normalised by length, `a`: not."""
+    if limit is not None and sample is not None:
+        raise UsageError("--limit takes the first records and --sample draws some of all: give one of them")
     failed: dict[str, str] = {}
     named = [model for model in dict.fromkeys(models) if _guarded(model, failed, _exists, model)]
     if not named:  # before the harness, which takes long to load
@@ -44,7 +49,7 @@ def evaluate(
     from efficientllm.reporting.journal import write_atomically
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)
-    request = EvalRequest(names, limit, _batch_size(batch_size), data_dir)
+    request = EvalRequest(names, limit, _batch_size(batch_size), data_dir, sample)
     manager, place = check_tasks(request), choose_device(device)
     subjects = {model: each for model in named if (each := _guarded(model, failed, _subject, model))}
     found: dict[str, dict[str, Any]] = {}
@@ -98,16 +103,20 @@ def _measure(
 
 def _show(found: dict[str, dict[str, Any]], request: EvalRequest) -> None:
     from efficientllm.evaluation.harness import accuracy
+    from efficientllm.evaluation.records import paired_difference
     from efficientllm.evaluation.tasks import PAPER, TASKS
-    from efficientllm.reporting.eval_table import eval_rows, markdown
+    from efficientllm.reporting.eval_table import difference_rows, eval_rows, markdown
+    from efficientllm.reporting.evaluation_table import records_asked
 
     columns = {task: f"{TASKS.get(task, task)}" for task in request.tasks}
     print(markdown(list(eval_rows(found, columns, PAPER, accuracy))))
+    differences = list(difference_rows(found, columns, paired_difference))
+    if differences:
+        print(f"\n{markdown(differences)}")
     any_result = next((each for each in found.values() if each["results"]), None)
     if any_result:
         versions = ", ".join(f"{task} v{number}" for task, number in any_result["versions"].items())
-        limit = "none" if request.limit is None else f"the first {request.limit} records of each task"
-        print(f"\nlm-evaluation-harness {any_result['harness']}; {versions}; zero-shot; limit: {limit}")
+        print(f"\nlm-evaluation-harness {any_result['harness']}; {versions}; zero-shot; {records_asked(any_result)}")
 
 
 def _say_what_is_missing(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> None:

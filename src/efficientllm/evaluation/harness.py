@@ -19,20 +19,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.offline import check_folder, local_data
+from efficientllm.evaluation.records import drawn, right_records
 from efficientllm.evaluation.tasks import TASKS, common_sense_mean
 
 Say = Callable[[str], None]
-_BY_TASK = ("results", "versions", "records")
+_BY_TASK = ("results", "versions", "records", "right")
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """tasks: harness names, groups too. limit: records of a task (of each subtask). batch_size: a number or auto."""
+    """tasks: harness names, groups too. limit: the first records of a task (of each subtask); sample: so many drawn
+    from all of them, the same for every model. batch_size: a number or auto."""
 
     tasks: Sequence[str] = tuple(TASKS)
     limit: int | None = None
     batch_size: int | str = "auto"
     data_dir: Path | None = None
+    sample: int | None = None
 
 
 def check_tasks(request: EvalRequest) -> Any:
@@ -55,7 +58,8 @@ def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, manager: Any, say: Say
 ) -> dict[str, Any]:
     """results: task -> {"acc,none": ..., "acc_norm,none": ..., standard errors}, as the harness writes them.
-    problems: task -> why it was left out. versions: of harness and tasks."""
+    problems: task -> why it was left out. versions: of harness and tasks. right: task -> subtask -> record -> 0 or 1,
+    by the metric that `accuracy` shows."""
     from lm_eval.models.huggingface import HFLM
 
     quiet = logging.getLogger("lm_eval")
@@ -63,7 +67,8 @@ def evaluate(
     limits: dict[str, Any] = {"batch_size": request.batch_size, "device": str(model.device)}
     with redirect_stdout(sys.stderr):
         runner = HFLM(pretrained=model, tokenizer=tokenizer, **limits)
-    found: dict[str, Any] = {"results": {}, "problems": {}, "versions": {}, "records": {}} | way_of(request)
+    found: dict[str, Any] = {"results": {}, "problems": {}, "versions": {}, "records": {}, "right": {}}
+    found |= way_of(request)
     with local_data(request.data_dir) as read:
         for task in request.tasks:
             read.clear()
@@ -78,6 +83,7 @@ def evaluate(
             found["records"][task] = sum(
                 count["effective"] for name, count in output["n-samples"].items() if _belongs(name, task, output)
             )
+            found["right"][task] = right_records(output, accuracy(found["results"][task])[1])
             say(f"{task}: {found['records'][task]:,} records, {describe(found['results'][task])}")
     found["mean"] = _mean(found["results"])
     return found
@@ -93,8 +99,9 @@ def _evaluate_task(runner: Any, task: str, request: EvalRequest, manager: Any) -
                 tasks=[task],
                 num_fewshot=0,
                 limit=request.limit,
+                samples=None if request.sample is None else drawn(task, request.sample, manager),
                 task_manager=manager,
-                log_samples=False,
+                log_samples=True,
                 bootstrap_iters=1000,
             )
     except AssertionError as error:
@@ -136,32 +143,35 @@ def known_results(file: Path) -> dict[str, Any]:
 
 
 def joined_with(known: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Results with those of other tasks that were measured before in the same way: limit, data and harness."""
+    """Results with those of other tasks that were measured before in the same way: limit or sample, data, harness."""
     if not same_way(known, found):
         return found
-    joined = found | {key: {**known.get(key, {}), **found[key]} for key in _BY_TASK}
+    joined = found | {key: {**known.get(key, {}), **found.get(key, {})} for key in _BY_TASK}
     return joined | {"mean": _mean(joined["results"])}
 
 
 def results_file(home: Path, request: EvalRequest) -> Path:
-    """HOME/eval/results.json; for the first records of a task alone, a file of their own where the other is there and
+    """HOME/eval/results.json; for a part of a task's records alone, a file of their own where the other is there and
     holds figures over all records, which took longer."""
     file = home / "eval" / "results.json"
     known = known_results(file)
-    if request.limit is None or not known.get("results") or known.get("limit") is not None:
+    part = {"limit": request.limit, "sample": request.sample}
+    named = next(((key, number) for key, number in part.items() if number is not None), None)
+    if named is None or not known.get("results") or any(known.get(key) is not None for key in part):
         return file
-    return file.with_name(f"results-limit-{request.limit}.json")
+    return file.with_name("results-{}-{}.json".format(*named))
 
 
 def same_way(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two sets of results may stand in one table."""
-    return all(one.get(key) == other.get(key) for key in ("limit", "data", "harness", "num_fewshot"))
+    return all(one.get(key) == other.get(key) for key in ("limit", "sample", "data", "harness", "num_fewshot"))
 
 
 def way_of(request: EvalRequest) -> dict[str, Any]:
     """What makes results comparable."""
     data = "local" if request.data_dir else "hub"
-    return {"harness": version("lm_eval"), "limit": request.limit, "data": data, "num_fewshot": 0}
+    part = {"limit": request.limit, "sample": request.sample}
+    return {"harness": version("lm_eval"), **part, "data": data, "num_fewshot": 0}
 
 
 def _sentence(error: Exception, request: EvalRequest, read: Sequence[Path]) -> str:

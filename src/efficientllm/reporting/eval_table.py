@@ -32,6 +32,25 @@ def eval_rows(
             yield [f"paper: {name}", *cells, f"{sum(seven) / len(seven):.2f}"]
 
 
+def difference_rows(
+    models: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str],
+    difference: Callable[[Any, Any], tuple[float, float] | None],
+) -> Iterator[list[str]]:
+    """Header, then a row for every model but the first: accuracy minus the first's in points, paired by record, and
+    the standard error. Nothing where there is no pair. models: name -> {"right": task -> its records}."""
+    first, *others = models
+    rows = []
+    for name in others:
+        pairs = [
+            difference(*(models[each].get("right", {}).get(task, {}) for each in (name, first))) for task in columns
+        ]
+        rows.append([name, *("-" if pair is None else f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.1f}" for pair in pairs)])
+    if any(cell != "-" for row in rows for cell in row[1:]):
+        yield [f"minus {first}, by record", *columns.values()]
+        yield from rows
+
+
 def _cell(shown: Figure) -> str:
     value, metric, error = shown
     letter = {"acc_norm": "n", "acc": "a"}.get(metric)

@@ -56,11 +56,18 @@ def evaluation_way(results: Any) -> str:
         shots = results["num_fewshot"]
         parts.append("zero-shot" if shots == 0 else f"{shots} examples in the prompt")
     if "limit" in results:
-        limit = results["limit"]
-        parts.append("all records" if limit is None else f"only the first {limit} records of each task")
+        parts.append(records_asked(results))
     if _has_errors(results):
         parts.append("+- is the standard error")
     return "; ".join(parts)
+
+
+def records_asked(results: Mapping[str, Any]) -> str:
+    """Which records of each task (and subtask) a model was asked."""
+    limit, sample = results.get("limit"), results.get("sample")
+    if sample is not None:
+        return f"{sample} records of each task, drawn at random"
+    return "all records" if limit is None else f"only the first {limit} records of each task"
 
 
 def _has_errors(results: Any) -> bool:

@@ -1,0 +1,53 @@
+"""Single records of a task: which are drawn, which a model got right, and how two models differ on the same ones."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Right = Mapping[str, Mapping[str, int]]  # task without subtasks -> number of the record -> 1 where it was right, else 0
+
+SEED = 0
+
+
+def drawn(task: str, sample: int, manager: Any) -> dict[str, list[int]]:
+    """For each task in the one named (itself, or its subtasks) so many numbers of records, all where it has fewer.
+
+    A function of the name and of the number of its records alone, so that every model is asked the same. Ascending,
+    which is the order in which the harness names them.
+    """
+    chosen = {}
+    for name, leaf in manager.load([task])["tasks"].items():
+        number = len(leaf.eval_docs)
+        chosen[name] = sorted(random.Random(f"{SEED} {name}").sample(range(number), min(sample, number)))
+    return chosen
+
+
+def right_records(output: Mapping[str, Any], metric: str) -> dict[str, dict[str, int]]:
+    """From the harness's logged samples; empty where the metric is no accuracy."""
+    if metric not in ("acc", "acc_norm"):
+        return {}
+    return {
+        name: {str(record["doc_id"]): int(record[metric]) for record in records if metric in record}
+        for name, records in output["samples"].items()
+    }
+
+
+def paired_difference(own: Right, other: Right) -> tuple[float, float] | None:
+    """Accuracy minus the other's in [-1, 1] over the records that both were asked, and its standard error: that of the
+    mean of the records' differences, nan for a single one. None where there are none."""
+    differences = list(_differences(own, other))
+    if not differences:
+        return None
+    number = len(differences)
+    mean = sum(differences) / number
+    squares = sum((each - mean) ** 2 for each in differences)
+    return mean, math.sqrt(squares / (number - 1) / number) if number > 1 else math.nan
+
+
+def _differences(own: Right, other: Right) -> Iterator[int]:
+    for name, records in own.items():
+        theirs = other.get(name, {})
+        yield from (right - theirs[record] for record, right in records.items() if record in theirs)
