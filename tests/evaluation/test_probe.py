@@ -11,15 +11,9 @@ import torch
 
 from conftest import World, tiny_model
 from efficientllm.cli import main
-from efficientllm.evaluation.probe import (
-    Sample,
-    criteria_scores,
-    judge,
-    loss_increases,
-    rank_correlation,
-    removed,
-    sample_units,
-)
+from efficientllm.evaluation.probe import criteria_scores, judge, rank_correlation
+from efficientllm.evaluation.removal import Sample, loss_increases, passes, removed, sample_units
+from efficientllm.jobs import probe as job
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.groups import PRUNING_TYPES
@@ -51,6 +45,59 @@ def test_one_unit_is_removed_and_every_bit_comes_back(family: str, pruning_type:
         for name, weight in params.items():
             assert torch.equal(weight.detach(), before[name].masked_fill(masks[name], 0.0)), name
     assert all(torch.equal(weight.detach(), before[name]) for name, weight in params.items())
+
+
+def test_a_pass_from_the_unit_s_layer_on_gives_the_loss_of_a_whole_pass(family: str) -> None:
+    """All types, several micro-batches of unequal size; the whole pass is transformers' own, in fp64 sums."""
+    model = tiny_model(family, num_hidden_layers=3).eval()
+    space, params = space_of(model.config), dict(model.named_parameters())
+
+    @torch.no_grad()
+    def loss() -> float:
+        logits = model(input_ids=IDS).logits[:, :-1].double()
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
+
+    units = sample_units(space, PRUNING_TYPES, 4, seed=2)
+    ticks: list[int] = []
+    found, whole = loss_increases(model, units, IDS, 4, CPU, ticks.append), loss()
+    assert sum(ticks) == 2 * len(units)
+    for sample, unit in zip(found, units, strict=True):
+        with removed(space, params, *unit):
+            assert sample.increase == pytest.approx(loss() - whole, rel=1e-3, abs=1e-5), unit
+    assert any(abs(sample.increase) > 1e-2 for sample in found)
+
+
+def test_passes_count_what_lies_behind_the_unit() -> None:
+    """Untied: the layers of a row of 20, and the head's 40 x 61; from the last of 4 layers, a quarter of the layers."""
+    space = space_of(tiny_model("llama-gqa", num_hidden_layers=4).config)
+    layer = 20 * 2 * (2 * 24 * 40 + 2 * 12 * 40 + 3 * 40 * 52) + 4 * 20 * 20 * 24
+    head = 20 * 2 * 40 * 61
+    whole = 4 * layer + head
+    assert passes(space, [("stem", 0, 3)], 20) == pytest.approx(2.0)
+    assert passes(space, [("ffn", 3, 5), ("attention_query", 7, 1)], 20) == pytest.approx(
+        1 + 2 * (layer + head) / whole
+    )
+    assert passes(space, [("depth", 0, 2)], 20) == pytest.approx(1 + (2 * layer + head) / whole)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens", "size"),
+    [(0.2, None, (8, 7)), (1e-4, None, (8, 8)), (50.0, None, (8, 1)), (0.2, 96, (3, 1)), (0.2, 1000, (8, 3))],
+)
+def test_its_time_is_said_first_and_kept(
+    seconds: float, tokens: int | None, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of a forward pass takes `seconds`, one with its gradient as long again: 10 minutes are for 50 x 1.2 s."""
+    request = job.ProbeRequest("m", [], Path(), tokens=tokens, sequence_length=32)
+    monkeypatch.setattr(job, "_seconds", lambda act, device: seconds)
+    monkeypatch.setattr(job, "passes", lambda space, units, length: 49.0)
+    monkeypatch.setattr(job, "MOST_TOKENS", 16_384 // 8)
+    said: list[str] = []
+    row = IDS[:1].repeat(1, 2)[:, :32]
+    assert job._size(request, tiny_model("llama-gqa"), row, [], CPU, said.append) == size
+    total = size[0] * size[1] * 50 * seconds
+    assert f"each on {size[0] * size[1] * 32:,} tokens" in said[0]
+    assert (f"about {total / 60:.0f} minutes" if total >= 90 else f"about {max(1, round(total))} seconds") in said[0]
 
 
 def test_scores_and_verdict() -> None:
@@ -92,11 +139,13 @@ def test_the_command(
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "probe"
     arguments = ["probe", str(world.folder / "source"), "--data", str(world.folder / "train.jsonl"), "--out", str(out)]
-    arguments += ["--units", "5", "--batches", "2", "--rows", "2", "--sequence-length", "32", "--depth"]
+    arguments += ["--units", "5", "--tokens", "512", "--sequence-length", "32", "--depth"]
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0
-    table = capsys.readouterr().out
+    streams = capsys.readouterr()
+    table = streams.out
+    assert "each on 512 tokens, will take about" in streams.err
     result = json.loads((out / "probe.json").read_text())
     assert result["criteria"].keys() == CRITERIA.keys()
     assert all(name in table for name in CRITERIA)

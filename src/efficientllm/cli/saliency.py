@@ -20,8 +20,9 @@ def probe(
     out: Annotated[Path, typer.Option("--out", help="Folder for probe.json and probe.png.")] = Path("probe"),
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     units: Annotated[int, typer.Option(min=2, help="Units sampled of each type.")] = 24,
-    batches: Annotated[int, typer.Option(min=1, help="Batches that the scores are averaged over.")] = 8,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to measure on; default: as many as 10 minutes allow.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 256,
     depth: Annotated[bool, typer.Option("--depth", help="Whole layers too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
@@ -39,8 +40,7 @@ def probe(
             text_column,
             PRUNING_TYPES if depth else DEFAULT_TYPES,
             units,
-            batches,
-            rows,
+            tokens,
             sequence_length,
             seed=seed,
         ),

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from efficientllm.evaluation.removal import Sample, Tick
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Cut, Live, Space
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
-from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.gradient import Precision, accumulate_gradient, mean_loss, summed_loss
+from efficientllm.training.gradient import Precision, accumulate_gradient, summed_loss
 
 Scores = dict[str, dict[str, Tensor]]  # criterion -> pruning type -> (rows, units)
-Tick = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One unit that was removed by itself, and what that did. increase: of the loss, in nats."""
-
-    type: str
-    row: int
-    unit: int
-    increase: float
 
 
 def criteria_scores(
     model: PreTrainedModel, batches: Sequence[Tensor], micro_batch: int, precision: Precision, tick: Tick
 ) -> Scores:
-    """Mean score over the batches of every unit by every criterion.
+    """Mean score over the batches of every unit by every criterion, from one forward and backward pass over each.
 
-    batches: int64 (rows, length) each. `tick` is told of every pass over a batch, two each.
+    batches: int64 (rows, length) each. `tick` is told of every batch.
     """
     space, params = space_of(model.config), dict(model.named_parameters())
     device = next(iter(params.values())).device
@@ -50,7 +37,8 @@ def criteria_scores(
             totals[name][pruning_type] = old + score.cpu() / len(batches)
 
     for batch in batches:
-        _gradient(model, batch, micro_batch, precision)
+        with captured_inputs(model, [each.name for each in readers]) as inputs:
+            gradient(model, batch, micro_batch, precision)
         for criterion in CRITERIA.values():
             if criterion.element:
                 weights = (
@@ -59,75 +47,19 @@ def criteria_scores(
                     if (grad := params[spec.name].grad) is not None
                 )
                 add(criterion.name, unit_scores(space, criterion, weights, device))
-        tick(1)
-        with torch.no_grad(), precision.context(), captured_inputs(model, [each.name for each in readers]) as inputs:
-            for rows in batch.split(micro_batch):
-                model(input_ids=rows, use_cache=False)
-        for criterion in CRITERIA.values():
-            if criterion.statistic:
-                add(criterion.name, input_scores(space, criterion, readers, params, inputs, device))
+            elif criterion.statistic:
+                with torch.no_grad():
+                    add(criterion.name, input_scores(space, criterion, readers, params, inputs, device))
         tick(1)
     model.zero_grad(set_to_none=True)
     totals["random"] = drawn_scores(space, seed=0)
     return totals
 
 
-def _gradient(model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision) -> None:
+def gradient(model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision) -> None:
+    """The gradient of the batch's mean loss, in .grad."""
     model.zero_grad(set_to_none=True)
-    accumulate_gradient(lambda rows: summed_loss(model, rows, precision), batch, micro_batch)
-
-
-def sample_units(space: Space, types: Sequence[str], count: int, seed: int) -> list[tuple[str, int, int]]:
-    """Up to `count` units of each type, drawn without repetition: (type, row, unit). Types of one unit are left out."""
-    generator = torch.Generator().manual_seed(seed)
-    live, chosen = Live.full(space.widths), []
-    for pruning_type in PRUNING_TYPES:
-        rows, units = live.units(pruning_type).shape
-        if pruning_type in types and units > 1:
-            order = torch.randperm(rows * units, generator=generator)[:count].sort().values
-            chosen += [(pruning_type, int(each) // units, int(each) % units) for each in order]
-    return chosen
-
-
-@contextmanager
-def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: int, unit: int) -> Iterator[None]:
-    """Zeroes one unit's group while the body runs, and puts every bit back."""
-    rows = 1 if pruning_type in ONE_ROW else Live.full(space.widths).units(pruning_type).shape[0]
-    units = torch.full((rows,), -1)
-    units[row] = unit
-    saved = []
-    for part in group_slices(space, [Cut(pruning_type, units)]):
-        weight, indices = params[part.name].detach(), part.indices.to(params[part.name].device)
-        saved.append((weight, part.dim, indices, weight.index_select(part.dim, indices)))
-    try:
-        for weight, dim, indices, _ in saved:
-            weight.index_fill_(dim, indices, 0.0)
-        yield
-    finally:
-        for weight, dim, indices, values in saved:
-            weight.index_copy_(dim, indices, values)
-
-
-def loss_increases(
-    model: PreTrainedModel,
-    units: Sequence[tuple[str, int, int]],
-    rows: Tensor,
-    micro_batch: int,
-    precision: Precision,
-    tick: Tick,
-) -> list[Sample]:
-    """The true loss increase of removing each unit, all on the same rows (rows, length)."""
-    space, params = space_of(model.config), dict(model.named_parameters())
-
-    def loss() -> float:
-        return mean_loss(model, rows.split(micro_batch), precision)
-
-    whole, samples = loss(), []
-    for pruning_type, row, unit in units:
-        with removed(space, params, pruning_type, row, unit):
-            samples.append(Sample(pruning_type, row, unit, loss() - whole))
-        tick(1)
-    return samples
+    accumulate_gradient(partial(summed_loss, model, precision=precision), batch, micro_batch)
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

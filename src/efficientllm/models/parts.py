@@ -16,6 +16,12 @@ def body(model: Any) -> nn.Module:
     return part
 
 
+def final_norm(model: Any) -> nn.Module:
+    """What the last layer's state passes before the LM head."""
+    part: nn.Module = model.model.norm
+    return part
+
+
 def blocks(model: Any) -> nn.ModuleList:
     """The decoder layers, in order."""
     parts: nn.ModuleList = model.model.layers
