@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: demo test lint types unit clean help
 
 help:
-	@echo "make demo    train a source, prune it while it trains, compare with from-scratch (about four minutes)"
+	@echo "make demo    train a source, prune it while it trains, compare with from-scratch (three to eight minutes)"
 	@echo "make test    lint, types and tests"
 	@echo "make clean   remove the virtual environment and caches (never your runs)"
 

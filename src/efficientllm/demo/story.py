@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from efficientllm.checkpoint.files import appearing
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
+from efficientllm.demo.speed import forward_speeds, speed_once_pruned
 from efficientllm.jobs.prune import run
 from efficientllm.reporting.plots import plot_demo, plot_run
 from efficientllm.reporting.tables import console
@@ -60,7 +61,7 @@ def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, 
     summaries = {"source": source, "compact": compact, "from scratch": scratch}
     picture = plot_run(folder / "compact", folder / "pruning.png", title="Pruned to 40 % while it keeps training")
     curves = plot_demo({"compact": folder / "compact", "from scratch": folder / "scratch"}, folder / "learning.png")
-    print_table(summaries)
+    print_table(summaries, size)
     say(f"pictures: {picture} (saliency and pruning ratio over tokens), {curves} (learning curves)")
     return summaries
 
@@ -130,17 +131,24 @@ def write_architecture(folder: Path, corpus: Path, size: DemoSize) -> Path:
     return start
 
 
-def print_table(summaries: dict[str, dict[str, Any]]) -> None:
+def print_table(summaries: dict[str, dict[str, Any]], size: DemoSize) -> None:
+    """The stages' results, and how fast each model is now; speeds in tokens per second."""
     table = Table(title="The same tokens, the same batches, the same final shape")
-    for name in ("model", "parameters", "validation loss", "tokens/s in training", "path"):
+    speeds = ("training, tokens/s", "once pruned", "forward pass, tokens/s")
+    for name in ("model", "parameters", "validation loss", *speeds, "path"):
         table.add_column(name, justify="left" if name in ("model", "path") else "right", overflow="fold")
+    models = {name: Path(summary["result"]["path"]) for name, summary in summaries.items()}
+    forward = forward_speeds(models, size.batch_tokens // size.sequence_length, size.sequence_length)
     for name, summary in summaries.items():
         result = summary["result"]
+        pruned = speed_once_pruned(models[name].parent)
         table.add_row(
             name,
             format_count(result["parameters"]),
             f"{result['validation_loss']:.3f}",
             f"{summary['tokens'] / summary['seconds']:,.0f}",
+            "-" if pruned is None else f"{pruned:,.0f}",
+            f"{forward[name]:,.0f}",
             result["path"],
         )
     console().print(table)
