@@ -1,19 +1,13 @@
-"""The recipe and its sections but prune, field by field."""
+"""The recipe and its sections but data and prune, field by field."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from efficientllm.config.data import DataConfig
 from efficientllm.config.fields import (
     AutoCount,
     AutoInterval,
@@ -28,62 +22,10 @@ from efficientllm.config.fields import (
     Share,
     Text,
     explain,
-    one_or_more,
 )
 from efficientllm.config.prune import PruneConfig
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count
-
-_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+):([^:]*)(?::(.*))?")
-
-
-class DataSource(Section):
-    """Where text comes from. As a string: a path, or a hub id as org/data:name:split."""
-
-    path: Text = Field(description="File, glob, folder saved by datasets, or hub id; relative to the current directory")
-    name: str | None = Field(default=None, description="Configuration of a hub data set")
-    split: str | None = Field(default=None, description="Split of a hub data set")
-    weight: Real = Field(default=1.0, gt=0, description="Share of the tokens, relative to the other sources")
-    text_column: Text | None = Field(default=None, description="Column with the text; null: data.text_column")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, data: Any) -> Any:
-        data = {"path": data} if isinstance(data, str) else data
-        hub_id = _HUB_ID.fullmatch(str(data.get("path"))) if isinstance(data, Mapping) else None
-        if hub_id is None:
-            return data
-        parts = {"path": hub_id[1], "name": hub_id[2], "split": hub_id[3]}
-        for key in ("name", "split"):
-            if parts[key] and data.get(key):
-                raise ValueError(f"{key} stands in the path {data['path']!r} and as a key: keep one of them")
-        return {**data, **{key: part for key, part in parts.items() if part}}
-
-
-DataSources = Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)]
-
-
-class DataConfig(Section):
-    """The corpus: tokenised once, cut into rows, cached."""
-
-    section: ClassVar[str] = "data"
-    train: DataSources = Field(description="Text to train on: one source or a list of them")
-    validation: DataSources | None = Field(
-        default=None, description="Held-out text; null: validation_fraction of the documents of train"
-    )
-    validation_fraction: Share = Field(
-        default=0.005, gt=0, lt=0.5, description="Share of the documents that is held out"
-    )
-    text_column: Text = Field(default="text", description="Column with the text")
-    sequence_length: Count = Field(default=1024, ge=8, description="Tokens in a row")
-    cache_dir: Text | None = Field(
-        default=None,
-        description="Folder for tokenised text; null: $EFFICIENTLLM_CACHE, or ~/.cache/efficientllm",
-    )
-    workers: Count | None = Field(default=None, description="Processes that tokenise; null: one per core")
-
-    def _idle(self) -> dict[str, str]:
-        return {} if self.validation is None else {"validation_fraction": "beside data.validation"}
 
 
 class TrainConfig(Section):
@@ -156,9 +98,7 @@ class DistillConfig(Section):
     weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
     temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
     samples: Count | None = Field(
-        default=None,
-        description="Keep so many draws from the teacher's distribution a token on disk (50, say): a gradient that is "
-        "right on average; null: all of it, asked anew",
+        default=None, description="Draws from the teacher kept on disk for each token (50, say); null: all, asked anew"
     )
     chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
 
@@ -247,10 +187,8 @@ class Recipe(Section):
         """Tokens before pruning; 0 where nothing is pruned."""
         if self.prune is None:
             return 0
-        start = self.prune.start
-        if start == "auto":
-            start = self.train.warmup if self.prune.mode == "loop" else Position(0.0)
-        return start.tokens(self.train.tokens)
+        automatic = self.train.warmup if self.prune.mode == "loop" else Position(0.0)
+        return (automatic if self.prune.start == "auto" else self.prune.start).tokens(self.train.tokens)
 
     @model_validator(mode="wrap")
     @classmethod
