@@ -293,6 +293,10 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ),
         ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
         ("train.warmup=15%", "pruning starts at the end of train.warmup (15%), which must come before prune.end (15%)"),
+        (
+            "distill.weight=1",
+            "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher",
+        ),
         ("prune.start=20%", "prune.start (20%) must come before prune.end (15%)"),
         ("prune.end=70M", "prune.end (70M) lies beyond train.tokens (60M): lower it"),
         ("prune.end=110%", "prune.end: '110%' is no place in a run: write a share of it such as 15% or 0.15"),

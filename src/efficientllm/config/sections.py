@@ -203,7 +203,7 @@ class Recipe(Section):
         if self.distill and self.distill.teacher is None and self.init == "random":
             raise UsageError("distill.teacher is missing: with init random the source has no weights to teach with")
         prune, distill = self.prune, self.distill
-        untrained = prune is not None and (prune.mode != "loop" or not self.pruning_starts)
+        untrained = prune is not None and (prune.mode != "loop" or prune.start == "auto" or not self.pruning_starts)
         if distill and distill.weight == 1.0 and distill.teacher is None and untrained:
             raise UsageError(
                 "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: lower "
