@@ -25,7 +25,7 @@ from efficientllm.pruning.shards import Alone, Reduction, local
 from efficientllm.pruning.slices import group_slices
 
 ALONE = Alone()
-GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once
+EXPECTED = 10  # iterations of a solve at the default tolerance (docs/results/plan.md)
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
@@ -69,8 +69,8 @@ def solve_coefficients(
     damping = options.damping * diagonal.sum(1) / kept.sum(1).clamp(min=1)
     preconditioner = 1.0 / (diagonal + damping[:, None]).clamp(min=torch.finfo(inputs.dtype).tiny)
 
-    small = inputs.shape[2] <= GRAM
-    gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if small else None
+    forms = forms_gram(reduction.largest(inputs.shape[1]) * reduction.processes, inputs.shape[2], removed.shape[1])
+    gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if forms else None
 
     def normal(vectors: Tensor) -> Tensor:
         if gram is not None:
@@ -99,6 +99,11 @@ def solve_coefficients(
     within = (residual.norm(dim=1) <= goal).all(1)
     finite = solution.isfinite().flatten(1).all(1)
     return Solution(solution * kept[:, :, None], within & finite, done)
+
+
+def forms_gram(tokens: int, inputs: int, removed: int) -> bool:
+    """Whether X^T X, formed once, and products with it cost fewer operations than products with X and X^T do."""
+    return tokens * inputs + EXPECTED * inputs * removed < 2 * EXPECTED * tokens * removed
 
 
 def corrected(weight: Tensor, removed: Tensor, coefficients: Tensor) -> Tensor:
@@ -143,11 +148,16 @@ class Corrections:
     skipped: int = 0
     flops: int = field(default=0, compare=False)
 
+    def add(self, other: Corrections) -> None:
+        self.done += other.done
+        self.skipped += other.skipped
+        self.flops += other.flops
+
 
 def solve_flops(shape: Sequence[int], removed: int, iterations: int) -> int:
     """Matrix products of `solve_coefficients`, for X of shape (layers, tokens, inputs) and so many right-hand sides."""
     layers, tokens, inputs = shape
-    if inputs <= GRAM:
+    if forms_gram(tokens, inputs, removed):
         once, each = 2 * tokens * inputs**2, 2 * inputs**2 * removed
     else:
         once, each = 0, 4 * tokens * inputs * removed
@@ -200,7 +210,7 @@ def _correct_sites(
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
     solution = solve_coefficients(stacked, removed, kept, options, reduction)
     layers, tokens, width = stacked.shape
-    together = (layers, tokens * reduction.processes, width)
+    together = (layers, reduction.largest(tokens) * reduction.processes, width)
     report.flops += solve_flops(together, removed.shape[1], solution.iterations)
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):

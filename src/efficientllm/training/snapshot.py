@@ -27,9 +27,8 @@ class Snapshot:
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
     transformers config as a dict. Counts: optimizer steps done, tokens read in steps, those of them at a lowered
-    learning rate or none, tokens whose gradient was taken anew. flops: floating-point operations of training so far
-    (models/flops.py), pruning and teacher included; NaN where the run began before they were counted. skipped_steps:
-    those whose loss or gradient was not finite, in all and up to now without a good one between.
+    learning rate, tokens of looks at the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss
+    or gradient was not finite, in all and up to now without a good one between.
     """
 
     config: dict[str, Any]
@@ -37,7 +36,7 @@ class Snapshot:
     tokens: int
     refresh_tokens: int
     lowered_tokens: int
-    flops: float
+    flops: dict[str, float]
     skipped_steps: int
     skipped_in_a_row: int
     weights: dict[str, Tensor]
@@ -53,7 +52,7 @@ def snapshot_of(
     counts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0."""
-    counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
+    counts = dict.fromkeys(COUNTS, 0) | {"flops": {}} if counts is None else counts
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
