@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_model
+from efficientllm.checkpoint.store import load, save
 from efficientllm.config import Recipe
 from efficientllm.pruning.groups import ATTENTION_QUERY
 from efficientllm.pruning.slices import dead_slices
@@ -20,7 +22,7 @@ from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.looks import LookRows
 from efficientllm.training.loop import train_steps
 from efficientllm.training.planning import pruning_plan
-from efficientllm.training.state import TrainState, start
+from efficientllm.training.state import TrainState, capture, restore, start
 
 CPU = Precision("cpu", bf16=False)
 ROWS, LENGTH, STEPS = 8, 256, 6  # a look is two rows
@@ -38,7 +40,7 @@ class Remembered:
 
 
 def recipe(**prune: Any) -> Recipe:
-    train = {"tokens": STEPS * ROWS * LENGTH, "batch_tokens": ROWS * LENGTH, "micro_batch": 3, "lr": 1e-3}
+    train = {"tokens": STEPS * ROWS * LENGTH, "batch_tokens": ROWS * LENGTH, "micro_batch": 4, "lr": 1e-3}
     floors = {"intermediate": 8}
     return Recipe.model_validate(
         {
@@ -162,3 +164,27 @@ def test_rows_of_a_look() -> None:
     assert LookRows.of(plan, 1024, 256) == LookRows(gradient=256, measure=32, correction=2)
     assert LookRows.of(plan, 4, 64) == LookRows(4, 4, 4)  # never more than a batch
     assert LookRows.of(plan, 64, 256, processes=8).correction == 8
+
+
+def test_a_run_goes_on_bit_for_bit_with_its_looks_and_its_bill(tmp_path: Path) -> None:
+    """Cut in the middle of pruning: scores, what has fallen since the last look, ratios and FLOPs by part come back."""
+    wanted, path = recipe(end="80%"), tmp_path / "checkpoints"
+    whole, _, _ = run(wanted)
+    model = tiny_model("llama-gqa", max_position_embeddings=LENGTH)
+    plan = pruning_plan(wanted, model.config)
+    state = start(model, wanted.train, plan)
+    for _ in train_steps(state, Remembered(), wanted.train, plan, steps=2, precision=CPU):
+        pass
+    assert state.pruner is not None
+    assert not state.pruner.finished
+    state = restore(load(save(path, capture(state))), wanted.train, plan, "cpu")
+    for _ in train_steps(state, Remembered(), wanted.train, plan, steps=STEPS, precision=CPU):
+        pass
+    assert state.flops == whole.flops
+    assert state.refresh_tokens == whole.refresh_tokens
+    one, other = capture(state), capture(whole)
+    assert one.pruner_facts == other.pruner_facts
+    for name, weight in other.weights.items():
+        assert torch.equal(one.weights[name], weight), name
+    for name, tensor in other.pruner_tensors.items():
+        assert torch.equal(one.pruner_tensors[name], tensor), name

@@ -46,11 +46,12 @@ class SolverOptions:
 @dataclass(frozen=True)
 class Solution:
     """B, fp32 (layers, inputs, removed), zero outside K; whether each layer's solve converged, bool (layers,); the
-    iterations that the slowest took."""
+    iterations that the slowest took; the operations of its matrix products, over all processes."""
 
     coefficients: Tensor
     converged: Tensor
     iterations: int
+    flops: int
 
 
 def solve_coefficients(
@@ -69,7 +70,9 @@ def solve_coefficients(
     damping = options.damping * diagonal.sum(1) / kept.sum(1).clamp(min=1)
     preconditioner = 1.0 / (diagonal + damping[:, None]).clamp(min=torch.finfo(inputs.dtype).tiny)
 
-    forms = forms_gram(reduction.largest(inputs.shape[1]) * reduction.processes, inputs.shape[2], removed.shape[1])
+    tokens = round(float(reduction.over_batch(inputs.new_tensor(float(inputs.shape[1])))))
+    together = (len(inputs), tokens, inputs.shape[2])
+    forms = forms_gram(tokens, inputs.shape[2], removed.shape[1])
     gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if forms else None
 
     def normal(vectors: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ def solve_coefficients(
         done += 1
     within = (residual.norm(dim=1) <= goal).all(1)
     finite = solution.isfinite().flatten(1).all(1)
-    return Solution(solution * kept[:, :, None], within & finite, done)
+    flops = solve_flops(together, removed.shape[1], done)
+    return Solution(solution * kept[:, :, None], within & finite, done, flops)
 
 
 def forms_gram(tokens: int, inputs: int, removed: int) -> bool:
@@ -209,9 +213,7 @@ def _correct_sites(
     removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
     solution = solve_coefficients(stacked, removed, kept, options, reduction)
-    layers, tokens, width = stacked.shape
-    together = (layers, reduction.largest(tokens) * reduction.processes, width)
-    report.flops += solve_flops(together, removed.shape[1], solution.iterations)
+    report.flops += solution.flops
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
         for reader in site:

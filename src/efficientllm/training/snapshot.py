@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live, Widths
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
 
 # What a run counts; Snapshot and TrainState have a field of each name.
 COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
+UNKNOWN_FLOPS = dict.fromkeys((part.name for part in fields(Ledger)), math.nan)
 
 
 @dataclass
