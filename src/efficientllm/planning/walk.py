@@ -6,6 +6,7 @@ Where saliency would choose between types, events take the way that leaves them 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
 
 StepFlops = Callable[[Widths], Ledger]
+SETTLES = 3  # measurements of a type until one moves its ratio by no more than a quarter: noise alone moves the second
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Walk:
     rung: int = 0
     fresh: bool = False
     calibration: Calibration = field(default_factory=Calibration)
+    measured: Counter[str] = field(default_factory=Counter)
     flops: Ledger = field(default_factory=Ledger)
 
     @property
@@ -128,7 +131,7 @@ class Walker:
         return -(-rows // every)
 
     def _calibrate(self, done: Walk, seen: int) -> None:
-        """Types that are due, as if no ratio moved by more than a quarter once it has been measured twice."""
+        """Types that are due, each settled with its SETTLES-th measurement."""
         landing, options, parameters = self._plan.landings[done.rung], self._plan.options, self._parameters(done.live)
         types = [
             name
@@ -139,6 +142,9 @@ class Walker:
         done.flops.calibration += (1 + len(types)) * forward.total if types else 0
         for name in types:
             done.calibration.update(name, 1.0, 1.0, parameters)
+            done.measured[name] += 1
+            if done.measured[name] < SETTLES:
+                done.calibration.moved.pop(name, None)
             if options.correction:
                 share = min(options.bound, CALIBRATION_SHARE) * parameters
                 number = max(1, round(share / self._space.event_cost(name, done.live)))
