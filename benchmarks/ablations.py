@@ -35,7 +35,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "loop": {},
     "no correction": {"correction": "none"},
     "raw selection": {"selection": "raw"},
-    "calibration on the next batch": {"calibration_batch": "next"},
     "calibration on 2,048 tokens": {"calibration_tokens": 2048},
     "one-shot, loop's shape": {"mode": "one-shot"} | SHAPE,
     "one-shot, loop's shape, no correction": {"mode": "one-shot", "correction": "none"} | SHAPE,

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.correction import GRAM, SolverOptions, corrected, solve_coefficients
+from efficientllm.pruning.correction import SolverOptions, corrected, forms_gram, solve_coefficients
 
 DAMPING = 0.01
 
@@ -86,7 +86,7 @@ def measure(width: int, tokens: int, repeats: int, device: str) -> dict[str, flo
         "error_usual": error(inputs, theirs),
         "unseen_error_ours": error(unseen, mine),
         "unseen_error_usual": error(unseen, theirs),
-        "mib_ours": round((tokens * width + (width * width if width <= GRAM else 0)) * 4 / 2**20, 1),
+        "mib_ours": round((tokens * width + (width * width if forms_gram(tokens, width, 1) else 0)) * 4 / 2**20, 1),
         "mib_usual": round(2 * width * width * 4 / 2**20, 1),
     }
 

@@ -149,7 +149,6 @@ class Subject:
             train,
             self.plan,
             steps=10**9,
-            calibration_rows=max(1, min(shape.rows, min(max(shape.tokens // 8, 512), 8192) // shape.length)),
             precision=Precision.choose(self.settings.precision, device),
         )
 
@@ -179,7 +178,7 @@ class Subject:
     def calibrate_next(self) -> None:
         """The next step with an event calibrates before it, however little has fallen since the last time."""
         if self._engine is not None:
-            self._engine._uncalibrated = float("inf")
+            self._engine.calibration.parameters.clear()
 
     def step(self, kind: Kind) -> tuple[float, StepRecord]:
         """Seconds of one step of that kind, from idle device to idle device, and what it did."""

@@ -27,7 +27,7 @@ from efficientllm.config import Recipe
 from efficientllm.models.space import build, space_of
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import StepRecord, train_steps
-from efficientllm.training.planning import calibration_rows, pruning_plan
+from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import TrainState, start
 
 SEQUENCE, BATCH = 256, 4096
@@ -37,9 +37,9 @@ PHASE: dict[str, object] = {"target": "40%", "end": "100%", "curve": "linear", "
 
 
 class RandomBatches:
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int, part: slice = slice(None), /) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
-        return torch.randint(0, 2048, (BATCH // SEQUENCE, SEQUENCE), generator=generator)
+        return torch.randint(0, 2048, (BATCH // SEQUENCE, SEQUENCE), generator=generator)[part]
 
 
 def source() -> LlamaConfig:
@@ -71,11 +71,8 @@ def run(steps: int, prune: dict[str, object] | None) -> tuple[TrainState, Iterat
     model = build(source())
     plan = pruning_plan(recipe, model.config)
     state = start(model, recipe.train, plan)
-    rows = calibration_rows(recipe, BATCH // SEQUENCE)
     precision = Precision.choose("fp32", torch.device("cpu"))
-    records = train_steps(
-        state, RandomBatches(), recipe.train, plan, steps=steps, calibration_rows=rows, precision=precision
-    )
+    records = train_steps(state, RandomBatches(), recipe.train, plan, steps=steps, precision=precision)
     return state, records
 
 

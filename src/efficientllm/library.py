@@ -30,7 +30,8 @@ from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import DEFAULT_TYPES, Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.capture import Inputs, captured_inputs
+from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import shaped_moments
 from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
 from efficientllm.training.snapshot import cut, model_of, snapshot_of
@@ -38,8 +39,7 @@ from efficientllm.training.state import load_moments
 
 # Keys of the prune section that say how our own loop is run.
 RECIPE_ONLY = frozenset(
-    {"ladder", "mode", "calibration_batches", "calibration_tokens", "calibration_batch", "end", "every", "compact_at"}
-    | {"lr"}
+    {"ladder", "mode", "calibration_batches", "calibration_tokens", "end", "every", "compact_at", "lr"}
 )
 LossFunction = Callable[[], Tensor]
 
@@ -141,7 +141,8 @@ class Pruner:
         self._options, landings = options_and_landings(options, space, cost=cost)
         self._landing = landings[-1]
         self._schedule = SpanSchedule(start, start + steps, cost(space.widths), self._landing.target, options.curve)
-        self._correction_tokens = options.correction_tokens
+        self._correction_tokens = correction_tokens(space, options.correction_tokens)
+        self._observed = False
         self._given_loss = loss_fn
         self._bind(space)
 
@@ -175,13 +176,16 @@ class Pruner:
     def observe(self) -> None:
         """After backward(), best before clipping: takes the saliency from .grad. Every step, also once finished."""
         self.engine.observe()
+        self._observed = True
 
     def step(self) -> PruneReport:
         """After optimizer.step(): carries out the events that are due; where it pruned, gradients are cleared.
 
         May run the current batch again: now and then to measure what a bundle costs, and, where the schedule asks
-        for more than one bundle a step, to take the gradient anew.
+        for more than one bundle a step, to look at the gradient anew. Batches to come are the caller's own.
         """
+        if not (self._observed or self.finished):
+            raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         self.calls += 1
         report = self.engine.step(self.calls, self)
         if report.events:
@@ -193,21 +197,33 @@ class Pruner:
         assert function is not None
         return function()
 
-    def loss(self) -> float:
-        """For the engine: the loss of the current batch in nats."""
-        return float(self._current_loss().detach())
+    def measure(self) -> Callable[[], float]:
+        """For the engine: measures the loss of the current batch in nats, without a gradient."""
 
-    def refresh(self) -> None:
-        """For the engine: the gradient of the current batch, at the current weights, in .grad."""
+        @torch.no_grad()
+        def loss() -> float:
+            return float(self._current_loss())
+
+        return loss
+
+    def gradient(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """For the engine: the gradient of the current batch at the current weights, in .grad; inputs on the way."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._current_loss().backward()
+        with self._capturing(names) as inputs:
+            with inputs.taken(0):
+                loss = self._current_loss()
+            loss.backward()
+        return inputs
 
     @torch.no_grad()
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """For the engine: inputs (tokens, inputs) of linear layers, on the current batch's first tokens."""
-        with captured_inputs(self.model, names, self._correction_tokens) as inputs:
+        with self._capturing(names) as inputs, inputs.taken(0):
             self._current_loss()
         return inputs
+
+    def _capturing(self, names: Sequence[str]) -> AbstractContextManager[Inputs]:
+        return captured_inputs(self.model, names, self._correction_tokens, waits=True)
 
     def _aligned_widths(self) -> Widths:
         if self.finished:

@@ -84,7 +84,15 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
     options, landings = options_and_landings(prune, space_of(model.config))
     source = landings[-1].space.num_params()
     schedule = SpanSchedule(0, 6 * ROWS * LENGTH, source, landings[-1].target)
-    plan = PruningPlan(model.config, landings, schedule, options, prune.compact_at, correction_tokens=5 * LENGTH)
+    plan = PruningPlan(
+        model.config,
+        landings,
+        schedule,
+        options,
+        prune.compact_at,
+        correction_tokens=5 * LENGTH,
+        calibration_tokens=5 * LENGTH,
+    )
     ranks = with_mesh(ranks, DistributedConfig(shard=case.shard), torch.device("cpu"), fits=True)
     if case.begin:
         snapshot = load(checkpoints(folder / case.begin)[-1], ranks)
@@ -92,9 +100,7 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
     else:
         state = start(model, train, plan, ranks)
     events, losses, compactions = [], [], 0
-    for record in train_steps(
-        state, Batches(), train, plan, steps=case.steps, calibration_rows=5, precision=PRECISION, batch_rows=ROWS
-    ):
+    for record in train_steps(state, Batches(), train, plan, steps=case.steps, precision=PRECISION, batch_rows=ROWS):
         losses.append(record.loss)
         compactions += record.compaction is not None
         for applied in record.prune.events if record.prune else ():
@@ -114,7 +120,7 @@ def write_down(path: Path, state: TrainState, events: list[object], losses: list
         "events": events,
         "losses": losses,
         "compactions": compactions,
-        "counts": [state.step, state.tokens, state.refresh_tokens, state.flops],
+        "counts": [state.step, state.tokens, state.refresh_tokens, state.flops.total],
         "widths": asdict(state.space.widths),
     }
     if state.ranks.leads:

@@ -69,7 +69,9 @@ def test_run_folder_says_what_happened(finished: Path) -> None:
     assert sizes == sorted(sizes, reverse=True)
     spent = [0, *(record["flops"] for record in metrics)]
     steps = [after - before for before, after in pairwise(spent)]
-    assert summary["flops"] == spent[-1]
+    assert summary["flops"] == spent[-1] == sum(summary["flops_by_part"].values())
+    assert metrics[-1]["flops_by_part"] == summary["flops_by_part"]
+    assert all(summary["flops_by_part"][part] > 0 for part in ("steps", "looks", "calibration", "correction"))
     assert steps[0] > steps[-1] == steps[-2] > 0  # compact, and no longer measured
     assert all(event["saliency"] > 0 and event["damage_per_parameter"] > 0 for event in events)
     assert {record["step"] for record in metrics if "validation_loss" in record} == {8, 16, 24}
@@ -229,13 +231,13 @@ def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
 
     real, calls, bad = loop.accumulate_gradient, [0], {3, 4, 9}
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
+    def poisoned(*arguments: Any, **more: Any) -> torch.Tensor:
         calls[0] += 1
-        loss = real(*arguments)
+        loss = real(*arguments, **more)
         return loss * float("nan") if calls[0] in bad else loss
 
     monkeypatch.setattr(loop, "accumulate_gradient", poisoned)
-    path = world.write("poisoned", prune={"bound": 1.0})  # no refreshed scores: one gradient a step
+    path = world.write("poisoned", prune={"bound": 1.0})
     assert call("prune", path) == 0
     folder = world.folder / "runs" / "poisoned"
     lines = read_journal(folder / "metrics.jsonl")

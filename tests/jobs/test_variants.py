@@ -181,7 +181,7 @@ def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
     (folder / "summary.json").unlink()
     shutil.rmtree(checkpoints(folder / "checkpoints")[-1])
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["prune"]["calibration_batch"]  # as an older version, which had no such key, would have left it
+    del config["prune"]["calibration_tokens"]  # as an older version, which had no such key, would have left it
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     recipe = world.write("freer")
     assert call("prune", recipe, "run.validation_tokens=64") == 2
@@ -197,7 +197,7 @@ def test_out_of_memory_names_the_mend(
 
     from efficientllm.training import loop
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop, "accumulate_gradient", refuse)

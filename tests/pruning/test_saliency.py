@@ -80,9 +80,24 @@ def test_taylor_vector_is_the_slope_of_the_loss(family: str) -> None:
 
 
 def test_moving_average_has_no_bias_at_its_start() -> None:
-    average = MovingAverage(0.9)
+    average = MovingAverage()
     first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])
-    average.update({"ffn": first})
+    average.update({"ffn": first}, 0.3)
     torch.testing.assert_close(average.values()["ffn"], first)
-    average.update({"ffn": second})
+    average.update({"ffn": second}, 0.9)
     torch.testing.assert_close(average.values()["ffn"], (0.9 * first + second) / 1.9)
+
+
+def test_looks_of_unequal_size_count_alike() -> None:
+    """A look whose scores are ten times larger changes the unit that they are in, not the shares of the units."""
+    first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    shares = []
+    for size in (1.0, 10.0):
+        average = MovingAverage()
+        average.update({"ffn": first}, 0.5)
+        average.update({"ffn": size * second}, 0.5)
+        assert average.nats == pytest.approx((0.5 * 3.0 + size * 4.0) / 1.5)
+        assert float(average.values()["ffn"].sum()) == pytest.approx(average.nats)
+        shares.append(average.values()["ffn"] / average.nats)
+    torch.testing.assert_close(*shares)
+    torch.testing.assert_close(shares[0], (0.5 * first / 3.0 + second / 4.0) / 1.5)

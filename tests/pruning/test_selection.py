@@ -80,3 +80,24 @@ def test_calibration_averages_and_never_turns_negative() -> None:
     assert calibration.ratio("ffn") == pytest.approx((0.5 * 0.2 + 0.4) / 1.5)
     calibration.update("stem", measured=-0.1, predicted=1.0)
     assert calibration.ratio("stem") == 1e-3
+
+
+def test_ratios_that_have_settled_are_left_alone() -> None:
+    calibration = Calibration()
+    assert calibration.due("ffn", 100.0, 0.05)
+    calibration.update("ffn", 0.2, 1.0, 100.0)
+    assert not calibration.due("ffn", 98.0, 0.05)
+    assert calibration.due("ffn", 97.0, 0.05)
+    calibration.update("ffn", 0.24, 1.0, 97.0)  # moves the ratio by an eighth
+    assert not calibration.due("ffn", 80.0, 0.05)
+    assert calibration.due("ffn", 77.0, 0.05)
+    calibration.update("ffn", 1.0, 1.0, 77.0)
+    assert calibration.due("ffn", 74.0, 0.05)
+
+
+def test_predictions_are_shares_of_a_look() -> None:
+    """A look on fewer tokens predicts three times as much for everything: measured increases stay comparable."""
+    calibration = Calibration(scale=2.0)
+    calibration.update("ffn", 0.5, 0.1)
+    calibration.scale = 6.0
+    assert 0.3 * calibration.ratio("ffn") == pytest.approx(0.5)

@@ -8,7 +8,6 @@ checkpoints/step-00000120/manifest.json      widths, config, counts, pruner fact
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_sha
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
-from efficientllm.training.snapshot import COUNTS, Snapshot, config_of
+from efficientllm.training.snapshot import COUNTS, UNKNOWN_FLOPS, Snapshot, config_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,7 +35,7 @@ NAME = re.compile(r"step-(\d{8,})")
 ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
 T = TypeVar("T")
 # Counts that manifests of earlier versions lack: a sum whose beginning was not counted stays unknown.
-EARLIER = {"flops": math.nan, "skipped_steps": 0, "skipped_in_a_row": 0}
+EARLIER = {"flops": UNKNOWN_FLOPS, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
 def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
@@ -121,6 +120,8 @@ def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -
         else:
             tensors = read_shards(path, ranks, device)
     counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
+    if not isinstance(counts["flops"], dict):  # of an earlier version: one number, whose parts nobody knows
+        counts["flops"] = UNKNOWN_FLOPS
     moments = {key: value for key, value in tensors.items() if "|" in key}
     pruner = {key: value for key, value in tensors.items() if key.startswith(WHOLE)}
     return Snapshot(

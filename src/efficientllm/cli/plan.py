@@ -153,6 +153,7 @@ def _goal(plan: Plan) -> str:
 
 
 def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
+    from efficientllm.reporting.tables import flops_sentence
     from efficientllm.sizes import format_bytes, format_count
 
     kind = "bf16 autocast" if bf16 else "fp32"
@@ -165,7 +166,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
          f"the gradient anew {plan.refreshes:,} times"),
         ("tokens", f"{before} before, {pruning} while, {after} after pruning; {plan.steps:,} steps of "
          f"{format_count(plan.batch_tokens)}"),
-        ("FLOPs", f"{plan.flops:.3g} in all, {plan.pruning_flops:.3g} of them for pruning; "
+        ("FLOPs", f"{flops_sentence(asdict(plan.flops_by_part)).replace('FLOPs ', '')}; "
          f"{plan.step_flops:.3g} a step at full shape; validation takes {plan.validation_flops:.3g} more"),
         ("memory, weights", format_bytes(memory.weights)),
         ("memory, gradients", format_bytes(memory.gradients)),

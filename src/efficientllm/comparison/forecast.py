@@ -13,6 +13,7 @@ from efficientllm.models.loading import load_config
 from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.groups import Widths
 from efficientllm.sizes import format_count
+from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.planning import pruning_plan
 
 
@@ -42,7 +43,7 @@ def forecast(comparison: Comparison) -> str:
 
 def expected_flops(comparison: Comparison) -> dict[str, float]:
     """FLOPs of each arm's run at equal tokens, estimated from shapes: training at the final size, and for arms that
-    prune step by step a look at the gradient for every `bound` that falls, at a size midway."""
+    prune step by step a quarter of a batch looked at for every `bound` that falls, at a size midway."""
     recipe = comparison.recipe
     plan = pruning_plan(recipe, load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
     assert plan is not None
@@ -67,5 +68,5 @@ def _expected(comparison: Comparison, arm: Arm, cost: Cost, pruned: Widths) -> f
     if arm.prunes and arm.base != "one-shot":
         share = cost(final) / cost(space.widths)
         looks = math.ceil(math.log(share) / math.log1p(-min(recipe.prune.bound, 0.99)))
-        flops += looks * batch_tokens(recipe) * (token(final) + token(space.widths)) / 2
+        flops += looks * batch_tokens(recipe) / LOOK_SHARE * (token(final) + token(space.widths)) / 2
     return flops

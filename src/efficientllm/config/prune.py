@@ -99,7 +99,7 @@ class PruneConfig(Section):
         default="loop",
         description="loop: while training; one-shot: at once; iterative: step by step with the weights at rest",
     )
-    calibration_batches: Count = Field(default=8, description="Batches that one-shot takes its scores from")
+    calibration_batches: Count = Field(default=8, description="Batches to come that one-shot takes its scores from")
     order: Literal["saliency", "attention-first", "ffn-first", "stem-first", "interleaved"] = Field(
         default="saliency", description="Which type falls next; the others are pruning paths to widths given as target"
     )
@@ -121,7 +121,9 @@ class PruneConfig(Section):
         description="Share of the learning rate while pruning; below 1, its tokens are no warm-up",
     )
     saliency: Text = Field(default="taylor-element", description="Name of the score of a unit")
-    ema: Momentum = Field(default=0.9, description="Share of the old in the scores' moving average over steps")
+    ema: Momentum = Field(
+        default=0.5, description="What a look at the scores still counts in their average once bound has fallen since"
+    )
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
         default=DEFAULT_TYPES, description="What may fall; attention_query needs a GQA model, depth takes whole layers"
     )
@@ -129,19 +131,18 @@ class PruneConfig(Section):
         default="calibrated", description="Compare types by measured loss, or by scores as they are"
     )
     bound: Share = Field(
-        default=0.01, gt=0, description="Most of the parameters that fall between two refreshes of the scores"
+        default=0.05, gt=0, description="Most of the parameters that fall between two looks at the scores"
     )
     calibration_tokens: Count | None = Field(
         default=None, description="Tokens to measure loss on; null: an eighth of the batch, between 512 and 8,192"
     )
-    calibration_batch: Literal["current", "next"] = Field(
-        default="current", description="Measure on the batch whose gradient chose the units, or on one not seen yet"
-    )
     correction: Literal["none", "second-order"] = Field(
         default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
     )
-    correction_tokens: Count = Field(
-        default=4096, description="Tokens of the batch whose inputs the correction, and criteria that need inputs, see"
+    correction_tokens: Count | None = Field(
+        default=None,
+        description="Tokens whose inputs the correction, and criteria that need inputs, see at most; null: eight for "
+        "each input of the widest layer",
     )
     correction_damping: Real = Field(default=0.01, ge=0, description="Of its Hessian, as a share of the mean diagonal")
     correction_tolerance: Real = Field(default=0.03, gt=0, description="Relative residual at which its solve is done")
@@ -153,15 +154,14 @@ class PruneConfig(Section):
     )
 
     def _idle(self) -> dict[str, str]:
-        calibration = ("calibration_tokens", "calibration_batch")
-        idle = {} if self.selection == "calibrated" else dict.fromkeys(calibration, "with prune.selection raw")
+        idle = {} if self.selection == "calibrated" else {"calibration_tokens": "with prune.selection raw"}
         if self.cost != "latency":
             idle |= dict.fromkeys(["latency_table", "latency_on"], f"with prune.cost {self.cost}")
         if self.order != "saliency":
-            idle |= dict.fromkeys(["selection", *calibration], f"with prune.order {self.order}")
+            idle |= dict.fromkeys(["selection", "calibration_tokens"], f"with prune.order {self.order}")
         if self.mode != "loop":
             idle |= dict.fromkeys(["end", "curve", "every"], f"with prune.mode {self.mode}, which sets its own pace")
-            idle["lr"] = f"with prune.mode {self.mode}, which leaves the weights at rest"
+            idle["lr"] = f"with prune.mode {self.mode}, which leaves the weights at rest while it prunes"
         if self.mode == "one-shot":
             idle["bound"] = "with prune.mode one-shot"
         else:

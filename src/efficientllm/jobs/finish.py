@@ -26,6 +26,7 @@ from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
+from efficientllm.reporting.tables import flops_sentence
 from efficientllm.sizes import format_amount, format_count
 from efficientllm.training.state import TrainState, compact, whole_model
 
@@ -118,7 +119,8 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         },
         "tokens": state.tokens,
         "refresh_tokens": state.refresh_tokens,
-        "flops": without_nonfinite(state.flops),
+        "flops": without_nonfinite(state.flops.total),
+        "flops_by_part": without_nonfinite(asdict(state.flops)),
         "skipped_steps": state.skipped_steps,
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
@@ -144,7 +146,8 @@ def peak_memory(device: torch.device) -> int:
 
 def result_line(summary: dict[str, Any]) -> str:
     source, result = summary["source"], summary["result"]
+    spent = f"; {flops_sentence(summary['flops_by_part'])}" if "flops_by_part" in summary else ""
     return (
         f"{format_count(result['parameters'])} parameters, validation loss {result['validation_loss']:.4f} "
-        f"(source: {format_count(source['parameters'])}, {source['validation_loss']:.4f})"
+        f"(source: {format_count(source['parameters'])}, {source['validation_loss']:.4f}){spent}"
     )

@@ -45,7 +45,7 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         "validation_loss": validate(job, state, progress),
         "step": state.step,
         "tokens": state.tokens,
-        "flops": without_nonfinite(state.flops),
+        "flops": without_nonfinite(state.flops.total),
     }
     model = whole_model(state)
     with ExitStack() as stack:

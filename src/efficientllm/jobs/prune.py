@@ -24,7 +24,6 @@ from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
-from efficientllm.training.planning import calibration_rows
 from efficientllm.training.state import TrainState, capture
 
 OUT_OF_MEMORY = (
@@ -85,14 +84,12 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
     recipe = job.recipe
     total = job.steps * job.batch_rows * recipe.data.sequence_length
     checkpoint_every = recipe.run.checkpoint_every.tokens(total)
-    rows = calibration_rows(recipe, job.batch_rows)
     records = train_steps(
         state,
         job.batches,
         recipe.train,
         job.plan,
         steps=job.steps,
-        calibration_rows=rows,
         precision=job.precision,
         batch_rows=job.batch_rows,
         distillation=teacher,

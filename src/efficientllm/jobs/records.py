@@ -14,8 +14,8 @@ from efficientllm.training.state import TrainState
 def metrics_record(
     state: TrainState, record: StepRecord, tokens: int, seconds: float, validation: float | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before; flops
-    are those of training since the run began."""
+    """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before; flops,
+    in all and by part (pruning/ledger.py), are those since the run began."""
     line: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
@@ -27,7 +27,8 @@ def metrics_record(
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "refresh_tokens": state.refresh_tokens,
-        "flops": state.flops,
+        "flops": state.flops.total,
+        "flops_by_part": asdict(state.flops),
         "skipped_steps": state.skipped_steps,
         "widths": asdict(state.live_widths),
     }
@@ -38,7 +39,7 @@ def metrics_record(
     if record.prune and (record.prune.corrections.done or record.prune.corrections.skipped):
         line["corrections"] = asdict(record.prune.corrections)
     if record.prune and record.prune.nonfinite:
-        line["nonfinite"] = record.prune.nonfinite  # gradients and measured losses that pruning left out
+        line["nonfinite"] = record.prune.nonfinite  # looks and measured losses that pruning left out
     if validation is not None:
         line["validation_loss"] = validation
     return line

@@ -13,10 +13,11 @@ from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.walk import StepFlops, Walk, Walker
 from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.sizes import format_amount
 from efficientllm.training.notes import notes_of
-from efficientllm.training.planning import calibration_rows, pruning_plan
+from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.validation_pace import validation_pace
 
@@ -27,8 +28,8 @@ class Plan:
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
-    pruning_flops: those of it that refreshes, calibration, scores and corrections take; validation_flops come on top.
-    Bytes throughout. notes: what the run will say before it starts."""
+    flops_by_part: the same as in a run's summary; pruning_flops: those of looks, calibration and correction;
+    validation_flops come on top. Bytes throughout. notes: what the run will say before it starts."""
 
     parameters: int
     target: int
@@ -42,6 +43,7 @@ class Plan:
     steps: int
     batch_tokens: int
     flops: float
+    flops_by_part: Ledger
     pruning_flops: float
     validation_flops: int
     step_flops: int
@@ -85,10 +87,11 @@ def plan_of(
         _phases(recipe, plan, batch, steps, done.events),
         steps,
         batch,
+        done.flops.total,
         done.flops,
         done.pruning,
         pace.flops,
-        int(cost(space.widths)),
+        int(cost(space.widths).total),
         replace(
             step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
@@ -137,17 +140,20 @@ def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) 
     teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
 
     @lru_cache(1 << 16)
-    def at(widths: Widths) -> float:
+    def at(widths: Widths) -> Ledger:
         forward = forward_flops(space, batch_rows, length, widths)
         recomputes = recipe.train.gradient_checkpointing
-        return training_flops(forward, gradient_checkpointing=recomputes, chunked=distill) + teacher
+        return Ledger(training_flops(forward, gradient_checkpointing=recomputes, chunked=distill), teacher=teacher)
 
     return at
 
 
 def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
     if plan is None:
-        return Walk(space.widths, space.widths, flops=cost(space.widths) * steps)
+        done = Walk(space.widths, space.widths)
+        for _ in range(steps):
+            done.flops.add(cost(space.widths))
+        return done
     walker = Walker(
         space,
         plan,
@@ -155,6 +161,7 @@ def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlop
         cost,
         rows=batch_rows,
         length=recipe.data.sequence_length,
-        calibration_rows=calibration_rows(recipe, batch_rows),
+        recomputes=recipe.train.gradient_checkpointing,
+        compiles=recipe.train.compile,
     )
     return walker.walk(steps)

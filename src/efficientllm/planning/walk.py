@@ -6,26 +6,29 @@ Where saliency would choose between types, events take the way that leaves them 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
-from efficientllm.models.flops import ForwardFlops, forward_flops
+from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import HEAD_WEIGHT
-from efficientllm.pruning.correction import solve_flops
+from efficientllm.pruning.calibration import CALIBRATION_SHARE, Calibration
+from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM, Space, Widths
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.selection import most_left
+from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
 
-StepFlops = Callable[[Widths], float]
-ITERATIONS = 10  # of a correction's solve at the default tolerance: docs/results/plan.md
+StepFlops = Callable[[Widths], Ledger]
+SETTLES = 3  # measurements of a type until one moves its ratio by no more than a quarter: noise alone moves the second
 
 
 @dataclass
 class Walk:
-    """What a run has done so far. flops: of everything in it; pruning: those of calibration, scores and correction and
-    of gradients taken anew."""
+    """What a run has done so far. flops: by part; pruning: those of looks, calibration and correction."""
 
     live: Widths
     allocated: Widths
@@ -33,13 +36,19 @@ class Walk:
     compactions: int = 0
     refreshes: int = 0
     rung: int = 0
-    uncalibrated: float = float("inf")
-    flops: float = 0.0
-    pruning: float = 0.0
+    fresh: bool = False
+    calibration: Calibration = field(default_factory=Calibration)
+    measured: Counter[str] = field(default_factory=Counter)
+    flops: Ledger = field(default_factory=Ledger)
+
+    @property
+    def pruning(self) -> float:
+        return self.flops.looks + self.flops.calibration + self.flops.correction
 
 
 class Walker:
-    """Takes the steps. shape: where the run ends. rows, length: of a batch; calibration_rows: of it."""
+    """Takes the steps. shape: where the run ends. rows, length: of a batch. recomputes, compiles: as
+    train.gradient_checkpointing and train.compile."""
 
     def __init__(
         self,
@@ -50,11 +59,12 @@ class Walker:
         *,
         rows: int,
         length: int,
-        calibration_rows: int,
+        recomputes: bool,
+        compiles: bool,
     ) -> None:
         self._space, self._plan, self._shape, self._step_flops = space, plan, shape, step_flops
-        self._rows, self._length, self._calibration_rows = rows, length, calibration_rows
-        self._correction_rows = min(max(1, plan.correction_tokens // length), rows)
+        self._batch, self._length, self._recomputes, self._compiles = rows, length, recomputes, compiles
+        self._rows = LookRows.of(plan, rows, length)
         self._needs = criterion(plan.options.saliency).needs
         self._types = [name for name in PRUNING_TYPES if name in plan.options.types]
         heads = [int(spec.axes[0]) for spec in space.params if spec.name == HEAD_WEIGHT]
@@ -63,11 +73,14 @@ class Walker:
 
     def walk(self, steps: int) -> Walk:
         """The whole run."""
-        done = Walk(self._space.widths, self._space.widths)
-        for step in range(1, steps + 1):
-            done.flops += self._step_flops(done.allocated)
-            self._prune(done, step * self._rows * self._length)
-        done.flops += done.pruning
+        done, batch = Walk(self._space.widths, self._space.widths), self._batch * self._length
+        for step in range(steps):
+            if self._plan.at_rest:
+                self._prune(done, step * batch)
+            done.flops.add(self._step_flops(done.allocated))
+            if not self._plan.at_rest:
+                done.fresh = self._needs == "gradient"
+                self._prune(done, (step + 1) * batch)
         return done
 
     def _next_type(self, done: Walk) -> str | None:
@@ -84,30 +97,60 @@ class Walker:
     def _prune(self, done: Walk, position: int) -> None:
         """What PruningEngine.step does at a position, and the compaction after it."""
         options, bundles, landed = self._plan.options, 0, False
-        if options.gathers and self._needs == "inputs" and self._next_type(done) and not self._due(done, position):
-            done.pruning += self._inputs(done).base
+        ready = not (self._plan.at_rest or self._compiles)  # inputs that the step's own pass has kept
         while not landed and self._due(done, position):
-            if self._needs == "gradient" and bundles:
-                done.pruning += self._step_flops(done.allocated)
-                done.refreshes += 1
-            elif self._needs == "inputs":
-                done.pruning += self._inputs(done).total if self._vocabulary else self._inputs(done).base
-            parameters = self._parameters(done.live)
-            stale = bundles or done.uncalibrated >= options.bound * parameters
-            if options.calibrated and options.order == "saliency" and stale:
-                self._calibrate(done)
+            seen = self._look(done, options.gathers if not bundles else 1, ready=ready)
+            if options.correction and not seen:
+                done.flops.correction += 0 if ready else self._inputs(done)
+                seen = self._rows_of(self._batch) if ready else self._rows.correction
+            ready = False
+            if options.compares_types:
+                self._calibrate(done, seen)
             before, landed = done.live, self._take_bundle(done, position)
             if options.correction:
-                self._correct(done, before)
+                done.flops.correction += self._solves(done.allocated, before, done.live, seen)
             bundles += 1
         self._compact(done, exactly=landed or self._next_type(done) is None)
 
-    def _calibrate(self, done: Walk) -> None:
-        forward = forward_flops(self._space, self._calibration_rows, self._length, done.allocated)
-        landing = self._plan.landings[done.rung]
-        measured = sum(landing.may_fall(name, done.live) for name in self._types)
-        done.pruning += (1 + measured) * forward.total
-        done.uncalibrated = 0.0
+    def _look(self, done: Walk, gathers: int, *, ready: bool) -> int:
+        """Passes for scores, where none is fresh. Returns the rows of inputs that they have met."""
+        if done.fresh or self._needs not in ("gradient", "inputs"):
+            return 0
+        done.fresh = True
+        if self._needs == "inputs":
+            done.flops.looks += self._inputs(done) * (gathers - ready)
+            return self._rows_of(self._batch) if ready else self._rows.correction
+        done.refreshes += gathers
+        passed = forward_flops(self._space, self._rows.gradient, self._length, done.allocated)
+        done.flops.looks += gathers * training_flops(passed, gradient_checkpointing=self._recomputes)
+        return 0 if self._compiles else self._rows_of(self._rows.gradient)
+
+    def _rows_of(self, rows: int) -> int:
+        """Those of a pass over so many rows whose inputs are kept."""
+        every = max(1, rows // self._rows.correction)
+        return -(-rows // every)
+
+    def _calibrate(self, done: Walk, seen: int) -> None:
+        """Types that are due, each settled with its SETTLES-th measurement."""
+        landing, options, parameters = self._plan.landings[done.rung], self._plan.options, self._parameters(done.live)
+        types = [
+            name
+            for name in self._types
+            if landing.may_fall(name, done.live) and done.calibration.due(name, parameters, options.bound)
+        ]
+        forward = forward_flops(self._space, self._rows.measure, self._length, done.allocated)
+        done.flops.calibration += (1 + len(types)) * forward.total if types else 0
+        for name in types:
+            done.calibration.update(name, 1.0, 1.0, parameters)
+            done.measured[name] += 1
+            if done.measured[name] < SETTLES:
+                done.calibration.moved.pop(name, None)
+            if options.correction:
+                share = min(options.bound, CALIBRATION_SHARE) * parameters
+                number = max(1, round(share / self._space.event_cost(name, done.live)))
+                number = min(number, done.live.count(name) - landing.least(name))
+                after = done.live.after(name, number)
+                done.flops.calibration += self._solves(done.allocated, done.live, after, seen)
 
     def _take_bundle(self, done: Walk, position: int) -> bool:
         """Events until the schedule is content or the bound is met; whether a rung of the ladder is reached."""
@@ -124,19 +167,18 @@ class Walker:
             landing = landings[done.rung]
             if done.rung < len(landings) - 1 and landing.cost(done.live) <= landing.target:
                 done.rung += 1
+                done.fresh = False
                 return True
-        done.uncalibrated += removed
+        done.fresh = False
         return False
 
-    def _inputs(self, done: Walk) -> ForwardFlops:
-        return forward_flops(self._space, self._correction_rows, self._length, done.allocated)
+    def _inputs(self, done: Walk) -> int:
+        return forward_flops(self._space, self._rows.correction, self._length, done.allocated).base
 
-    def _correct(self, done: Walk, before: Widths) -> None:
-        """The pass that captures inputs, a solve for each tensor that loses inputs, and its readers' update."""
-        inputs, wide, dim = self._inputs(done), done.allocated, self._space.head_dim
-        tokens = self._correction_rows * self._length
-        fallen = {name: before.count(name) - done.live.count(name) for name in self._types}
-        head = self._vocabulary if fallen.get(STEM) else 0
+    def _solves(self, wide: Widths, before: Widths, after: Widths, rows: int) -> int:
+        """A solve for each tensor that loses inputs, of so many rows, and its readers' update."""
+        dim, tokens, flops = self._space.head_dim, rows * self._length, 0
+        fallen = {name: before.count(name) - after.count(name) for name in self._types}
         outputs = {
             FFN_TYPE: (wide.intermediate, 1, [wide.hidden]),
             ATTENTION: (wide.heads * dim, before.queries_per_kv * dim, [wide.hidden]),
@@ -146,12 +188,12 @@ class Walker:
         for name, (width, each, sites) in outputs.items():
             removed = fallen.get(name, 0) * each
             for reads in sites if removed else ():
-                solve = solve_flops((wide.layers, tokens, width), removed, ITERATIONS)
-                done.pruning += solve + 2 * wide.layers * width * reads * removed
-        if head:
-            done.pruning += solve_flops((1, tokens, wide.hidden), fallen[STEM], ITERATIONS)
-            done.pruning += 2 * wide.hidden * head * fallen[STEM]
-        done.pruning += inputs.total if head else inputs.base
+                solve = solve_flops((wide.layers, tokens, width), removed, EXPECTED)
+                flops += solve + 2 * wide.layers * width * reads * removed
+        if self._vocabulary and fallen.get(STEM):
+            flops += solve_flops((1, tokens, wide.hidden), fallen[STEM], EXPECTED)
+            flops += 2 * wide.hidden * self._vocabulary * fallen[STEM]
+        return flops
 
     def _compact(self, done: Walk, *, exactly: bool) -> None:
         widths = narrower(done.live, done.allocated, self._plan, self._parameters, exactly=exactly)

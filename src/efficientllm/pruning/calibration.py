@@ -1,22 +1,23 @@
-"""How far each type's scores are off: bundles of units are zeroed, the loss is measured, every bit is put back."""
+"""How far each type's scores are off: bundles fall as they would, the loss is measured, every bit is put back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from efficientllm.pruning.contract import Probe
-from efficientllm.pruning.groups import Cut, Slice, Space
+from efficientllm.pruning.groups import Cut, Space
 from efficientllm.pruning.shards import local, local_indices
 from efficientllm.pruning.slices import group_slices
 
 CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true cost is measured
 # A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
 LEAST_RATIO = 1e-3
+SETTLED = 0.25  # a ratio that its last measurement has moved by no more is not measured again ...
+RENEWED = 0.2  # ... before this share of the parameters has fallen
 
 
 @dataclass(frozen=True)
@@ -33,61 +34,66 @@ class Calibration:
     """Measured over predicted loss increase of each type, smoothed over the measurements.
 
     Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
-    does not. They share their weights, so the ratio needs no correction for their start at zero. At 0.8 about five
-    bundles of 1 % of the parameters speak: one, measured on a few hundred tokens, is often no more than noise.
+    does not. They share their weights, so the ratio needs no correction for their start at zero.
+
+    scale: nats that a prediction is counted in, the looks' own (MovingAverage.nats). It changes with the size of the
+    looks; predictions are kept as shares of it. moved: by what share of itself the last measurement has moved a type's
+    ratio; parameters: of the model at that measurement.
     """
 
-    smoothing: float = 0.8
+    smoothing: float = 0.5
+    scale: float = 1.0
     measured: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, float] = field(default_factory=dict)
 
-    def update(self, pruning_type: str, measured: float, predicted: float) -> None:
-        """One measurement in nats: the loss increase of a zeroed bundle, and the sum of its saliency. Both finite: what
-        is not would stay in the averages for good."""
+    def update(self, pruning_type: str, measured: float, predicted: float, parameters: float = 0.0) -> None:
+        """One measurement in nats: the loss increase of a bundle, and the sum of its saliency. Both finite: what is not
+        would stay in the averages for good."""
         assert math.isfinite(measured)
         assert math.isfinite(predicted)
-        for record, value in ((self.measured, measured), (self.predicted, predicted)):
+        known, before = pruning_type in self.predicted, self.ratio(pruning_type)
+        for record, value in ((self.measured, measured), (self.predicted, predicted / self.scale)):
             old = record.get(pruning_type, 0.0)
             record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
+        after = self.ratio(pruning_type)
+        if known:
+            self.moved[pruning_type] = abs(after - before) / max(after, before)
+        self.parameters[pruning_type] = parameters
 
     def ratio(self, pruning_type: str) -> float:
         """Factor that turns predicted into measured loss increase; 1 before the first measurement."""
-        predicted = self.predicted.get(pruning_type, 0.0)
+        predicted = self.predicted.get(pruning_type, 0.0) * self.scale
         if predicted <= 0.0:
             return 1.0
         return max(self.measured[pruning_type] / predicted, LEAST_RATIO)
 
-
-@torch.no_grad()
-def measure(
-    calibration: Calibration, bundles: Sequence[Bundle], space: Space, params: Mapping[str, Tensor], probe: Probe
-) -> int:
-    """Measures what zeroing each bundle does to the loss, and puts every bit back.
-
-    All measurements share one micro-batch, so that their differences are paired. Those that are not finite are left
-    out; returns their number.
-    """
-    unpruned, left_out = probe.loss(), 0
-    for bundle in bundles:
-        saved = _cut_out(bundle.cuts, space, params)
-        increase = probe.loss() - unpruned
-        for part, values in saved:
-            local(params[part.name]).index_copy_(part.dim, part.indices, values)
-        if math.isfinite(increase) and math.isfinite(bundle.predicted):
-            calibration.update(bundle.type, increase, bundle.predicted)
-        else:
-            left_out += 1
-    return left_out
+    def due(self, pruning_type: str, parameters: float, bound: float) -> bool:
+        """Whether a type is to be measured (again) on a model of so many parameters: it has not been, or half of
+        `bound` has fallen since and its ratio is not settled, or RENEWED has fallen since."""
+        if pruning_type not in self.parameters:
+            return True
+        fallen = 1.0 - parameters / self.parameters[pruning_type]
+        return fallen >= RENEWED or (fallen >= bound / 2 and self.moved.get(pruning_type, math.inf) > SETTLED)
 
 
-def _cut_out(cuts: Sequence[Cut], space: Space, params: Mapping[str, Tensor]) -> list[tuple[Slice, Tensor]]:
-    """Zeroes the weights (not the moments) of the cuts' groups; returns what was there, with indices into the local
-    parts."""
-    saved = []
+@contextmanager
+def trial(
+    space: Space, params: Mapping[str, Tensor], cuts: Sequence[Cut], corrected: Sequence[str] = ()
+) -> Iterator[None]:
+    """Every bit that the body changes is put back: of the cuts' groups, and of the weights that it corrects, copies of
+    which wait on the CPU."""
+    whole = {name: local(params[name]).to("cpu", copy=True) for name in corrected}
+    parts = []
     for part in group_slices(space, cuts):
-        weight = params[part.name]
-        part = Slice(part.name, part.dim, local_indices(weight, part.dim, part.indices))
-        saved.append((part, local(weight).index_select(part.dim, part.indices)))
-    for part, _ in saved:
-        local(params[part.name]).index_fill_(part.dim, part.indices, 0.0)
-    return saved
+        if part.name not in whole:
+            indices = local_indices(params[part.name], part.dim, part.indices)
+            parts.append((part, indices, local(params[part.name]).index_select(part.dim, indices)))
+    try:
+        yield
+    finally:
+        for part, indices, values in parts:
+            local(params[part.name]).index_copy_(part.dim, indices, values)
+        for name, copy in whole.items():
+            local(params[name]).copy_(copy)

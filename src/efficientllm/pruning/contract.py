@@ -10,26 +10,29 @@ from torch import Tensor
 
 from efficientllm.pruning.correction import Corrections, SolverOptions
 from efficientllm.pruning.groups import Event, Widths
+from efficientllm.pruning.ledger import Ledger
 
 Moments = Callable[[str], Mapping[str, Tensor]]
 
 
 class Probe(Protocol):
-    """What pruning may ask of the loop it lives in, about the current batch."""
+    """What pruning may ask of the loop it lives in. Every look reads other rows than those before it, where the loop
+    can: rows that training has not seen, and will still see."""
 
-    def loss(self) -> float:
-        """Mean loss in nats on one fixed micro-batch of the current batch; no gradient."""
-        ...
-
-    def refresh(self) -> None:
-        """Puts the gradient of the current batch at the current weights into .grad; no weight update."""
+    def gradient(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Puts a fresh gradient at the current weights into .grad, without a weight update. Returns the inputs of the
+        linear layers with these weights that it has met on the way, as `inputs` does."""
         ...
 
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Inputs (tokens, inputs) of the linear layers with these weights, on tokens of the current batch.
+        """Inputs (tokens, inputs) of the linear layers with these weights, at weights at most one update old.
 
         Layers that read one tensor share it here too.
         """
+        ...
+
+    def measure(self) -> Callable[[], float]:
+        """A function that measures the mean loss in nats on one fixed set of rows, no gradient."""
         ...
 
 
@@ -37,23 +40,28 @@ class Probe(Protocol):
 class PrunerOptions:
     """The method's dials; docs/results/ablations.md for the defaults.
 
-    types: pruning types that may be chosen. saliency: name of the criterion. decay: of its moving average.
-    calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters
-    removed between two refreshes of saliency and calibration (one event is always allowed). correction: the
-    second-order update of what is left; None leaves it out. order: "saliency", or a pruning path (selection.py)
-    towards one fixed shape. gathers: scores are averaged over all steps before the first event too, where they
-    do not come from the gradient (one-shot). seed: of the criterion `random`.
+    types: pruning types that may be chosen. saliency: name of the criterion. decay: share of the old in its average
+    once `bound` of the parameters has fallen. calibrated: compare types by measured loss, not by raw scores. bound:
+    largest share of the live parameters removed between two looks (one larger event falls alone, after a look of its
+    own). correction: the second-order update of what is left; None leaves it out. order: "saliency", or a pruning path
+    (selection.py) towards one fixed shape. gathers: looks that are taken before the first event of a step where
+    training has taken none (weights at rest). seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
     saliency: str = "taylor-element"
-    decay: float = 0.9
+    decay: float = 0.5
     calibrated: bool = True
-    bound: float = 0.01
+    bound: float = 0.05
     correction: SolverOptions | None = None
     order: str = "saliency"
-    gathers: bool = False
+    gathers: int = 1
     seed: int = 0
+
+    @property
+    def compares_types(self) -> bool:
+        """Whether measured losses decide between types; on a pruning path nothing is left to decide."""
+        return self.calibrated and self.order == "saliency"
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,10 @@ class AppliedEvent:
 @dataclass
 class PruneReport:
     """What one step() did. rung: index of the ladder's size that was reached, where one was. flops: of the matrix
-    products in scores and corrections; passes through the model are the probe's to count.
+    products in scores and solves; passes through the model are the probe's to count.
 
-    nonfinite: gradients and measured losses that were left out because they are no numbers.
+    refreshes: looks that were taken for a bundle. calibrations: how often types were measured, measured: bundles in
+    them. nonfinite: looks and measured losses that were left out because they are no numbers.
 
     damages: calibrated damage per parameter of each type's next event, as last seen, whatever the run's cost is.
     """
@@ -84,6 +93,7 @@ class PruneReport:
     ratios: dict[str, float] = field(default_factory=dict)
     refreshes: int = 0
     calibrations: int = 0
+    measured: int = 0
     nonfinite: int = 0
     corrections: Corrections = field(default_factory=Corrections)
-    flops: int = 0
+    flops: Ledger = field(default_factory=Ledger)

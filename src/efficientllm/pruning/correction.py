@@ -25,7 +25,7 @@ from efficientllm.pruning.shards import Alone, Reduction, local
 from efficientllm.pruning.slices import group_slices
 
 ALONE = Alone()
-GRAM = 1024  # up to this width X^T X costs less than the solve's products with X, and is formed once
+EXPECTED = 10  # iterations of a solve at the default tolerance (docs/results/plan.md)
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
@@ -46,11 +46,12 @@ class SolverOptions:
 @dataclass(frozen=True)
 class Solution:
     """B, fp32 (layers, inputs, removed), zero outside K; whether each layer's solve converged, bool (layers,); the
-    iterations that the slowest took."""
+    iterations that the slowest took; the operations of its matrix products, over all processes."""
 
     coefficients: Tensor
     converged: Tensor
     iterations: int
+    flops: int
 
 
 def solve_coefficients(
@@ -69,8 +70,10 @@ def solve_coefficients(
     damping = options.damping * diagonal.sum(1) / kept.sum(1).clamp(min=1)
     preconditioner = 1.0 / (diagonal + damping[:, None]).clamp(min=torch.finfo(inputs.dtype).tiny)
 
-    small = inputs.shape[2] <= GRAM
-    gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if small else None
+    tokens = round(float(reduction.over_batch(inputs.new_tensor(float(inputs.shape[1])))))
+    together = (len(inputs), tokens, inputs.shape[2])
+    forms = forms_gram(tokens, inputs.shape[2], removed.shape[1])
+    gram = reduction.over_batch(kept_inputs.transpose(1, 2) @ kept_inputs) if forms else None
 
     def normal(vectors: Tensor) -> Tensor:
         if gram is not None:
@@ -98,7 +101,13 @@ def solve_coefficients(
         done += 1
     within = (residual.norm(dim=1) <= goal).all(1)
     finite = solution.isfinite().flatten(1).all(1)
-    return Solution(solution * kept[:, :, None], within & finite, done)
+    flops = solve_flops(together, removed.shape[1], done)
+    return Solution(solution * kept[:, :, None], within & finite, done, flops)
+
+
+def forms_gram(tokens: int, inputs: int, removed: int) -> bool:
+    """Whether X^T X, formed once, and products with it cost fewer operations than products with X and X^T do."""
+    return tokens * inputs + EXPECTED * inputs * removed < 2 * EXPECTED * tokens * removed
 
 
 def corrected(weight: Tensor, removed: Tensor, coefficients: Tensor) -> Tensor:
@@ -143,11 +152,16 @@ class Corrections:
     skipped: int = 0
     flops: int = field(default=0, compare=False)
 
+    def add(self, other: Corrections) -> None:
+        self.done += other.done
+        self.skipped += other.skipped
+        self.flops += other.flops
+
 
 def solve_flops(shape: Sequence[int], removed: int, iterations: int) -> int:
     """Matrix products of `solve_coefficients`, for X of shape (layers, tokens, inputs) and so many right-hand sides."""
     layers, tokens, inputs = shape
-    if inputs <= GRAM:
+    if forms_gram(tokens, inputs, removed):
         once, each = 2 * tokens * inputs**2, 2 * inputs**2 * removed
     else:
         once, each = 0, 4 * tokens * inputs * removed
@@ -199,9 +213,7 @@ def _correct_sites(
     removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
     solution = solve_coefficients(stacked, removed, kept, options, reduction)
-    layers, tokens, width = stacked.shape
-    together = (layers, tokens * reduction.processes, width)
-    report.flops += solve_flops(together, removed.shape[1], solution.iterations)
+    report.flops += solution.flops
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
         for reader in site:

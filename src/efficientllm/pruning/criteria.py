@@ -110,14 +110,16 @@ def mean_square(inputs: Tensor) -> Tensor:
 
 
 def inverse_hessian_diagonal(inputs: Tensor) -> Tensor:
-    """1 / [H^-1]_jj with H = X^T X + damping, by a Cholesky factor, in fp32; damped more where that fails."""
+    """1 / [H^-1]_jj with H = X^T X + damping, by a Cholesky factor, in fp32; damped more where that fails. NaN
+    throughout where H is not finite."""
     hessian = inputs.T @ inputs
     damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-12)  # inputs may all be zero: a dead layer's are
-    while True:
+    while bool((hessian.sum() + damping).isfinite()):
         factor, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian), device=inputs.device))
         if not bool(failed):
             return 1.0 / torch.cholesky_inverse(factor).diagonal()
         damping = 10.0 * damping  # not positive definite within rounding
+    return torch.full_like(hessian[0], torch.nan)
 
 
 def hessian_flops(tokens: int, inputs: int) -> int:
@@ -134,7 +136,7 @@ def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
     return weight.square().sum(0) * inverse
 
 
-LLM_PRUNER, PASS = "arXiv 2305.11627", "one forward pass over correction_tokens for each refresh"
+LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of correction_tokens at each look"
 CRITERIA = {
     criterion.name: criterion
     for criterion in (

@@ -205,6 +205,9 @@ class Live:
         shapes = ((widths.hidden,), (layers,), (layers, widths.intermediate), (layers, kv), (layers, kv, queries))
         return cls(*(torch.ones(shape, dtype=torch.bool) for shape in shapes))
 
+    def copy(self) -> Live:
+        return Live(**{name: mask.clone() for name, mask in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         return {"hidden": self.hidden, "layers": self.layers, "ffn": self.ffn, "kv": self.kv, "query": self.query}
 

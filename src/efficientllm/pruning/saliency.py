@@ -1,4 +1,4 @@
-"""Saliency: a criterion's scores, summed to one number a unit, and averaged over steps.
+"""Saliency: a criterion's scores, summed to one number a unit, and averaged over looks.
 
 Each weight is reduced along its axes first, so that one pass over the weights serves all pruning types.
 """
@@ -157,20 +157,31 @@ def all_finite(scores: Mapping[str, Tensor]) -> bool:
 
 
 class MovingAverage:
-    """Exponential moving average of the unit scores, without the bias of its start (as Adam corrects it)."""
+    """Exponential moving average of looks, each divided by its own sum first: |g w| of a mean over more tokens is
+    smaller, and so looks of unequal size would weigh unequally.
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    sums: shares of the looks' sums, by type (rows, units), and scale: the sums themselves, both weighted and added up;
+    weight: of all looks together.
+    """
+
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.scale = self.weight = 0.0
 
-    def update(self, scores: dict[str, Tensor]) -> None:
+    def update(self, scores: Mapping[str, Tensor], keep: float) -> None:
+        """keep: share of its weight that each earlier look keeps."""
+        total = float(sum(score.sum(dtype=torch.float64) for score in scores.values())) or 1.0
         for name, score in scores.items():
-            old = self.sums.get(name)
-            fresh = score * (1.0 - self.decay)
-            self.sums[name] = fresh if old is None else old.mul_(self.decay).add_(fresh)
-        self.weight = self.decay * self.weight + (1.0 - self.decay)
+            old, share = self.sums.get(name), score / total
+            self.sums[name] = share if old is None else old.mul_(keep).add_(share)
+        self.weight = keep * self.weight + 1.0
+        self.scale = keep * self.scale + total
+
+    @property
+    def nats(self) -> float:
+        """What a share of 1 is worth: the looks' average sum, in the criterion's own unit (nats for taylor's)."""
+        return self.scale / self.weight
 
     def values(self) -> dict[str, Tensor]:
-        """The averages on the CPU; an empty dict before the first update."""
-        return {name: (total / self.weight).cpu() for name, total in self.sums.items()}
+        """The averages in the criterion's own unit, on the CPU; an empty dict before the first update."""
+        return {name: (total * (self.nats / self.weight)).cpu() for name, total in self.sums.items()}

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from efficientllm.reporting.bench_table import bench_parts
 from efficientllm.reporting.evaluation_table import evaluation_rows, evaluation_way
+from efficientllm.reporting.run_forms import is_number
 from efficientllm.reporting.run_record import RunRecord
+from efficientllm.reporting.tables import flops_sentence
 from efficientllm.sizes import format_count
 
 STYLE = """
@@ -67,6 +69,7 @@ def _body(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, str]], not
     yield from map(_note, notes)
     yield "<h2>Source and result</h2>"
     yield from _models(runs)
+    yield from _costs(runs)
     for name, (caption, drawn) in figures.items():
         yield f'<figure id="{name}"><figcaption>{html.escape(caption)}</figcaption>'
         yield f'<div class="wide">{drawn}</div></figure>'
@@ -94,6 +97,16 @@ def _models(runs: Sequence[RunRecord]) -> Iterator[str]:
             yield _row([f"{run.name}: source", *_shape(run.source), "-", "-", "-"])
         yield _row([f"{run.name}: {'result' if run.summary else 'so far'}", *_outcome(run)])
     yield "</tbody></table></div>"
+
+
+def _costs(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """What the operations of each run were for, where it has counted that."""
+    counted = {run.name: (run.metrics[-1].get("flops_by_part") if run.metrics else None) for run in runs}
+    known = {name: parts for name, parts in counted.items() if parts and all(map(is_number, parts.values()))}
+    if not known:
+        return
+    yield "<h2>What it cost</h2>"
+    yield from (f"<p>{html.escape(f'{name}: {flops_sentence(parts)}')}</p>" for name, parts in known.items())
 
 
 def _shape(facts: Mapping[str, Any]) -> list[str]:

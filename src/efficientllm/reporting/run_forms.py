@@ -37,6 +37,7 @@ def is_line(record: Any) -> bool:
     ):
         return False
     numbers = all(_is_number_or_null(record.get(name)) for name in _NUMBERS)
+    numbers = numbers and isinstance(record.get("flops_by_part") or {}, Mapping)
     return numbers and ("widths" not in record or is_widths(record["widths"]))
 
 

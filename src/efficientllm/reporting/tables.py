@@ -43,6 +43,17 @@ def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> No
     console().print(table)
 
 
+def flops_sentence(parts: Mapping[str, float | None]) -> str:
+    """Operations in all, and what share of them each part took, those of none left out: the first of summary.json's
+    `flops_by_part`, or a plan's. Unknown where a part is."""
+    known = [value for value in parts.values() if value is not None and value == value]
+    if len(known) < len(parts):
+        return "FLOPs unknown"
+    total = sum(known)
+    shares = ", ".join(f"{name} {value / total:.1%}" for name, value in parts.items() if value)
+    return f"{total:.3g} FLOPs ({shares})"
+
+
 KeyRow = tuple[str, str, str, tuple[str, ...]]  # dotted name, default, meaning, choices
 
 
@@ -68,6 +79,7 @@ def keys_page(rows: Sequence[KeyRow]) -> str:
         "or percent of",
         "`train.tokens`; null restores the default. A key that is unknown, or without effect beside the others, is "
         "refused.",
+        "`prune.calibration_batch` is gone: bundles are always measured on rows to come; leave it out.",
     ]
     for group, own in sorted(groups.items(), key=lambda item: item[0] != ""):
         lines += [

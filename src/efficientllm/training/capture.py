@@ -9,26 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficientllm.models.parts import HEAD_WEIGHT, body
+
 
 class Inputs(Mapping[str, Tensor]):
     """Captured inputs by weight name, each (tokens, inputs), detached, in the dtype of the forward pass.
 
-    Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens.
+    Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens. limit: of
+    tokens. every: only every so-manieth row of (rows, length, inputs) is kept, whatever the micro-batches. waits: takes
+    nothing but inside `taken` (a backward pass may compute a layer again).
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None = None, every: int = 1, *, waits: bool = False) -> None:
+        self._limit, self._every, self._open, self._skip = limit, every, not waits, 0
         self._calls: dict[str, list[Tensor]] = {}
         self._last: tuple[Tensor, int | None, Tensor] | None = None
         self._joined: dict[tuple[int, ...], Tensor] = {}
 
+    @contextmanager
+    def taken(self, row: int) -> Iterator[None]:
+        """Around a forward pass whose first row is the row-th of all."""
+        self._open, self._skip, self._last = True, -row % self._every, None
+        try:
+            yield
+        finally:
+            self._open, self._last = False, None
+
     def take(self, name: str, tensor: Tensor) -> None:
+        if not self._open:
+            return
         calls = self._calls.setdefault(name, [])
         left = None if self._limit is None else self._limit - sum(len(each) for each in calls)
         if left is not None and left <= 0:
             return
         if self._last is None or self._last[0] is not tensor or self._last[1] != left:
-            flat = tensor.detach().flatten(0, -2)
+            kept = tensor.detach()
+            if self._every > 1:
+                kept = kept[self._skip :: self._every].clone()
+            flat = kept.flatten(0, -2)
             # Only the last tensor is remembered: layers that share one are called one after the other.
             self._last = tensor, left, flat if left is None or left >= len(flat) else flat[:left].clone()
         calls.append(self._last[2])
@@ -51,20 +69,27 @@ class Inputs(Mapping[str, Tensor]):
 
 
 @contextmanager
-def captured_inputs(model: nn.Module, weights: Iterable[str], limit: int | None = None) -> Iterator[Inputs]:
-    """Captures what the linear layers with these weight names are given while the body runs, at most `limit` tokens.
+def captured_inputs(
+    model: nn.Module, weights: Iterable[str], limit: int | None = None, *, every: int = 1, waits: bool = False
+) -> Iterator[Inputs]:
+    """Captures what the linear layers with these weight names are given while the body runs. limit, every, waits: as
+    of Inputs. An LM head is given the last hidden states, whether a pass goes on to it or a chunked loss bypasses it.
 
     Hooks are gone afterwards, also after an error.
     """
-    inputs, handles = Inputs(limit), []
+    inputs, handles = Inputs(limit, every, waits=waits), []
 
     def hook_of(name: str) -> Any:
         return lambda module, args: inputs.take(name, args[0])
 
     try:
         for name in weights:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            handles.append(module.register_forward_pre_hook(hook_of(name)))
+            if name == HEAD_WEIGHT:
+                hook = body(model).register_forward_hook(lambda module, args, out: inputs.take(HEAD_WEIGHT, out[0]))
+            else:
+                module = model.get_submodule(name.removesuffix(".weight"))
+                hook = module.register_forward_pre_hook(hook_of(name))
+            handles.append(hook)
         yield inputs
     finally:
         for handle in handles:

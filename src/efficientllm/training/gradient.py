@@ -23,6 +23,11 @@ from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entrop
 Forward = Callable[..., object]
 PLAIN = Runner()
 SummedLoss = Callable[[Tensor], Tensor]  # of rows (rows, length), over every next token
+Watch = Callable[[int], AbstractContextManager[object]]
+
+
+def unwatched(_row: int) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -92,28 +97,38 @@ def predicted_tokens(rows: Tensor) -> int:
 
 
 def accumulate_gradient(
-    loss_of: SummedLoss, batch: Tensor, micro_batch: int, run: Runner = PLAIN, ranks: Ranks = ALONE
+    loss_of: SummedLoss,
+    batch: Tensor,
+    micro_batch: int,
+    run: Runner = PLAIN,
+    ranks: Ranks = ALONE,
+    *,
+    rows: int | None = None,
+    watch: Watch = unwatched,
 ) -> Tensor:
     """Adds the gradient of the batch's mean loss to .grad, a micro-batch at a time; returns that loss (detached).
 
     Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should. With
-    several processes `batch` is this one's share of it, as large as every other's: gradient and loss are means over
-    them.
+    several processes `batch` is this one's share of `rows` (default: as many as every other's): gradient and loss are
+    means over all of them. watch: entered around each forward pass that counts, told the first of its rows in `batch`.
     """
-    total = predicted_tokens(batch)
+    rows = len(batch) * ranks.world if rows is None else rows
+    total = rows * (batch.shape[1] - 1) / ranks.world
     loss = torch.zeros((), device=batch.device)
-    parts = batch.split(micro_batch)
-    for place, rows in enumerate(parts, start=1):
+    parts, first = list(shared_micro_batches(batch, rows, micro_batch, ranks)), 0
+    for place, (part, counts) in enumerate(parts, start=1):
         ranks.beat()  # before the collectives: one that does not come this far is the one that the others wait for
         run.last(place == len(parts))
-        part = run(partial(_scaled_loss, loss_of, rows, total))
-        part.backward()
-        loss += part.detach()
+        with watch(first) if counts else unwatched(first):
+            mean = run(partial(_scaled_loss, loss_of, part, total if counts else math.inf))
+        mean.backward()
+        loss += mean.detach()
+        first += len(part)
         ranks.beat()
     return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss
 
 
-def _scaled_loss(loss_of: SummedLoss, rows: Tensor, total: int) -> Tensor:
+def _scaled_loss(loss_of: SummedLoss, rows: Tensor, total: float) -> Tensor:
     return loss_of(rows) / total
 
 

@@ -4,45 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from efficientllm.models.flops import forward_flops, training_flops
-from efficientllm.models.parts import HEAD_WEIGHT, body
+from efficientllm.models.parts import body
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shards import local
-from efficientllm.training.capture import captured_inputs
-from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
     Precision,
     SummedLoss,
     accumulate_gradient,
     gradient_norm,
-    shared_mean_loss,
-    shared_micro_batches,
     summed_loss,
+    unwatched,
     update,
 )
+from efficientllm.training.looks import Batches, BatchLooks, is_chunked
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
-
-FirstRows = Callable[[int, bool], Tensor]  # of so many rows; whether for calibration
-
-
-class Batches(Protocol):
-    def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
-        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,80 +66,16 @@ class StepRecord:
     compaction: Compaction | None
 
 
-class BatchProbe:
-    """Answers the pruner's questions about the current batch (pruning.engine.Probe).
-
-    batch: this process's share. rows_of: this process's share of the first so many rows of the whole batch, or of the
-    one on which bundles are measured. Counts of tokens and FLOPs are those of all processes together.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        batch: Tensor,
-        train: TrainConfig,
-        precision: Precision,
-        loss_of: SummedLoss,
-        *,
-        first_rows: FirstRows,
-        calibration_rows: int,
-        correction_tokens: int,
-        flops_of_step: int,
-    ) -> None:
-        self._state, self._batch, self._train = state, batch, train
-        self._precision, self._loss_of, self._first_rows = precision, loss_of, first_rows
-        self._calibration_rows, self._flops_of_step = calibration_rows, flops_of_step
-        self._correction_rows = max(1, correction_tokens // batch.shape[1])
-        self._rows: Tensor | None = None
-
-    def loss(self) -> float:
-        """On the calibration's rows, the same at every call."""
-        state, rows = self._state, max(self._calibration_rows, self._state.ranks.world)
-        if self._rows is None:
-            self._rows = self._first_rows(rows, True).to(self._batch.device)
-        state.flops += forward_flops(state.space, rows, self._batch.shape[1]).total
-        parts = shared_micro_batches(self._rows, rows, self._train.micro_batch, state.ranks)
-        chunked = _is_chunked(state, self._train, self._batch)
-        return shared_mean_loss(state.model, parts, self._precision, state.run, state.ranks, chunked=chunked)
-
-    def refresh(self) -> None:
-        state = self._state
-        state.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self._loss_of, self._batch, self._train.micro_batch, state.run, state.ranks)
-        state.refresh_tokens += self._batch.numel() * state.ranks.world
-        state.flops += self._flops_of_step
-
-    @torch.no_grad()
-    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """On the batch's first tokens, a micro-batch at a time; the vocabulary's logits only where they are needed."""
-        state, length = self._state, self._batch.shape[1]
-        model: Any = state.model
-        forward = model if HEAD_WEIGHT in names else body(model)
-        rows = min(max(self._correction_rows, state.ranks.world), len(self._batch) * state.ranks.world)
-        own = self._first_rows(rows, False).to(self._batch.device)
-        parts = list(shared_micro_batches(own, rows, self._train.micro_batch, state.ranks))
-        eager = torch.compiler.set_stance("force_eager")  # a compiled block does not see the hooks
-        with captured_inputs(model, names) as inputs, self._precision.context(), eager:
-            for part in (part for part, counts in parts if counts):
-                state.run(partial(forward, input_ids=part, use_cache=False))
-        with self._precision.context():
-            for part in (part for part, counts in parts if not counts):
-                state.run(partial(forward, input_ids=part, use_cache=False))
-        state.ranks.beat()
-        passed = forward_flops(state.space, rows, length)
-        state.flops += passed.base if forward is not model else passed.total
-        return inputs
-
-
-def step_flops(space: Space, shape: Sequence[int], train: TrainConfig, distillation: Distillation | None) -> int:
-    """Floating-point operations of the gradient of a batch of that shape, (rows, length), teacher included."""
+def step_flops(space: Space, shape: Sequence[int], train: TrainConfig, distillation: Distillation | None) -> Ledger:
+    """Floating-point operations of the gradient of a batch of that shape, (rows, length): the student's and the
+    teacher's."""
     rows, length = shape
     own = training_flops(
         forward_flops(space, rows, length),
         gradient_checkpointing=train.gradient_checkpointing,
         chunked=distillation is not None,
     )
-    return own + (distillation.teacher.flops(rows, length) if distillation else 0)
+    return Ledger(steps=own, teacher=distillation.teacher.flops(rows, length) if distillation else 0)
 
 
 def train_steps(
@@ -158,57 +85,60 @@ def train_steps(
     plan: PruningPlan | None,
     *,
     steps: int,
-    calibration_rows: int,
     precision: Precision,
     batch_rows: int = 0,
     distillation: Distillation | None = None,
 ) -> Iterator[StepRecord]:
     """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
 
-    A step whose loss or gradient is not finite is skipped: its batch is read, weights, moments and scores stay as they
-    were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row. batch_rows: of a whole batch, where
-    several processes share it.
+    Looks of pruning read rows of the batches to come and use up no tokens. Pruning at rest comes before a step, all
+    else after one. A step whose loss or gradient is not finite is skipped: its batch is read, weights, moments and
+    scores stay as they were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row. batch_rows: of a
+    whole batch, where several processes share it.
     """
     device, ranks = next(state.model.parameters()).device, state.ranks
     while state.step < steps:
         began = time.perf_counter()
         part = () if ranks.world == 1 else (ranks.share(batch_rows),)
         batch = batches.batch(state.step, *part).to(device)
-        tokens = batch.numel() * ranks.world
-        loss_of = training_loss(state, precision, distillation, chunked=_is_chunked(state, train, batch))
-        loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks)
-        flops = ranks.world * step_flops(state.space, batch.shape, train, distillation)
-        state.flops += flops
+        shape = (len(batch) * ranks.world, batch.shape[1])
+        looks = BatchLooks(state, batches, train, plan, precision, shape) if plan else None
+        pruned = _prune(state, train, plan, looks) if plan and plan.at_rest else None
+        loss_of = training_loss(state, precision, distillation, chunked=is_chunked(state, train, shape[1]))
+        with looks.captures(state.tokens + math.prod(shape)) if looks else nullcontext(unwatched) as watch:
+            loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks, watch=watch)
+        state.flops.add(step_flops(state.space, shape, train, distillation))
+        if state.pruner:
+            state.pruner.clear_dead()
         norm = gradient_norm(state.model.parameters(), ranks)
         healthy = _count_health(state, float(loss), norm)
-        if healthy and state.pruner:
+        prunes = healthy and plan is not None and not plan.at_rest
+        if prunes and state.pruner:
             state.pruner.observe()
-        lr = _take(state, train, plan, tokens, norm if healthy else None)
-        report = None
-        if healthy and state.pruner and not state.pruner.finished:
-            assert plan is not None
-            probe = BatchProbe(
-                state,
-                batch,
-                train,
-                precision,
-                loss_of,
-                first_rows=partial(_first_rows, state, batch, batches, plan),
-                calibration_rows=calibration_rows,
-                correction_tokens=plan.correction_tokens,
-                flops_of_step=flops,
-            )
-            report = state.pruner.step(state.tokens, probe)
-            state.flops += report.flops
-            state.optimizer.zero_grad(set_to_none=True)
-        landed = report is not None and report.rung is not None
-        compaction = _compact_if_due(state, train, plan, exactly=landed)
+        lr = _take(state, train, plan, math.prod(shape), norm if healthy else None)
+        if prunes:
+            pruned = _prune(state, train, plan, looks)
+        report, compaction = pruned or (None, None)
         yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _prune(
+    state: TrainState, train: TrainConfig, plan: PruningPlan | None, looks: BatchLooks | None
+) -> tuple[PruneReport, Compaction | None] | None:
+    """The events that are due, and the compaction after them; None once pruning is over."""
+    if state.pruner is None or state.pruner.finished:
+        return None
+    assert plan is not None
+    assert looks is not None
+    report = state.pruner.step(state.tokens, looks)
+    state.flops.add(report.flops)
+    state.optimizer.zero_grad(set_to_none=True)
+    return report, _compact_if_due(state, train, plan, exactly=report.rung is not None)
 
 
 def _take(state: TrainState, train: TrainConfig, plan: PruningPlan | None, tokens: int, norm: float | None) -> float:
     """The optimizer's step with the gradient of so many tokens, and its learning rate. The weights stay as they are
-    where they are at rest, and where the gradient is not finite (norm None)."""
+    where the gradient is not finite (norm None)."""
     share = lr_share(state, plan)
     lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
     state.lowered_tokens += tokens if share < 1.0 else 0
@@ -246,24 +176,6 @@ def _count_health(state: TrainState, loss: float, norm: float) -> bool:
     return False
 
 
-def _first_rows(
-    state: TrainState, batch: Tensor, batches: Batches, plan: PruningPlan, rows: int, calibration: bool
-) -> Tensor:
-    """This process's share of the first rows of the step's batch, or for calibration of the one that the plan wants.
-
-    batch: what this process has of the step's. The state counts the step as done, so its number is the next one's.
-    """
-    following = calibration and plan.calibrate_on_next
-    if state.ranks.world == 1:
-        return (batches.batch(state.step) if following else batch)[:rows]
-    return batches.batch(state.step - (not following), state.ranks.share(rows))
-
-
-def _is_chunked(state: TrainState, train: TrainConfig, batch: Tensor) -> bool:
-    """What train.loss means for micro-batches of a batch (rows, length) on its device."""
-    return loss_is_chunked(train, batch.shape[1], batch.device.type, state.model.config.vocab_size)
-
-
 def training_loss(
     state: TrainState, precision: Precision, distillation: Distillation | None, *, chunked: bool = False
 ) -> SummedLoss:
@@ -279,18 +191,16 @@ def training_loss(
 
 
 def lr_share(state: TrainState, plan: PruningPlan | None) -> float:
-    """Share of the learning rate in this step: post-training modes leave the weights at rest until pruning is over."""
+    """Share of the learning rate in this step: that of the plan from where pruning begins until it is over."""
     if plan is None or state.pruner is None or state.pruner.finished or state.tokens < plan.begins:
         return 1.0
     return plan.lr_share
 
 
-def _compact_if_due(
-    state: TrainState, train: TrainConfig, plan: PruningPlan | None, *, exactly: bool
-) -> Compaction | None:
+def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan, *, exactly: bool) -> Compaction | None:
     """exactly: to the live widths, which a rung of the ladder has just aligned."""
-    widths = compaction_widths(state, plan, exactly=exactly) if plan else None
-    if plan is None or widths is None:
+    widths = compaction_widths(state, plan, exactly=exactly)
+    if widths is None:
         return None
     began = time.perf_counter()
     before, allocated = state.space.widths, state.allocated_parameters

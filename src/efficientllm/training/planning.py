@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 from transformers import PretrainedConfig
@@ -19,6 +18,7 @@ from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
 from efficientllm.pruning.landing import Alignment, Floors, Landing, amount
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
+from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
 
 
@@ -44,9 +44,10 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         options,
         compact_at=prune.compact_at,
         correction_tokens=prune.correction_tokens,
-        calibrate_on_next=prune.calibration_batch == "next",
-        lr_share=prune.lr if prune.mode == "loop" else 0.0,
+        calibration_tokens=prune.calibration_tokens,
+        lr_share=prune.lr if prune.mode == "loop" else 1.0,
         begins=recipe.pruning_starts,
+        at_rest=prune.mode != "loop",
     )
 
 
@@ -75,7 +76,7 @@ def options_and_landings(
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=correction_of(prune),
         order=prune.order,
-        gathers=prune.mode == "one-shot",
+        gathers=_gathers(prune),
         seed=seed,
     )
     criterion(prune.saliency)
@@ -94,6 +95,13 @@ def options_and_landings(
     for landing, following in zip(landings[-2::-1], landings[:0:-1], strict=True):
         landing.before(following)
     return options, tuple(landings)
+
+
+def _gathers(prune: PruneConfig) -> int:
+    """Looks before the first event: with the weights at rest no step has taken any. Four are a batch."""
+    if prune.mode == "loop":
+        return 1
+    return LOOK_SHARE * (prune.calibration_batches if prune.mode == "one-shot" else 1)
 
 
 def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) -> Cost:
@@ -223,28 +231,19 @@ def floors_of(prune: PruneConfig, space: Space) -> Floors:
 
 
 def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:
-    """When to prune, in tokens.
-
-    Iterative: every batch takes `bound` of what is left, as the loop with its weights at rest; one-shot: all at once
-    after the calibration batches.
-    """
+    """When to prune, in tokens. With the weights at rest: all at once, where the loop's span begins."""
     train = recipe.train
     start = recipe.pruning_starts
     batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
     source, target = landing.cost(space.widths), landing.target
-    if prune.mode == "one-shot":
-        moment = start + prune.calibration_batches * batch
-        _within(moment, train.tokens, f"prune.calibration_batches asks for {prune.calibration_batches} batches")
-        return SpanSchedule(moment, moment, source, target)
-    if prune.mode == "iterative":
-        batches = math.ceil(math.log(source / target) / -math.log1p(-min(prune.bound, 0.99)))
-        end = _within(start + batches * batch, train.tokens, f"prune.mode iterative needs {batches} batches")
-        return SpanSchedule(start, end, source, target, "exponential")
+    rungs = len(prune.ladder or ())  # each takes a step of its own
+    if prune.mode != "loop":
+        _within(start + (1 + rungs) * batch, train.tokens, f"prune.mode {prune.mode} needs a batch after prune.start")
+        return SpanSchedule(start, start, source, target)
     if prune.every is not None:
         return EverySchedule(start, prune.every * batch)
     end = prune.end.tokens(train.tokens)
-    rungs = len(prune.ladder or ())
-    if rungs:  # each takes a step of its own
+    if rungs:
         _within(end + rungs * batch, train.tokens, f"prune.ladder needs {rungs} batches after prune.end")
     return SpanSchedule(start, end, source, target, prune.curve)
 
@@ -254,13 +253,3 @@ def _within(tokens: int, total: int, what: str) -> int:
     if tokens > total:
         raise UsageError(f"{what}, up to token {tokens:,}, but the run has {total:,}; raise train.tokens")
     return tokens
-
-
-def calibration_rows(recipe: Recipe, batch_rows: int) -> int:
-    """Rows of the batch that measure a bundle's true cost: an eighth of it, 512 to 8,192 tokens, or as asked."""
-    length = recipe.data.sequence_length
-    tokens = recipe.prune.calibration_tokens if recipe.prune else None
-    if tokens is None:
-        tokens = min(max(batch_rows * length // 8, 512), 8192)
-        return min(batch_rows, -(-tokens // length))
-    return min(batch_rows, max(1, tokens // length))

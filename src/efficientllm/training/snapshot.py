@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live, Widths
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
 
 # What a run counts; Snapshot and TrainState have a field of each name.
 COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
+UNKNOWN_FLOPS = dict.fromkeys((part.name for part in fields(Ledger)), math.nan)
 
 
 @dataclass
@@ -27,9 +30,8 @@ class Snapshot:
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
     transformers config as a dict. Counts: optimizer steps done, tokens read in steps, those of them at a lowered
-    learning rate or none, tokens whose gradient was taken anew. flops: floating-point operations of training so far
-    (models/flops.py), pruning and teacher included; NaN where the run began before they were counted. skipped_steps:
-    those whose loss or gradient was not finite, in all and up to now without a good one between.
+    learning rate, tokens of looks at the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss
+    or gradient was not finite, in all and up to now without a good one between.
     """
 
     config: dict[str, Any]
@@ -37,7 +39,7 @@ class Snapshot:
     tokens: int
     refresh_tokens: int
     lowered_tokens: int
-    flops: float
+    flops: dict[str, float]
     skipped_steps: int
     skipped_in_a_row: int
     weights: dict[str, Tensor]
@@ -53,7 +55,7 @@ def snapshot_of(
     counts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0."""
-    counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
+    counts = dict.fromkeys(COUNTS, 0) | {"flops": {}} if counts is None else counts
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
     moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}

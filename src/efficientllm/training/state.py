@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
 from efficientllm.training.gradient import Precision
@@ -39,10 +40,10 @@ class PruningPlan:
     """What does not change over a run: where it may end, when it prunes, how it decides, when it compacts.
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
-    parameters that a compaction must free to be worth it. correction_tokens: tokens of the batch whose inputs the
-    correction sees. landings: the ladder's rungs, then the target. calibrate_on_next: measure bundles on the batch to
-    come. lr_share: of the learning rate from token
-    `begins` until pruning is over; 0 leaves the weights at rest (one-shot, iterative).
+    parameters that a compaction must free to be worth it. landings: the ladder's rungs, then the target.
+    correction_tokens: whose inputs the correction sees; calibration_tokens: on which bundles are measured; None for
+    what training/looks.py chooses. lr_share: of the learning rate from token `begins` until pruning is over. at_rest:
+    all events of a landing at once, before a step, the weights at rest (one-shot, iterative).
     """
 
     source: PretrainedConfig
@@ -50,10 +51,11 @@ class PruningPlan:
     schedule: Schedule
     options: PrunerOptions
     compact_at: float
-    correction_tokens: int = 4096
-    calibrate_on_next: bool = False
+    correction_tokens: int | None = None
+    calibration_tokens: int | None = None
     lr_share: float = 1.0
     begins: int = 0
+    at_rest: bool = False
 
     @property
     def landing(self) -> Landing:
@@ -76,7 +78,7 @@ class TrainState:
     tokens: int = 0
     refresh_tokens: int = 0
     lowered_tokens: int = 0
-    flops: float = 0  # whole numbers, exact while they are Python's own
+    flops: Ledger = field(default_factory=Ledger)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -135,7 +137,7 @@ def _assemble(
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = {name: getattr(state, name) for name in COUNTS}
+    counts = {name: getattr(state, name) for name in COUNTS} | {"flops": asdict(state.flops)}
     return snapshot_of(state.model, state.optimizer, state.pruner, counts)
 
 
@@ -160,6 +162,7 @@ def restore(
         state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
     for name in COUNTS:
         setattr(state, name, getattr(snapshot, name))
+    state.flops = Ledger(**snapshot.flops)
     return state
 
 
