@@ -143,11 +143,10 @@ def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) 
 
 def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
     if plan is None:
-        return Walk(space.widths, space.widths, flops=cost(space.widths) * steps)
+        return Walk(space.widths, space.widths, space.widths, flops=cost(space.widths) * steps)
     walker = Walker(
         space,
         plan,
-        plan.landing.balanced(),
         cost,
         rows=batch_rows,
         length=recipe.data.sequence_length,

@@ -1,7 +1,8 @@
 """A run walked through step by step by the engine's own rules, without a model: what it will do, and what that costs.
 
-Where saliency would choose between types, events take the way that leaves them the same share of their path
-("interleaved", pruning/selection.py): saliency will go by other widths of the same size, at about the same cost.
+Where damage would choose, the walk heads for the most balanced shape of each landing, and events take the way that
+leaves them the same share of their path ("interleaved", pruning/selection.py): a run will go by other widths of the
+same size, at about the same cost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.pruning.correction import solve_flops
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM, Space, Widths
+from efficientllm.pruning.landing import landed, rung_after
 from efficientllm.pruning.selection import most_left
 from efficientllm.training.state import PruningPlan, narrower
 
@@ -29,6 +31,7 @@ class Walk:
 
     live: Widths
     allocated: Widths
+    goal: Widths
     events: int = 0
     compactions: int = 0
     refreshes: int = 0
@@ -39,20 +42,19 @@ class Walk:
 
 
 class Walker:
-    """Takes the steps. shape: where the run ends. rows, length: of a batch; calibration_rows: of it."""
+    """Takes the steps. rows, length: of a batch; calibration_rows: of it."""
 
     def __init__(
         self,
         space: Space,
         plan: PruningPlan,
-        shape: Widths,
         step_flops: StepFlops,
         *,
         rows: int,
         length: int,
         calibration_rows: int,
     ) -> None:
-        self._space, self._plan, self._shape, self._step_flops = space, plan, shape, step_flops
+        self._space, self._plan, self._step_flops = space, plan, step_flops
         self._rows, self._length, self._calibration_rows = rows, length, calibration_rows
         self._correction_rows = min(max(1, plan.correction_tokens // length), rows)
         self._needs = criterion(plan.options.saliency).needs
@@ -63,7 +65,8 @@ class Walker:
 
     def walk(self, steps: int) -> Walk:
         """The whole run."""
-        done = Walk(self._space.widths, self._space.widths)
+        source = self._space.widths
+        done = Walk(source, source, self._plan.landings[0].balanced())
         for step in range(1, steps + 1):
             done.flops += self._step_flops(done.allocated)
             self._prune(done, step * self._rows * self._length)
@@ -72,8 +75,10 @@ class Walker:
 
     def _next_type(self, done: Walk) -> str | None:
         """That of which the largest share of its way is left; None at the end of all."""
-        ahead = [name for name in self._types if done.live.count(name) > self._shape.count(name)]
-        return most_left(ahead, done.live, self._space.widths, self._shape) if ahead else None
+        if landed(self._plan.landings, done.rung, done.live):
+            return None
+        ahead = [name for name in self._types if done.live.count(name) > done.goal.count(name)]
+        return most_left(ahead, done.live, self._space.widths, done.goal)
 
     def _due(self, done: Walk, position: int) -> bool:
         plan = self._plan
@@ -83,10 +88,10 @@ class Walker:
 
     def _prune(self, done: Walk, position: int) -> None:
         """What PruningEngine.step does at a position, and the compaction after it."""
-        options, bundles, landed = self._plan.options, 0, False
+        options, bundles, at_rung = self._plan.options, 0, False
         if options.gathers and self._needs == "inputs" and self._next_type(done) and not self._due(done, position):
             done.pruning += self._inputs(done).base
-        while not landed and self._due(done, position):
+        while not at_rung and self._due(done, position):
             if self._needs == "gradient" and bundles:
                 done.pruning += self._step_flops(done.allocated)
                 done.refreshes += 1
@@ -96,11 +101,11 @@ class Walker:
             stale = bundles or done.uncalibrated >= options.bound * parameters
             if options.calibrated and options.order == "saliency" and stale:
                 self._calibrate(done)
-            before, landed = done.live, self._take_bundle(done, position)
+            before, at_rung = done.live, self._take_bundle(done, position)
             if options.correction:
                 self._correct(done, before)
             bundles += 1
-        self._compact(done, exactly=landed or self._next_type(done) is None)
+        self._compact(done, exactly=at_rung or self._next_type(done) is None)
 
     def _calibrate(self, done: Walk) -> None:
         forward = forward_flops(self._space, self._calibration_rows, self._length, done.allocated)
@@ -121,9 +126,9 @@ class Walker:
             if removed and removed + falling > limit:
                 break
             done.live, done.events, removed = after, done.events + 1, removed + falling
-            landing = landings[done.rung]
-            if done.rung < len(landings) - 1 and landing.cost(done.live) <= landing.target:
-                done.rung += 1
+            left, done.rung = done.rung, rung_after(landings, done.rung, done.live)
+            if done.rung > left:
+                done.goal = landings[done.rung].balanced(within=done.live)
                 return True
         done.uncalibrated += removed
         return False

@@ -14,7 +14,7 @@ from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneRep
 from efficientllm.pruning.correction import Corrections, correct, losing_readers
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, Cut, Event, Live, ParamSpec, Slice, Space, Widths
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.saliency import (
     MovingAverage,
     all_finite,
@@ -90,7 +90,7 @@ class PruningEngine:
 
     @property
     def finished(self) -> bool:
-        return self.rung == len(self.landings) - 1 and self.landing.reached(self.widths)
+        return landed(self.landings, self.rung, self.widths)
 
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping.
@@ -212,9 +212,9 @@ class PruningEngine:
             removed += fell
             bundle.append(event)
             report.events.append(AppliedEvent(event, self.parameters, self.widths, fell, before - self.size))
-            if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
-                report.rung = self.rung
-                self.rung += 1
+            left, self.rung = self.rung, rung_after(self.landings, self.rung, self.widths)
+            if self.rung > left:
+                report.rung = left
                 break
         self._uncalibrated += removed
         return bundle
