@@ -22,8 +22,8 @@ from efficientllm.models.space import build, narrowed_config, space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import DEFAULT_TYPES, Widths
-from efficientllm.pruning.landing import Alignment, Floors, Landing
-from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.pruning.landing import Alignment, Landing
+from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.sizes import Position
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.loop import StepRecord, train_steps
@@ -161,7 +161,7 @@ class Subject:
             round(TARGET * int(space.num_params())),
             types=DEFAULT_TYPES,
             align=Alignment.automatic(space.widths),
-            floors=Floors(hidden=space.head_dim),
+            floors=Floors(hidden=space.head_dim, intermediate=32),
         )
         return PruningPlan(config, (landing,), self.pace, PrunerOptions(DEFAULT_TYPES), compact_at=1.0)
 

@@ -84,7 +84,7 @@ def test_sizes_and_places_are_typed(load: Load) -> None:
     assert recipe.prune.end == Position(0.15)
     assert recipe.prune.bound == 0.05
     assert recipe.prune.align == AlignConfig(hidden=64, intermediate=1)
-    assert recipe.prune.floors.intermediate == 32
+    assert recipe.prune.floors.intermediate is None
 
 
 @pytest.mark.parametrize(

@@ -214,23 +214,22 @@ def notes(world: World, name: str, **prune: object) -> tuple[str, ...]:
 
 
 def test_types_that_stay_out_are_named(world: World) -> None:
-    (note, gap) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=FLOORS)
+    (note, shapes) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=FLOORS)
     assert (
         note
         == "prune.cost kv-cache does not count attention_query, ffn, stem: the result keeps the source's width there"
     )
-    assert gap.startswith("no shape lies within 1 % of")
-    assert "align" not in gap
-    assert notes(world, "in", target="50%", floors=FLOORS, align=1) == ()
+    assert shapes == "at 58 bytes of KV cache per token: one shape is feasible, of 48 bytes of KV cache per token"
+    assert notes(world, "in", target={"hidden": 30}, floors=FLOORS) == ()
 
 
-def test_alignment_is_blamed_only_where_it_is_at_fault(world: World) -> None:
-    """Two KV heads leave 50 % of the cache or all of it; an FFN in steps of 20 leaves a coarse grid of parameters."""
-    (gap,) = notes(world, "heads", cost="kv-cache", target={"kv_cache": "80%"}, types=["attention"], floors=FLOORS)
-    assert gap.endswith("the run will land 37.7% under it, since its units are larger steps")
-    (gap,) = notes(world, "ffn", target="85%", types=["ffn"], floors=FLOORS, align={"hidden": 1, "intermediate": 20})
-    assert gap.startswith("alignment leaves no shape within 1 % of")
-    assert gap.endswith("(a smaller prune.align comes closer)")
+def test_a_run_says_how_much_is_left_to_choose(world: World) -> None:
+    """An FFN in steps of 20 alone: 52, 40 and 20 channels, of which one is maximal; with the stem there is a choice."""
+    align = {"hidden": 1, "intermediate": 20}
+    (said,) = notes(world, "ffn", target="85%", types=["ffn"], floors=FLOORS, align=align)
+    assert said == "at 25,874 parameters: one shape is feasible, of 22,760 parameters"
+    (said,) = notes(world, "stem", target="85%", types=["ffn", "stem"], floors=FLOORS, align=align)
+    assert said == "at 25,874 parameters: 3 shapes are feasible, of 22,760 to 25,874 parameters"
 
 
 @pytest.mark.parametrize(

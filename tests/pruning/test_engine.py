@@ -16,9 +16,10 @@ from efficientllm.pruning.correction import SolverOptions, correct, losing_reade
 from efficientllm.pruning.criteria import inverse_hessian_diagonal
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, Cut
-from efficientllm.pruning.landing import Alignment, Floors, Landing
+from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
+from efficientllm.pruning.shapes import Floors
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import Inputs, captured_inputs
 
@@ -119,7 +120,8 @@ def test_lands_on_target_with_uniform_layers(family: str) -> None:
         loop.train_step(float(step))
     pruner = loop.pruner
     assert pruner.finished
-    assert pruner.landing.lowest <= pruner.parameters <= pruner.landing.target
+    assert pruner.landing.reached(pruner.widths)
+    assert pruner.parameters <= pruner.landing.target
     live = pruner.live
     assert len(set(live.ffn.sum(1).tolist())) == 1
     assert len(set(live.kv.sum(1).tolist())) == 1

@@ -30,9 +30,9 @@ from efficientllm.benching.transformers_backend import LoadedModel, rehearse
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
 from efficientllm.models.memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
-from efficientllm.pruning.costs import TABLE_AXES
+from efficientllm.pruning.costs import TABLE_AXES, shape_at
 from efficientllm.pruning.groups import Widths
-from efficientllm.pruning.landing import Alignment, Floors
+from efficientllm.pruning.landing import Alignment
 
 SEED = 0  # of the shapes held out
 IN_A_ROW = 5  # sequences of a turn, after one that does not count
@@ -42,35 +42,34 @@ Grid = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class TableRequest:
     """levels: widths measured of each axis. held_out: shapes to check the table with. depth: fewer layers too.
-    least_ffn: FFN channels of the narrowest shape, a recipe's default floor; less for recipes with a lower one."""
+    least_ffn: FFN channels of the narrowest shape."""
 
     levels: int = 3
     held_out: int = 8
     depth: bool = False
-    least_ffn: int = Floors(1).intermediate
+    least_ffn: int = 32
 
 
 def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
-    """Of each of TABLE_AXES evenly spaced widths from a recipe's default floors to the source's own, inner ones aligned
-    as a run's would be. Fewer where an axis is short; layers stay unless `depth`."""
+    """Of each of TABLE_AXES evenly spaced widths from one layer, one head, `head_dim` residual and `least_ffn` FFN
+    channels to the source's own, inner ones aligned as a run's would be. Fewer where an axis is short; layers stay
+    unless `depth`."""
     source = widths_of(config)
-    floors = Floors(min(head_dim_of(config), source.hidden), intermediate=min(request.least_ffn, source.intermediate))
+    least = {
+        "hidden": min(head_dim_of(config), source.hidden),
+        "intermediate": min(request.least_ffn, source.intermediate),
+    }
     align = Alignment.automatic(source)
     steps = {"hidden": align.hidden, "intermediate": align.intermediate}
     grid = []
     for axis in TABLE_AXES:
         high = getattr(source, axis)
-        low = high if axis == "layers" and not request.depth else getattr(floors, axis)
+        low = high if axis == "layers" and not request.depth else least.get(axis, 1)
         step, last = steps.get(axis, 1), request.levels - 1
         inner = (low + (high - low) * index / last for index in range(1, last))
         levels = {low, high} | {round(each / step) * step for each in inner}
         grid.append(tuple(sorted(level for level in levels if low <= level <= high)))
     return tuple(grid)
-
-
-def shape_at(place: Sequence[int]) -> Widths:
-    layers, hidden, kv_heads, queries, intermediate = place
-    return Widths(layers, hidden, kv_heads * queries, kv_heads, intermediate)
 
 
 def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[Widths]:

@@ -40,13 +40,13 @@ class LatencyOnConfig(Section):
 
 
 class FloorsConfig(Section):
-    """The least that is kept of each width."""
+    """The least that is kept of each width; null: a third of the proportional shape at the target."""
 
     layers: Count = Field(default=1, description="Layers")
-    hidden: Count | None = Field(default=None, description="Residual channels; null: the source's head_dim")
-    kv_heads: Count = Field(default=1, description="Key-value heads")
-    heads_per_kv: Count = Field(default=1, description="Query heads of a key-value head")
-    intermediate: Count = Field(default=32, description="FFN channels")
+    hidden: Count | None = Field(default=None, description="Residual channels; null: a third of the proportional shape")
+    kv_heads: Count | None = Field(default=None, description="Key-value heads; null: likewise, at least one")
+    heads_per_kv: Count | None = Field(default=None, description="Query heads of a key-value head; null: likewise")
+    intermediate: Count | None = Field(default=None, description="FFN channels; null: likewise")
 
 
 def _several(value: object) -> object:

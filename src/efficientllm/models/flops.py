@@ -69,7 +69,6 @@ class FlopsPerToken:
     length: int
     name: str = "flops"
     unit: str = "FLOPs per token"
-    measured: bool = False
 
     @property
     def key(self) -> str:

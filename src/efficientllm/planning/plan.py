@@ -150,14 +150,13 @@ def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) 
 
 def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
     if plan is None:
-        done = Walk(space.widths, space.widths)
+        done = Walk(space.widths, space.widths, space.widths)
         for _ in range(steps):
             done.flops.add(cost(space.widths))
         return done
     walker = Walker(
         space,
         plan,
-        plan.landing.balanced(),
         cost,
         rows=batch_rows,
         length=recipe.data.sequence_length,

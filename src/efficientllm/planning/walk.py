@@ -1,7 +1,8 @@
 """A run walked through step by step by the engine's own rules, without a model: what it will do, and what that costs.
 
-Where saliency would choose between types, events take the way that leaves them the same share of their path
-("interleaved", pruning/selection.py): saliency will go by other widths of the same size, at about the same cost.
+Where damage would choose, the walk heads for the most balanced shape of each landing, and events take the way that
+leaves them the same share of their path ("interleaved", pruning/selection.py): a run will go by other widths of the
+same size, at about the same cost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from efficientllm.pruning.calibration import CALIBRATION_SHARE, Calibration
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM, Space, Widths
+from efficientllm.pruning.landing import landed, rung_after
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.selection import most_left
 from efficientllm.training.looks import LookRows
@@ -32,6 +34,7 @@ class Walk:
 
     live: Widths
     allocated: Widths
+    goal: Widths
     events: int = 0
     compactions: int = 0
     refreshes: int = 0
@@ -47,14 +50,13 @@ class Walk:
 
 
 class Walker:
-    """Takes the steps. shape: where the run ends. rows, length: of a batch. recomputes, compiles: as
-    train.gradient_checkpointing and train.compile."""
+    """Takes the steps. rows, length: of a batch. recomputes, compiles: as train.gradient_checkpointing and
+    train.compile."""
 
     def __init__(
         self,
         space: Space,
         plan: PruningPlan,
-        shape: Widths,
         step_flops: StepFlops,
         *,
         rows: int,
@@ -62,7 +64,7 @@ class Walker:
         recomputes: bool,
         compiles: bool,
     ) -> None:
-        self._space, self._plan, self._shape, self._step_flops = space, plan, shape, step_flops
+        self._space, self._plan, self._step_flops = space, plan, step_flops
         self._batch, self._length, self._recomputes, self._compiles = rows, length, recomputes, compiles
         self._rows = LookRows.of(plan, rows, length)
         self._needs = criterion(plan.options.saliency).needs
@@ -73,7 +75,8 @@ class Walker:
 
     def walk(self, steps: int) -> Walk:
         """The whole run."""
-        done, batch = Walk(self._space.widths, self._space.widths), self._batch * self._length
+        source, batch = self._space.widths, self._batch * self._length
+        done = Walk(source, source, self._plan.landings[0].balanced())
         for step in range(steps):
             if self._plan.at_rest:
                 self._prune(done, step * batch)
@@ -85,8 +88,10 @@ class Walker:
 
     def _next_type(self, done: Walk) -> str | None:
         """That of which the largest share of its way is left; None at the end of all."""
-        ahead = [name for name in self._types if done.live.count(name) > self._shape.count(name)]
-        return most_left(ahead, done.live, self._space.widths, self._shape) if ahead else None
+        if landed(self._plan.landings, done.rung, done.live):
+            return None
+        ahead = [name for name in self._types if done.live.count(name) > done.goal.count(name)]
+        return most_left(ahead, done.live, self._space.widths, done.goal)
 
     def _due(self, done: Walk, position: int) -> bool:
         plan = self._plan
@@ -96,9 +101,9 @@ class Walker:
 
     def _prune(self, done: Walk, position: int) -> None:
         """What PruningEngine.step does at a position, and the compaction after it."""
-        options, bundles, landed = self._plan.options, 0, False
+        options, bundles, at_rung = self._plan.options, 0, False
         ready = not (self._plan.at_rest or self._compiles)  # inputs that the step's own pass has kept
-        while not landed and self._due(done, position):
+        while not at_rung and self._due(done, position):
             seen = self._look(done, options.gathers if not bundles else 1, ready=ready)
             if options.correction and not seen:
                 done.flops.correction += 0 if ready else self._inputs(done)
@@ -106,11 +111,11 @@ class Walker:
             ready = False
             if options.compares_types:
                 self._calibrate(done, seen)
-            before, landed = done.live, self._take_bundle(done, position)
+            before, at_rung = done.live, self._take_bundle(done, position)
             if options.correction:
                 done.flops.correction += self._solves(done.allocated, before, done.live, seen)
             bundles += 1
-        self._compact(done, exactly=landed or self._next_type(done) is None)
+        self._compact(done, exactly=at_rung or self._next_type(done) is None)
 
     def _look(self, done: Walk, gathers: int, *, ready: bool) -> int:
         """Passes for scores, where none is fresh. Returns the rows of inputs that they have met."""
@@ -164,9 +169,9 @@ class Walker:
             if removed and removed + falling > limit:
                 break
             done.live, done.events, removed = after, done.events + 1, removed + falling
-            landing = landings[done.rung]
-            if done.rung < len(landings) - 1 and landing.cost(done.live) <= landing.target:
-                done.rung += 1
+            left, done.rung = done.rung, rung_after(landings, done.rung, done.live)
+            if done.rung > left:
+                done.goal = landings[done.rung].balanced(within=done.live)
                 done.fresh = False
                 return True
         done.fresh = False

@@ -20,14 +20,24 @@ from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_T
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.
 TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
-_AXIS_OF = (DEPTH, STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE)  # the type that each of them narrows with
+AXIS_TYPES = (DEPTH, STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE)  # the type that each of them narrows with
+
+
+def shape_at(place: Sequence[Any]) -> Widths:
+    """Widths from a number for each of TABLE_AXES; their fields are tensors where the numbers are."""
+    layers, hidden, kv_heads, queries, intermediate = place
+    return Widths(layers, hidden, kv_heads * queries, kv_heads, intermediate)
+
+
+def place_of(widths: Widths) -> list[int]:
+    """A number for each of TABLE_AXES."""
+    return [widths.count(pruning_type) for pruning_type in AXIS_TYPES]
 
 
 class Cost(Protocol):
     """A price of shapes.
 
     name: as in `prune.cost`. unit: of its values, for messages. key: equal for costs that price every shape alike.
-    measured: whether its values carry noise, so that a step which seems to save nothing may do so.
     """
 
     @property
@@ -38,9 +48,6 @@ class Cost(Protocol):
 
     @property
     def key(self) -> str: ...
-
-    @property
-    def measured(self) -> bool: ...
 
     def __call__(self, widths: Any) -> Any:
         """The cost of a model of these Widths: an int (a float where the unit is no count); elementwise, int64 or
@@ -55,7 +62,6 @@ class Params:
     space: Space
     name: str = "params"
     unit: str = "parameters"
-    measured: bool = False
 
     @property
     def key(self) -> str:
@@ -72,7 +78,6 @@ class KVCache:
     head_dim: int
     name: str = "kv-cache"
     unit: str = "bytes of KV cache per token"
-    measured: bool = False
 
     @property
     def key(self) -> str:
@@ -95,7 +100,6 @@ class TableCost:
     key: str
     name: str = "latency"
     unit: str = "s"
-    measured: bool = True
 
     def __call__(self, widths: Any) -> Any:
         asked = [torch.as_tensor(getattr(widths, axis)) for axis in TABLE_AXES]
@@ -145,17 +149,14 @@ def counts(cost: Cost, source: Widths, pruning_type: str, least: Widths) -> bool
     """
     if source.count(pruning_type) <= least.count(pruning_type):
         return False
-    own = TABLE_AXES[_AXIS_OF.index(pruning_type)]
+    own = TABLE_AXES[AXIS_TYPES.index(pruning_type)]
     axes = []
     for axis in TABLE_AXES:
         low, high = int(getattr(least, axis)), int(getattr(source, axis))
         axes.append(torch.tensor([high]) if axis == own else torch.linspace(low, high, SAMPLES).round().long().unique())
-    places = dict(zip(TABLE_AXES, (each.flatten() for each in torch.meshgrid(*axes, indexing="ij")), strict=True))
-    wide = cost(_shapes(places))
-    return bool((cost(_shapes(places | {own: torch.full_like(places[own], int(getattr(least, own)))})) < wide).any())
-
-
-def _shapes(places: dict[str, Tensor]) -> Any:
-    """Widths whose fields are tensors, from those of TABLE_AXES."""
-    heads = places["kv_heads"] * places["queries_per_kv"]
-    return Widths(places["layers"], places["hidden"], heads, places["kv_heads"], places["intermediate"])  # type: ignore[arg-type]
+    wide = [each.flatten() for each in torch.meshgrid(*axes, indexing="ij")]
+    narrow = [
+        torch.full_like(each, least.count(pruning_type)) if axis == own else each
+        for axis, each in zip(TABLE_AXES, wide, strict=True)
+    ]
+    return bool((cost(shape_at(narrow)) < cost(shape_at(wide))).any())

@@ -14,7 +14,7 @@ from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
 from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, Cut, Event, Live, Slice, Space, Widths
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.schedule import Schedule
@@ -86,7 +86,7 @@ class PruningEngine:
 
     @property
     def finished(self) -> bool:
-        return self.rung == len(self.landings) - 1 and self.landing.reached(self.widths)
+        return landed(self.landings, self.rung, self.widths)
 
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping, every step."""
@@ -176,9 +176,9 @@ class PruningEngine:
             removed += fell
             bundle.append(event)
             report.events.append(AppliedEvent(event, self.parameters, self.widths, fell, before - self.size))
-            if self.rung < len(self.landings) - 1 and self.landing.reached(self.widths):
-                report.rung = self.rung
-                self.rung += 1
+            left, self.rung = self.rung, rung_after(self.landings, self.rung, self.widths)
+            if self.rung > left:
+                report.rung = left
                 break
         self.looks.removed(removed / limit)
         return bundle

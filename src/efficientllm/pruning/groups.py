@@ -178,7 +178,7 @@ class Cut:
 @dataclass(frozen=True)
 class Event(Cut):
     """A cut, weighed. saliency: predicted loss increase in nats, calibrated. cost: the price that it is weighed by,
-    what it saves in the run's cost (selection.py bounds a measured one from below)."""
+    what it saves in the run's cost (of a measured one the mean along its type's way, selection.py)."""
 
     saliency: float
     cost: float

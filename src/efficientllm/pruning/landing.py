@@ -1,33 +1,24 @@
-"""Where the run may end: the aligned shapes just under the target, and which events still lead to one of them.
+"""Where the run may end: the feasible final shapes, and whether one of them is still within reach.
 
-A greedy run could paint itself into a corner: a head is a large step, an aligned width a coarse one. So the
-shapes in which it may end are listed before it starts, and an event is allowed only while one of them is
-still within reach (no width of it above what is left). Following allowed events always ends in such a shape.
+A greedy run could paint itself into a corner: a head is a large step, an aligned width a coarse one. So the shapes in
+which it may end are listed before it starts, and an event is allowed only while one of them is still within reach (no
+width of it above what is left). Following allowed events always ends in such a shape. Which one is damage's to say
+(selection.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.costs import Cost, Params
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.costs import AXIS_TYPES, Cost, Params, place_of, shape_at
+from efficientllm.pruning.groups import FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.shapes import Floors
 
-TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Floors:
-    """The least that is kept of each width."""
-
-    hidden: int
-    layers: int = 1
-    kv_heads: int = 1
-    queries_per_kv: int = 1
-    intermediate: int = 32
+OUT_OF_REACH = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -41,8 +32,8 @@ class Alignment:
     def automatic(cls, widths: Widths) -> Alignment:
         """The largest power of two up to 128 that leaves at least 32 steps of a width; 1 for tiny widths.
 
-        Coarser steps leave so few shapes within 1 % of the target that alignment, not saliency, would choose the
-        architecture (docs/results/ablations.md).
+        Coarser steps leave so few feasible shapes that alignment, not saliency, would choose the architecture
+        (docs/results/ablations.md).
         """
 
         def fit(width: int) -> int:
@@ -79,9 +70,12 @@ def _multiples(low: int, high: int, step: int) -> Tensor:
 class Landing:
     """All shapes in which a run may end that is to cost at most `target` (parameters, or what `cost` counts).
 
-    For every (layers, hidden, KV heads, queries per KV head) on the grid, the range of aligned intermediate widths
-    whose cost lies in ((1 - tolerance) * target, target]. Where alignment leaves no shape in that band, those that
-    come nearest from below are the only ones, and `gap` says by how much they miss.
+    They are the aligned shapes that are *maximal* under the target: none of their widths can grow by its next step
+    (an aligned width, a head, a layer, or to the source's own width) without passing it. Some lie just under it,
+    others further, where their steps are large.
+
+    shapes: int64 (number, 5), a column for each of costs.TABLE_AXES, the largest first (ties in rising order of the
+    columns). sizes: what each of them costs.
 
     Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
     """
@@ -94,10 +88,9 @@ class Landing:
         types: tuple[str, ...],
         align: Alignment,
         floors: Floors,
-        tolerance: float = TOLERANCE,
         cost: Cost | None = None,
     ) -> None:
-        self.space, self.align, self.tolerance = space, align, tolerance
+        self.space, self.align = space, align
         self.cost: Cost = cost or Params(space)
         source = space.widths
         if isinstance(target, Widths):
@@ -108,35 +101,19 @@ class Landing:
             align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
         else:
             self.target, pin = target, source
-        grids = (
-            _multiples(floors.layers if DEPTH in types else source.layers, pin.layers, 1),
-            _multiples(floors.hidden if STEM in types else source.hidden, pin.hidden, align.hidden),
-            _multiples(floors.kv_heads if ATTENTION in types else source.kv_heads, pin.kv_heads, 1),
-            _multiples(
-                floors.queries_per_kv if ATTENTION_QUERY in types else source.queries_per_kv,
-                pin.queries_per_kv,
-                1,
-            ),
+        steps = {STEM: align.hidden, FFN_TYPE: align.intermediate}
+        self._axes = tuple(
+            _multiples(floors.of(each) if each in types else source.count(each), pin.count(each), steps.get(each, 1))
+            for each in AXIS_TYPES
         )
-        self.layers, self.hidden, self.kv, self.queries = (
-            grid.flatten() for grid in torch.meshgrid(*grids, indexing="ij")
-        )
-        self._axes = grids
-        low = floors.intermediate if FFN_TYPE in types else source.intermediate
-        self.ffn = _multiples(low, pin.intermediate, align.intermediate)
-        self._band(tolerance)
+        self._keep(self._maximal())
 
     def _check_widths(self, target: Widths, types: tuple[str, ...], floors: Floors) -> None:
         source = self.space.widths
-        least = {
-            DEPTH: ("layers", floors.layers),
-            STEM: ("hidden", floors.hidden),
-            ATTENTION: ("kv_heads", floors.kv_heads),
-            ATTENTION_QUERY: ("queries per KV head", floors.queries_per_kv),
-            FFN_TYPE: ("intermediate", floors.intermediate),
-        }
-        for pruning_type, (name, floor) in least.items():
+        names = ("layers", "hidden", "kv_heads", "queries per KV head", "intermediate")
+        for pruning_type, name in zip(AXIS_TYPES, names, strict=True):
             have, want = source.count(pruning_type), target.count(pruning_type)
+            floor = floors.of(pruning_type)
             if want > have:
                 raise ValueError(f"target {name} {want} is above the source's {have}; choose at most {have}")
             if want < have and pruning_type not in types:
@@ -148,130 +125,112 @@ class Landing:
         if target == source:
             raise ValueError("the target widths are the source's own; there is nothing to prune")
 
-    def _costs(self, index: Tensor) -> Tensor:
-        """Cost of each grid point at the intermediate width of that index into `self.ffn`."""
-        heads = self.kv * self.queries
-        shape = Widths(self.layers, self.hidden, heads, self.kv, self.ffn[index])  # type: ignore[arg-type]
-        return torch.as_tensor(self.cost(shape))
+    def _maximal(self) -> Tensor:
+        """The feasible shapes, in rising order of their columns. The cost rises with every width, so that those under
+        the target are closed downwards: a shape of which no single width can take its next step is maximal."""
+        *others, ffn = self._axes
+        grid = torch.meshgrid(*others, indexing="ij")
+        last = self._widest_ffn(grid)
+        feasible = last >= 0
+        for dim in range(len(others)):
+            here, wider = last.narrow(dim, 0, len(others[dim]) - 1), last.narrow(dim, 1, len(others[dim]) - 1)
+            feasible.narrow(dim, 0, len(others[dim]) - 1).logical_and_(wider < here)
+        return torch.stack([*(each[feasible] for each in grid), ffn[last[feasible]]], dim=1)
 
-    def _first_index(self, wanted: Callable[[Tensor], Tensor]) -> Tensor:
-        """Per grid point the first index into `self.ffn` at which the cost is `wanted`, as all above it are; the
-        number of widths where none is."""
-        low = torch.zeros_like(self.hidden)
-        high = torch.full_like(low, len(self.ffn))
-        while bool((low < high).any()):
-            middle = (low + high) // 2
-            found = wanted(self._costs(middle.clamp(max=len(self.ffn) - 1))) | (low == high)
-            low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
-        return low
+    def _widest_ffn(self, grid: tuple[Tensor, ...]) -> Tensor:
+        """Index into the FFN's axis of the widest under the target, per grid point; -1 where none is. By bisection."""
+        ffn = self._axes[-1]
 
-    def _band(self, tolerance: float) -> None:
-        """Indices into `self.ffn`: the first and last intermediate width of each grid point inside the band."""
-        source, unit, target = self.cost(self.space.widths), self.cost.unit, self.target
-        smallest = self._costs(torch.zeros_like(self.hidden)).min().item()
+        def costs(index: Tensor) -> Tensor:
+            return torch.as_tensor(self.cost(shape_at([*grid, ffn[index]])))
+
+        least, source = costs(torch.zeros_like(grid[0])).min().item(), self.cost(self.space.widths)
+        unit, target = self.cost.unit, self.target
         if target >= source:
             raise ValueError(
                 f"the target of {amount(target)} {unit} is not below the source's {amount(source)}; aim lower"
             )
-        if target < smallest:
+        if target < least:
             raise ValueError(
-                f"the target of {amount(target)} {unit} is below {amount(smallest)}, the least that the floors and the "
+                f"the target of {amount(target)} {unit} is below {amount(least)}, the least that the floors and the "
                 "pruning types allow; aim higher, lower prune.floors or add types"
             )
-        self.last = self._first_index(lambda costs: costs > target) - 1
-        best = self._costs(self.last.clamp(min=0))[self.last >= 0].max().item()
-        under = (1.0 - tolerance) * target
-        self.lowest = min(best, int(under) + 1 if isinstance(target, int) else under)
-        self.first = self._first_index(lambda costs: costs >= self.lowest)
-        self.gap = 1.0 - best / target
+        low, high = torch.zeros_like(grid[0]), torch.full_like(grid[0], len(ffn))
+        while bool((low < high).any()):
+            middle = (low + high) // 2
+            above = (costs(middle.clamp(max=len(ffn) - 1)) > target) | (low == high)
+            low, high = torch.where(above, low, middle + 1), torch.where(above, middle, high)
+        return low - 1
 
-    def shape(self) -> Widths:
-        """The final shape, where there is only one (a target given as widths)."""
-        (at,) = (self.first <= self.last).nonzero().flatten().tolist()
-        kv_heads = int(self.kv[at])
-        return Widths(
-            int(self.layers[at]),
-            int(self.hidden[at]),
-            kv_heads * int(self.queries[at]),
-            kv_heads,
-            int(self.ffn[self.first[at]]),
-        )
-
-    def balanced(self) -> Widths:
-        """The final shape whose narrowest width, as a share of the source's, is the widest; ties to the first. What a
-        run will choose is saliency's to say."""
-        source, inside = self.space.widths, self.first <= self.last
-        ffn = self.ffn[self.last.clamp(min=0)]
-        shares = torch.stack(
-            [
-                self.layers / source.layers,
-                self.hidden / source.hidden,
-                self.kv / source.kv_heads,
-                self.queries / source.queries_per_kv,
-                ffn / source.intermediate,
-            ]
-        )
-        at = int(torch.where(inside, shares.min(0).values, -1.0).argmax())
-        kv_heads = int(self.kv[at])
-        heads = kv_heads * int(self.queries[at])
-        return Widths(int(self.layers[at]), int(self.hidden[at]), heads, kv_heads, int(ffn[at]))
-
-    def least(self, pruning_type: str) -> int:
-        """Units of one type in each of its rows in the narrowest shape listed: its floor, where it may fall."""
-        grids = dict(zip((DEPTH, STEM, ATTENTION, ATTENTION_QUERY), self._axes, strict=True)) | {FFN_TYPE: self.ffn}
-        return int(grids[pruning_type][0])
-
-    def may_fall(self, pruning_type: str, widths: Widths) -> bool:
-        """Whether the type is above its floor, and one event of it keeps a final shape within reach."""
-        return widths.count(pruning_type) > self.least(pruning_type) and self.reachable(widths.after(pruning_type))
-
-    def mean_saving(self, pruning_type: str) -> float:
-        """What one event of a type saves on its way from the source's width to its floor, the other widths as in the
-        source; 0 where there is no way to go."""
-        source = self.space.widths
-        events = source.count(pruning_type) - self.least(pruning_type)
-        if events <= 0:
-            return 0.0
-        return float(self.cost(source) - self.cost(source.after(pruning_type, events))) / events
-
-    def least_ffn(self, layers: Tensor, hidden: Tensor, kv: Tensor, queries: Tensor) -> Tensor:
-        """Per shape, the least FFN width from which a final shape is within reach; a huge one where none is."""
-        none = torch.iinfo(torch.int64).max
-        least = torch.where(self.first <= self.last, self.ffn[self.first.clamp(max=len(self.ffn) - 1)], none)
-        table = least.view([len(axis) for axis in self._axes])
-        for dim in range(len(self._axes)):
+    def _keep(self, shapes: Tensor) -> None:
+        """Lists these shapes, and for every point of the other axes the narrowest FFN from which one is in reach."""
+        sizes = torch.as_tensor(self.cost(shape_at(shapes.unbind(1))))
+        order = sizes.argsort(descending=True, stable=True)
+        self.shapes, self.sizes = shapes[order], sizes[order]
+        table = torch.full([len(axis) for axis in self._axes[:-1]], OUT_OF_REACH)
+        table[tuple(self._places(self.shapes))] = self.shapes[:, -1]
+        for dim in range(table.ndim):
             table = table.cummin(dim).values
-        places = [
-            torch.searchsorted(axis, widths.contiguous(), right=True) - 1
-            for axis, widths in zip(self._axes, (layers, hidden, kv, queries), strict=True)
-        ]
-        inside = torch.stack(places).min(0).values >= 0
-        return torch.where(inside, table[tuple(place.clamp(min=0) for place in places)], none)
+        self._least_ffn = table
+
+    def _places(self, shapes: Tensor) -> Tensor:
+        """(4, number): on each axis but the FFN's the index of the widest that is no wider; -1 where none is."""
+        columns = zip(self._axes[:-1], shapes[:, :-1].T.contiguous(), strict=True)
+        return torch.stack([torch.searchsorted(axis, each, right=True) - 1 for axis, each in columns])
+
+    def _within_reach(self, shapes: Tensor) -> Tensor:
+        """Per row of (number, 5) widths, whether some feasible shape has no width above them."""
+        places = self._places(shapes)
+        least = self._least_ffn[tuple(places.clamp(min=0))]
+        return (places >= 0).all(0) & (least <= shapes[:, -1])
 
     def before(self, following: Landing) -> None:
-        """Keeps only shapes from which `following` is within reach. Raises ValueError where none is left."""
-        if following.target >= self.lowest:
-            sizes = f"{amount(self.target)} and {amount(following.target)}"
-            raise ValueError(f"sizes {sizes} share shapes; choose sizes further apart")
-        need = following.least_ffn(self.layers, self.hidden, self.kv, self.queries)
-        self.first = torch.maximum(self.first, torch.searchsorted(self.ffn, need))
-        if not bool((self.first <= self.last).any()):
+        """Keeps only shapes above the target of `following` from which one of its own is within reach. Raises
+        ValueError where none is left."""
+        leads_on = (self.sizes > following.target) & following._within_reach(self.shapes)
+        if not bool(leads_on.any()):
             raise ValueError(
                 f"no shape of {amount(self.target)} {self.cost.unit} leads on to {amount(following.target)}; choose "
                 "sizes further apart"
             )
+        self._keep(self.shapes[leads_on])
 
     def reachable(self, widths: Widths) -> bool:
-        """Whether some final shape has no width above these."""
-        fits = (self.layers <= widths.layers) & (self.hidden <= widths.hidden)
-        fits &= (self.kv <= widths.kv_heads) & (self.queries <= widths.queries_per_kv)
-        most = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
-        return bool((fits & (self.first <= self.last.clamp(max=most))).any())
+        """Whether some feasible shape has no width above these."""
+        return bool(self._within_reach(torch.tensor([place_of(widths)])))
 
     def reached(self, widths: Widths) -> bool:
-        """Whether these widths are a final shape."""
-        here = (self.layers == widths.layers) & (self.hidden == widths.hidden)
-        here &= (self.kv == widths.kv_heads) & (self.queries == widths.queries_per_kv)
-        at = int(torch.searchsorted(self.ffn, torch.tensor(widths.intermediate), right=True)) - 1
-        on_grid = at >= 0 and int(self.ffn[at]) == widths.intermediate
-        return on_grid and bool((here & (self.first <= at) & (at <= self.last)).any())
+        """Whether these widths are a feasible shape."""
+        return bool((self.shapes == torch.tensor(place_of(widths))).all(1).any())
+
+    def shape(self) -> Widths:
+        """The final shape, where there is only one (a target given as widths)."""
+        (only,) = self.shapes.tolist()
+        return shape_at(only)
+
+    def balanced(self, within: Widths | None = None) -> Widths:
+        """Of the feasible shapes no wider than `within` (default: all) the one whose narrowest width, as a share of the
+        source's, is the widest; ties to the larger. What a run will choose is damage's to say."""
+        source = self.space.widths
+        shares = (self.shapes.double() / torch.tensor(place_of(source))).min(1).values
+        inside = (self.shapes <= torch.tensor(place_of(within or source))).all(1)
+        return shape_at(self.shapes[torch.where(inside, shares, -1.0).argmax()].tolist())
+
+    def least(self, pruning_type: str) -> int:
+        """Units of one type in each of its rows in the narrowest shape looked at: its floor, where it may fall."""
+        return int(self._axes[AXIS_TYPES.index(pruning_type)][0])
+
+    def may_fall(self, pruning_type: str, widths: Widths) -> bool:
+        """Whether the type is above its floor, and one event of it keeps a feasible shape within reach."""
+        return widths.count(pruning_type) > self.least(pruning_type) and self.reachable(widths.after(pruning_type))
+
+
+def rung_after(landings: Sequence[Landing], rung: int, widths: Widths) -> int:
+    """The landing that a run at these widths heads for, when it headed for `rung` before: one is left behind once its
+    shape is reached, the last never."""
+    return rung + 1 if rung < len(landings) - 1 and landings[rung].reached(widths) else rung
+
+
+def landed(landings: Sequence[Landing], rung: int, widths: Widths) -> bool:
+    """Whether a run at these widths is where it was to end."""
+    return rung == len(landings) - 1 and landings[rung].reached(widths)

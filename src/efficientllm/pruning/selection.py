@@ -1,7 +1,8 @@
-"""Which event comes next: damage per parameter removed (or per unit of another cost), one currency for all types.
+"""Which event comes next: the run heads for the feasible shape of the least predicted damage, cheapest type first.
 
 A score that ranks units well within a type still has another scale in each type (docs/method.md, "Which type"), so the
-types are compared through measured ratios.
+types are compared through measured ratios. Damage per parameter removed (or per unit of another cost) is the one
+currency for all types.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.calibration import CALIBRATION_SHARE, Bundle, Calibration
+from efficientllm.pruning.costs import AXIS_TYPES, place_of, shape_at
 from efficientllm.pruning.groups import (
     ATTENTION,
     ATTENTION_QUERY,
@@ -26,10 +28,6 @@ from efficientllm.pruning.groups import (
     Widths,
 )
 from efficientllm.pruning.landing import Landing
-
-# Where a measured cost is flat, noise may have hidden what an event saves: it counts as at least this share of what an
-# event of its type saves on average, or no saliency however small would make it fall.
-LEAST_PRICE = 0.05
 
 
 class Ranking:
@@ -58,6 +56,12 @@ class Ranking:
         first = self._taken[pruning_type]
         return units[first : first + events], float(saliency[first : first + events].sum())
 
+    def ahead(self, pruning_type: str, events: int) -> Tensor:
+        """(events + 1,) fp64: saliency of a type's next 0, 1, ... `events` events summed."""
+        _, saliency = self._order(pruning_type)
+        first = self._taken[pruning_type]
+        return torch.cat([saliency.new_zeros(1), saliency[first : first + events].cumsum(0)])
+
     def take(self, event: Cut) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] += 1
@@ -67,9 +71,33 @@ class Ranking:
             self._orders.pop(other, None)
 
 
+def least_damaging(
+    ranking: Ranking, widths: Widths, *, landing: Landing, calibration: Calibration | None, types: Sequence[str]
+) -> Widths:
+    """Of the feasible shapes within reach the one on the way to which the least calibrated saliency falls; ties go to
+    the largest.
+
+    A shape far under the target pays for all that it gives up, and one whose width is on its way to that shape's
+    aligned stop only for what is left of the way. What falls with a layer or a KV head falls once: the units of the
+    types within them count for the share of layers and KV heads that stays.
+    """
+    ways = torch.tensor(place_of(widths)) - landing.shapes
+    damage = {}
+    for pruning_type, way in zip(AXIS_TYPES, ways.clamp(min=0).T, strict=True):
+        ratio = calibration.ratio(pruning_type) if calibration is not None else 1.0
+        along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
+        damage[pruning_type] = ratio * along[way]
+    layers, _, kv_heads, _, _ = (landing.shapes.double() / torch.tensor(place_of(widths))).unbind(1)
+    inside = damage[ATTENTION] + damage[FFN_TYPE] + kv_heads * damage[ATTENTION_QUERY]
+    total = damage[STEM] + damage[DEPTH] + layers * inside
+    within = (ways >= 0).all(1)
+    assert bool(within.any()), "a feasible shape stays within reach (Landing)"
+    return shape_at(landing.shapes[torch.where(within, total, torch.inf).argmin()].tolist())
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A type's next event, weighed. allowed: a final shape stays within reach if it is taken; else it has no price.
+    """A type's next event, weighed. allowed: it leads to the shape that the run heads for; else it has no price.
     parameters: what falls with it."""
 
     event: Event
@@ -85,8 +113,13 @@ def candidates(
     calibration: Calibration | None,
     types: Sequence[str],
 ) -> list[Candidate]:
-    """The next event of every type that has more than one unit a row left, priced in the landing's cost. `widths`
-    are the live ones."""
+    """The next event of every type that has more than one unit a row left. `widths` are the live ones.
+
+    The price of one is what the landing's cost falls by on the type's whole way to the shape that the run heads for,
+    shared evenly among the events there: of a cost that is affine in every width, such as parameters, what the event
+    itself saves; of a measured one more than the noise between two neighbours.
+    """
+    goal = least_damaging(ranking, widths, landing=landing, calibration=calibration, types=types)
     weighed, now = [], landing.cost(widths)
     for pruning_type in PRUNING_TYPES:
         if pruning_type not in types or widths.count(pruning_type) <= 1:
@@ -94,13 +127,10 @@ def candidates(
         units, saliency = ranking.upcoming(pruning_type, 1)
         if calibration is not None:
             saliency *= calibration.ratio(pruning_type)
-        after = widths.after(pruning_type)
-        allowed = landing.reachable(after)  # below the floors a latency table may say nothing
-        price = now - landing.cost(after) if allowed else 0
-        if allowed and landing.cost.measured:
-            price = max(price, LEAST_PRICE * landing.mean_saving(pruning_type))
+        way = widths.count(pruning_type) - goal.count(pruning_type)
+        price = (now - landing.cost(widths.after(pruning_type, way))) / way if way else 0.0
         event = Event(pruning_type, units[0], saliency, price)
-        weighed.append(Candidate(event, allowed, landing.space.event_cost(pruning_type, widths)))
+        weighed.append(Candidate(event, way > 0, landing.space.event_cost(pruning_type, widths)))
     return weighed
 
 

@@ -1,27 +1,68 @@
-"""Shapes that a person would choose."""
+"""Shapes that a person would choose, and how far below them a run may look."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
 
 
-def proportional_widths(space: Space, limit: float, size: Callable[[Widths], float] | None = None) -> Widths:
+@dataclass(frozen=True)
+class Floors:
+    """The least that is kept of each width."""
+
+    hidden: int = 1
+    layers: int = 1
+    kv_heads: int = 1
+    queries_per_kv: int = 1
+    intermediate: int = 1
+
+    def of(self, pruning_type: str) -> int:
+        """In units of one type in each of its rows."""
+        return {
+            DEPTH: self.layers,
+            STEM: self.hidden,
+            ATTENTION: self.kv_heads,
+            ATTENTION_QUERY: self.queries_per_kv,
+            FFN_TYPE: self.intermediate,
+        }[pruning_type]
+
+
+def proportional_widths(
+    space: Space, limit: float, size: Callable[[Widths], float] | None = None, *, least: Widths | None = None
+) -> Widths:
     """The widest shape of at most `limit` whose hidden, heads and FFN keep the source's proportions.
 
-    size: what the limit counts, such as a cost of pruning/costs.py; default: parameters. Heads are whole, groups of
-    query heads stay as large, layers stay. Raises ValueError where nothing fits.
+    size: what the limit counts, such as a cost of pruning/costs.py; default: parameters. least: no width becomes
+    narrower than here. Heads are whole, groups of query heads stay as large, layers stay. Raises ValueError where
+    nothing fits.
     """
     size = size or space.num_params
     source = space.widths
+    least = least or Widths(1, 1, 1, 1, 1)
     for hidden in range(source.hidden, 0, -1):
         scale = hidden / source.hidden
-        kv_heads = max(1, round(scale * source.kv_heads))
-        heads, ffn = kv_heads * source.queries_per_kv, max(1, round(scale * source.intermediate))
-        widths = Widths(source.layers, hidden, heads, kv_heads, ffn)
+        kv_heads = max(least.kv_heads, round(scale * source.kv_heads))
+        ffn = max(least.intermediate, round(scale * source.intermediate))
+        heads = kv_heads * source.queries_per_kv
+        widths = Widths(source.layers, max(least.hidden, hidden), heads, kv_heads, ffn)
         if size(widths) <= limit:
             return widths
     raise ValueError(
         f"no proportional shape has at most {limit:,} {getattr(size, 'unit', 'parameters')}: raise the target"
+    )
+
+
+def third_of(shape: Widths, hidden_step: int, intermediate_step: int) -> Floors:
+    """A third of each width but the layers, hidden and FFN rounded down to their alignment; at least 1."""
+
+    def part(width: int, step: int = 1) -> int:
+        return max(1, width // 3 // step * step)
+
+    return Floors(
+        hidden=part(shape.hidden, hidden_step),
+        kv_heads=part(shape.kv_heads),
+        queries_per_kv=part(shape.queries_per_kv),
+        intermediate=part(shape.intermediate, intermediate_step),
     )

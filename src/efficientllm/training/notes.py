@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from efficientllm.config import AlignConfig, PruneConfig, Recipe
+from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
 from efficientllm.pruning.landing import amount
-from efficientllm.training.planning import options_and_landings
 from efficientllm.training.state import PruningPlan
 
 
@@ -15,7 +14,7 @@ def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
-    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_gaps(recipe.prune, plan))
+    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_shapes(recipe.prune, plan))
 
 
 def _latency(prune: PruneConfig) -> Iterator[str]:
@@ -31,18 +30,12 @@ def _types(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
         yield f"prune.cost {prune.cost} does not count {', '.join(out)}: the result keeps the source's width there"
 
 
-def _gaps(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
-    """Landings further than 1 % under their target, and why."""
-    if all(landing.gap <= landing.tolerance for landing in plan.landings):
+def _shapes(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
+    """How much each landing leaves to damage to choose; nothing where the recipe has chosen the shape."""
+    if isinstance(prune.target, WidthTarget):
         return
-    space, cost = plan.landing.space, plan.landing.cost
-    finest = prune.model_copy(update={"align": AlignConfig()})
-    _, unaligned = options_and_landings(finest, space, cost=cost)
-    for landing, finer in zip(plan.landings, unaligned, strict=True):
-        if landing.gap <= landing.tolerance:
-            continue
-        size = f"{amount(landing.target)} {cost.unit}"
-        why, mend = "no shape lies", ", since its units are larger steps"
-        if finer.gap < landing.gap:
-            why, mend = "alignment leaves no shape", " (a smaller prune.align comes closer)"
-        yield f"{why} within 1 % of {size}; the run will land {landing.gap:.1%} under it{mend}"
+    for landing in plan.landings:
+        number, unit = len(landing.sizes), landing.cost.unit
+        largest, smallest = amount(landing.sizes[0].item()), amount(landing.sizes[-1].item())
+        choice = f"{number} shapes are feasible, of {smallest} to" if number > 1 else "one shape is feasible, of"
+        yield f"at {amount(landing.target)} {unit}: {choice} {largest} {unit}"

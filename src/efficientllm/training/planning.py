@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from transformers import PretrainedConfig
 
-from efficientllm.config import CostTarget, PruneConfig, Recipe, WidthTarget
+from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import load_table
@@ -15,11 +13,12 @@ from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import Cost, KVCache, Params, counts
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
-from efficientllm.pruning.landing import Alignment, Floors, Landing, amount
+from efficientllm.pruning.groups import ATTENTION, DEPTH, Space
+from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
+from efficientllm.training.targets import alignment_of, floors_of, least_of, named_floors, rungs_of, target_of
 
 
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
@@ -81,13 +80,14 @@ def options_and_landings(
     )
     criterion(prune.saliency)
     targets = [*rungs_of(prune, space, cost), target_of(prune, space, cost)]
+    floors = floors_of(prune, space, cost)
     landings = [
         Landing(
             space,
             target,
             types=options.types,
             align=alignment_of(prune, space.widths),
-            floors=floors_of(prune, space),
+            floors=floors,
             cost=cost,
         )
         for target in targets
@@ -115,25 +115,10 @@ def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) 
         assert prune.latency_table is not None
         table = load_table(prune.latency_table)
         table.check(prune.latency_table, source, prune.latency_on.device, prune.latency_on.dtype)
-        table.check_range(prune.latency_table, _least(prune, space), space.widths)
-        return table.cost()
+        cost = table.cost()
+        table.check_range(prune.latency_table, least_of(prune, space, named_floors(prune, space, cost)), space.widths)
+        return cost
     return Params(space)
-
-
-def _least(prune: PruneConfig, space: Space) -> Widths:
-    """The narrowest shape in which the recipe may look: its target's widths, else its floors."""
-    if isinstance(prune.target, WidthTarget):
-        return _widths(prune.target, space.widths)
-    least, source = floors_of(prune, space), space.widths
-    kv_heads = least.kv_heads if ATTENTION in prune.types else source.kv_heads
-    queries = least.queries_per_kv if ATTENTION_QUERY in prune.types else source.queries_per_kv
-    return Widths(
-        least.layers if DEPTH in prune.types else source.layers,
-        least.hidden if STEM in prune.types else source.hidden,
-        kv_heads * queries,
-        kv_heads,
-        least.intermediate if FFN_TYPE in prune.types else source.intermediate,
-    )
 
 
 def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
@@ -145,7 +130,7 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
     types: tuple[str, ...] = tuple(prune.types)
     if prune.cost == "params":
         return types
-    source, least = space.widths, _least(prune, space)
+    source, least = space.widths, least_of(prune, space, floors_of(prune, space, cost))
     counted = tuple(name for name in types if counts(cost, source, name, least))
     free = [name for name in types if name not in counted and least.count(name) < source.count(name)]
     if isinstance(prune.target, WidthTarget):
@@ -163,71 +148,10 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
     return counted
 
 
-def rungs_of(prune: PruneConfig, space: Space, cost: Cost) -> list[float]:
-    """The ladder's sizes in what the cost counts. Raises ValueError for one that is out of order."""
-    sizes = [_size(size, space, cost) for size in prune.ladder or ()]
-    target = target_of(prune, space, cost)
-    for larger, smaller in pairwise([*sizes, *([] if not sizes or isinstance(target, Widths) else [target])]):
-        if smaller >= larger:
-            raise ValueError(
-                f"the ladder's sizes must fall towards the target, but {amount(larger)} comes before "
-                f"{amount(smaller)}; put the largest first"
-            )
-    return sizes
-
-
-def _size(size: float | CostTarget, space: Space, cost: Cost) -> float:
-    source: float = cost(space.widths)
-    if isinstance(size, CostTarget):
-        return size.amount.of(source)
-    return round(size * source) if isinstance(size, float) else size
-
-
 def correction_of(prune: PruneConfig) -> SolverOptions | None:
     if prune.correction == "none":
         return None
     return SolverOptions(prune.correction_damping, prune.correction_tolerance, prune.correction_iterations)
-
-
-def target_of(prune: PruneConfig, space: Space, cost: Cost) -> float | Widths:
-    """A size in what the cost counts, or widths with those left out taken from the source."""
-    target = prune.target
-    if isinstance(target, WidthTarget):
-        return _widths(target, space.widths)
-    return _size(target, space, cost)
-
-
-def _widths(target: WidthTarget, source: Widths) -> Widths:
-    kv_heads = target.kv_heads or source.kv_heads
-    heads = target.heads or kv_heads * source.queries_per_kv
-    if target.kv_heads is None and source.queries_per_kv == 1:
-        kv_heads = heads
-    if heads % kv_heads:
-        raise ValueError(f"target heads {heads} is not a multiple of kv_heads {kv_heads}; choose a multiple")
-    return Widths(
-        target.layers or source.layers,
-        target.hidden or source.hidden,
-        heads,
-        kv_heads,
-        target.intermediate or source.intermediate,
-    )
-
-
-def alignment_of(prune: PruneConfig, widths: Widths) -> Alignment:
-    if prune.align == "auto":
-        return Alignment.automatic(widths)
-    return Alignment(prune.align.hidden, prune.align.intermediate)
-
-
-def floors_of(prune: PruneConfig, space: Space) -> Floors:
-    floors = prune.floors
-    return Floors(
-        layers=min(floors.layers, space.widths.layers),
-        hidden=min(floors.hidden or space.head_dim, space.widths.hidden),
-        kv_heads=floors.kv_heads,
-        queries_per_kv=floors.heads_per_kv,
-        intermediate=min(floors.intermediate, space.widths.intermediate),
-    )
 
 
 def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:
