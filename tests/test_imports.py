@@ -14,9 +14,10 @@ ALLOWED = {
     "errors": set(),
     "sizes": set(),
     "pruning": set(),
-    "models": {"errors", "pruning"},
+    "cache": {"errors"},
+    "models": {"errors", "cache", "pruning"},
     "config": {"errors", "sizes"},
-    "data": {"errors", "config"},
+    "data": {"errors", "cache", "config"},
     "distributed": {"errors", "config", "pruning"},
     "training": {"errors", "config", "models", "pruning", "distributed"},
     "checkpoint": {"errors", "models", "training", "distributed", ""},
@@ -24,8 +25,8 @@ ALLOWED = {
     "reporting": {"errors", "sizes", "pruning"},
     "export": {"errors", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {
-        "errors", "sizes", "config", "data", "models", "pruning", "distributed", "training", "checkpoint", "evaluation",
-        "reporting", "",
+        "errors", "sizes", "cache", "config", "data", "models", "pruning", "distributed", "training", "checkpoint",
+        "evaluation", "reporting", "",
     },
     "planning": {"errors", "sizes", "config", "models", "pruning", "distributed", "training"},
     "comparison": {

@@ -205,7 +205,7 @@ def test_bad_models(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[
     for model, sentence in (
         (tmp_path, "holds neither a run nor a model"),
         (tmp_path / "text.txt", "is a file"),
-        (tmp_path / "model.gguf", "add --backend llamacpp"),
+        (tmp_path / "model.gguf", "is no GGUF file"),
         (tmp_path / "not" / "there", "is neither a folder nor a hub id"),
     ):
         assert call("bench", world.folder / "source", model, *SHORT) == 2

@@ -37,8 +37,9 @@ from data.corpus_samples import (
     tokens_in,
     write_jsonl,
 )
-from efficientllm.data import cache, corpus, rows, sources
-from efficientllm.data.cache import file_digest
+from efficientllm import cache
+from efficientllm.cache import file_digest
+from efficientllm.data import corpus, rows, sources
 from efficientllm.data.corpus import Corpus
 
 

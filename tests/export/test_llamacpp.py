@@ -19,6 +19,7 @@ pytest.importorskip("gguf", reason="the gguf package is not installed")
 from efficientllm.export.gguf import GGUFRequest, export_gguf  # noqa: E402
 from efficientllm.export.gguf_tensors import K_QUANTS  # noqa: E402
 from efficientllm.export.subject import subject_of  # noqa: E402
+from efficientllm.models.loading import load_tokenizer, located  # noqa: E402
 from export.llamacpp_runtime import DATA, plain_kernels, runtime, to_gguf  # noqa: E402, F401
 
 POSITIONS = 200
@@ -73,6 +74,38 @@ def test_families_have_the_logits_of_transformers(
 ) -> None:
     folder, _ = make_model(family, **changes)
     assert_same_logits(folder, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kind"),
+    [
+        ("llama-gqa", {"rope_parameters": LLAMA3_ROPE}, "q8_0"),
+        ("mistral-gqa-tied", {"hidden_size": 96, "num_attention_heads": 10}, "q4_1"),
+        ("qwen2-gqa-tied", {"tie_word_embeddings": False}, "q4_1"),  # heads x head_dim is not hidden: a llama file
+        ("qwen3-gqa", {}, "q4_1"),
+    ],
+)
+def test_a_gguf_source_has_the_logits_of_llamacpp(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], kind: str
+) -> None:
+    """The dequantised tensors, as a folder in transformers and as an f32 file in llama.cpp; and the file as it was.
+
+    llama.cpp rounds what it multiplies quantised weights with to 8 bits, so that the file itself is held less tightly.
+    """
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    folder, _ = make_model(family, **(shape | changes))
+    file = to_gguf(folder, tmp_path / "quantised.gguf", kind)
+    converted = Path(located(str(file), "source"))
+    assert_same_logits(converted, tmp_path / "f32.gguf")
+    ids = torch.randint(3, 300, (POSITIONS,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)(ids[None]).logits[0].numpy()
+    with runtime(file) as model:
+        got = logits(model, ids.tolist())
+        text = "the model learns to write 123 words<|endoftext|>"
+        assert model.tokenize(text.encode(), special=True, add_bos=False) == load_tokenizer(str(file)).encode(text)
+    assert 0.0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", ["", "ladder/*"])

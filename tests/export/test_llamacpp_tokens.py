@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 
-from efficientllm.export.gguf_pretokenizers import LLAMA3, NAMES, QWEN2  # noqa: E402
+from efficientllm.models.gguf_pretokenizers import LLAMA3, NAMES, QWEN2  # noqa: E402
 from export.llamacpp_runtime import DATA, plain_kernels, runtime, to_gguf  # noqa: E402, F401
 
 TEXTS = [

@@ -79,15 +79,16 @@ def _check_positions(name: str, settings: Settings, positions: int) -> None:
 
 
 def _source_of(name: str) -> str:
-    """What transformers loads for a run, a transformers folder or a hub id. Raises UsageError for a file."""
+    """What transformers loads for a run, a transformers folder, a GGUF file (dequantised) or a hub id.
+
+    Raises UsageError for another file.
+    """
     from efficientllm.export.subject import subject_of
 
     path = Path(name)
-    if path.suffix == GGUF:
-        raise UsageError(f"{name} is for llama.cpp; add --backend llamacpp")
-    if path.is_file():
-        raise UsageError(f"{name} is a file; name a run, a transformers folder or a hub id")
-    return str(subject_of(path).folder) if path.is_dir() else name
+    if path.is_file() and path.suffix != GGUF:
+        raise UsageError(f"{name} is a file; name a run, a transformers folder, a .gguf file or a hub id")
+    return str(subject_of(path).folder) if path.is_dir() or path.suffix == GGUF else name
 
 
 def _transformers_candidate(name: str, settings: Settings) -> Candidate:

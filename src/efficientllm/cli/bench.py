@@ -23,7 +23,7 @@ STOPPED = "stopped; nothing of this measurement is kept"
 def bench(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Run folders, transformers folders, hub ids; .gguf files (llamacpp)."),
+        typer.Argument(metavar="MODEL...", help="Run folders, transformers folders, hub ids, .gguf files."),
     ],
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     generate: Annotated[int, typer.Option(help="Tokens to generate; the first one ends the prefill.")] = 64,

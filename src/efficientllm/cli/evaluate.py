@@ -22,7 +22,7 @@ Subject = tuple[str, Path | None, Any]  # source, folder that keeps the results,
 @one_sentence()
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Run folders, transformers folders or hub ids.")
+        list[str], typer.Argument(metavar="MODEL...", help="Run folders, transformers folders, .gguf files or hub ids.")
     ],
     tasks: Annotated[str, typer.Option(help="Comma-separated harness tasks; default: the paper's eight.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="The first records of each task; default: all.")] = None,

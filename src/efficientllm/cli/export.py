@@ -18,7 +18,8 @@ STOPPED = "stopped; nothing half-written is left"
 def export(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="RUN|MODEL", help="A run folder, RUN/ladder/SIZE, or a transformers folder.")
+        Path,
+        typer.Argument(metavar="RUN|MODEL", help="A run folder, RUN/ladder/SIZE, transformers folder or .gguf file."),
     ],
     to: Annotated[str, typer.Option("--to", help="hf: a transformers folder; gguf: one file for llama.cpp.")],
     out: Annotated[

@@ -13,7 +13,7 @@ from efficientllm.cli.app import app, one_sentence, say
 @app.command()
 @one_sentence()
 def probe(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder, .gguf file or hub id.")],
     data: Annotated[
         list[str], typer.Option("--data", help="Text: parquet, jsonl, txt, folder or hub id; may be given twice.")
     ],

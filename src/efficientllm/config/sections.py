@@ -94,7 +94,7 @@ class DistillConfig(Section):
     """What a teacher adds to the loss."""
 
     section: ClassVar[str] = "distill"
-    teacher: Text | None = Field(default=None, description="Folder or hub id; null: the source, as it was")
+    teacher: Text | None = Field(default=None, description="Folder, GGUF file or hub id; null: the source, as it was")
     weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
     temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
     samples: Count | None = Field(
@@ -157,10 +157,12 @@ class RunConfig(Section):
 class Recipe(Section):
     """A whole run. Bad input raises UsageError with one sentence, never pydantic's ValidationError."""
 
-    source: Text = Field(description="Source model: transformers folder, relative to the current directory, or hub id")
+    source: Text = Field(
+        description="Source model: transformers folder or GGUF file, relative to the current directory, or hub id"
+    )
     tokenizer: Text | None = Field(
         default=None,
-        description="Folder, relative to the current directory, or hub id; null: that of the source",
+        description="Folder or GGUF file, relative to the current directory, or hub id; null: that of the source",
     )
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="random: the source's architecture with fresh weights, the control"

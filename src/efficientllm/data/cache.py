@@ -1,101 +1,21 @@
-"""The cache on disk: folders that appear whole, made by one process at a time, and digests of what they are made of."""
+"""What the text of a cache folder depends on besides its files, and what a disk does to it, in one sentence."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
-import shutil
-import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from efficientllm.data.documents import readable
 from efficientllm.data.sources import disk_full
 from efficientllm.errors import UsageError
 
-_SETTLED_SECONDS = 2.0
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-
-
-@contextmanager
-def only_one(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """One process at a time makes a cache folder; others, such as the ranks of a run, call `waiting` and wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def temporary(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to make it in, removed in the end. To be called under the lock of only_one.
-
-    Those that killed processes of this machine left behind are removed first.
-    """
-    prefix = f"{folder.name}.{socket.gethostname()}.partial-"
-    for leftover in folder.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def publish(done: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
-    """Flushes a complete folder to the disk and gives it its name; one there that is not `whole` is replaced."""
-    for path in (*done.iterdir(), done):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    try:
-        done.rename(folder)
-    except OSError:
-        if not whole(folder):  # damaged; otherwise another machine was first, with the same content
-            shutil.rmtree(folder)
-            done.rename(folder)
-
-
-def file_digest(path: Path, memory: Path) -> str:
-    """sha256 of a file's bytes, all of them. Remembered under `memory` until the file's stat changes.
-
-    A file that changed within the last seconds is not remembered, as the clock that stamps files may not tell a
-    further change from that one.
-    """
-    with readable(path):
-        stat = path.stat()
-        stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        note = memory / hashlib.sha256(repr((str(path.resolve()), *stamp)).encode()).hexdigest()[:40]
-        with suppress(OSError):
-            digest = note.read_text()
-            if len(digest) == 64:
-                return digest
-        settled = time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if settled:
-        with suppress(OSError):  # only speed is lost
-            memory.mkdir(parents=True, exist_ok=True)
-            note.write_text(digest)
-    return digest
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

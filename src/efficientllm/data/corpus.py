@@ -23,7 +23,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from efficientllm.data.cache import file_digest, only_one, plain_errors, publish, temporary, tokenizer_digest
+from efficientllm.cache import cache_root, file_digest, only_one, publish, temporary
+from efficientllm.data.cache import plain_errors, tokenizer_digest
 from efficientllm.data.documents import no_documents
 from efficientllm.data.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
 from efficientllm.data.sources import Located, load_from_hub, locate, read
@@ -121,11 +122,6 @@ def _check_ids(largest_id: int, what: str, vocab_size: int | None) -> None:
         )
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Where what is computed once is kept: data.cache_dir, $EFFICIENTLLM_CACHE, or the user's cache."""
-    return Path(data.cache_dir or os.environ.get("EFFICIENTLLM_CACHE", "~/.cache/efficientllm")).expanduser()
-
-
 class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
@@ -133,7 +129,7 @@ class _Loader:
         self._data, self._tokenizer, self._say = data, tokenizer, say
         self._length = data.sequence_length
         self._workers = data.workers or _cores()
-        self._cache = cache_folder(data) / "corpora"
+        self._cache = cache_root(data.cache_dir) / "corpora"
         self._tokenizer_digest = tokenizer_digest(tokenizer)
 
     def load(self, source: DataSource, fraction: float | None) -> tuple[list[Corpus], int]:

@@ -18,8 +18,8 @@ from gguf import TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from efficientllm.errors import UsageError
-from efficientllm.export.gguf_pretokenizers import pre_tokenizer_name
 from efficientllm.models.generation import listed
+from efficientllm.models.gguf_pretokenizers import pre_tokenizer_name
 
 SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

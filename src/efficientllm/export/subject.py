@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.errors import UsageError
+from efficientllm.models.loading import located
 from efficientllm.reporting.journal import read_journal
 
 
@@ -28,10 +29,12 @@ class Subject:
 
 
 def subject_of(path: Path) -> Subject:
-    """Finds the model behind a path: RUN, RUN/model, RUN/ladder/SIZE (or its model), or a transformers folder.
+    """Finds the model behind a path: RUN, RUN/model, RUN/ladder/SIZE (or its model), a model folder, a GGUF file.
 
     Raises UsageError for a path that is none of these, and for a run that has not finished.
     """
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return Subject(Path(located(str(path), "model")), path.stem, Path.cwd())
     if not path.is_dir():
         raise UsageError(
             f"{path} is no folder; name a run, a size of its ladder (RUN/ladder/469M) or a model folder (a model of "

@@ -12,16 +12,16 @@ from typing import TextIO
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from efficientllm.cache import cache_root, file_digest
 from efficientllm.checkpoint.sharded import storage
 from efficientllm.config import Recipe
-from efficientllm.data.cache import file_digest
-from efficientllm.data.corpus import Corpus, cache_folder, load_corpora
+from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.data.sampling import BatchStream
 from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.loading import load_config, load_model, load_tokenizer, located
 from efficientllm.models.space import space_of
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
@@ -112,7 +112,7 @@ def teacher_of(job: Job) -> Distillation | None:
     if distill.samples is None:
         teacher = LiveTeacher(load())
     else:
-        root, length = cache_folder(job.recipe.data), job.recipe.data.sequence_length
+        root, length = cache_root(job.recipe.data.cache_dir), job.recipe.data.sequence_length
         drawn = f"{length}-drawn-{distill.temperature:g}-{distill.samples}"
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
@@ -129,8 +129,8 @@ def teacher_of(job: Job) -> Distillation | None:
 
 
 def model_digest(path: str, memory: Path) -> str:
-    """Of a folder's config and weights, or of a hub model's id and commit."""
-    folder, digest = Path(path), hashlib.sha256()
+    """Of the config and weights of a folder or GGUF file, or of a hub model's id and commit."""
+    folder, digest = Path(located(path, "distill.teacher")), hashlib.sha256()
     if folder.is_dir():
         for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
             digest.update(file_digest(file, memory).encode())

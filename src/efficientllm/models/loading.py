@@ -1,4 +1,4 @@
-"""Source models and tokenizers from a local folder or the hub: safetensors only, remote code only when asked for."""
+"""Source models and tokenizers from a local folder, a GGUF file or the hub: no pickles, remote code only on request."""
 
 from __future__ import annotations
 
@@ -25,9 +25,18 @@ from efficientllm.models.space import build, check_space, space_of
 
 
 def located(source: str, what: str) -> str:
-    """The source itself, once it is a folder that exists or has the form of a hub id (org/name). Raises UsageError."""
+    """The source itself where it is a folder that exists or has the form of a hub id (org/name); the folder that a
+    GGUF file has been made to (models/gguf_source.py). Raises UsageError."""
     if Path(source).is_dir():
         return source
+    if source.lower().endswith(".gguf"):
+        try:
+            from efficientllm.models.gguf_source import folder_of
+        except ImportError as error:
+            if (error.name or "").split(".")[0] != "gguf":
+                raise
+            raise UsageError(f"{what} '{source}' needs the gguf package: pip install \"efficientllm[gguf]\"") from error
+        return str(folder_of(Path(source), what))
     parts = source.split("/")
     if len(parts) <= 2 and all(parts) and not source.startswith((".", "/", "~")):
         return source
@@ -52,9 +61,9 @@ def load_config(
 
     what, use: how the model is called to the user, and what is to be done with it.
     """
-    located(source, what)
+    folder = located(source, what)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
         raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}") from error
     space_of(config, use)
@@ -82,7 +91,11 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+            located(source, what),
+            config=config,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
     except Exception as error:  # transformers raises a different type for every way a folder can be damaged
         raise UsageError(f"cannot load the weights of {what} '{source}': {reason_of(error)}") from error
@@ -112,10 +125,10 @@ def _owning(model: Any) -> Any:
 def load_tokenizer(source: str, *, what: str = "tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Raises UsageError for a folder without tokenizer. what: "tokenizer" where the user can name one, else what the
     model that it belongs to is called to the user."""
-    located(source, what)
+    folder = located(source, what)
     mend = "name one with `tokenizer:` in the recipe" if what == "tokenizer" else "its files lie beside the model's"
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above: OSError, ValueError, ImportError, JSON errors, ...
         raise UsageError(f"cannot load a tokenizer from '{source}': {reason_of(error)}; {mend}") from error
 
@@ -128,11 +141,16 @@ def load_generation_config(source: str, say: Callable[[str], None] | None = None
     """
     note: str | None
     tell = say or (lambda note: warnings.warn(note, stacklevel=3))
-    file = Path(source) / "generation_config.json"
-    if Path(source).is_dir() and not file.is_file():
+    try:
+        folder = located(source, "source")
+    except UsageError as error:
+        tell(str(error))
+        return None
+    file = Path(folder) / "generation_config.json"
+    if Path(folder).is_dir() and not file.is_file():
         return None
     try:
-        loaded = GenerationConfig.from_pretrained(source)
+        loaded = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # OSError, ValueError, TypeError, ... by the way in which it is damaged
         if not file.is_file():  # a hub model without any
             return None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
+
 from efficientllm.errors import UsageError
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -27,6 +29,28 @@ NAMES: dict[tuple[tuple[object, ...], bool], str] = {
     ((LLAMA3,), True): "llama-bpe",
     ((LLAMA3,), False): "dbrx",
 }
+# Other names of llama.cpp for the same cut.
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "smaug-bpe": "dbrx"}
+
+
+def pre_tokenizer_named(name: str) -> tuple[pre_tokenizers.PreTokenizer, bool]:
+    """The pre-tokenizer that llama.cpp knows by this name, and whether ignore_merges goes with it.
+
+    Raises UsageError for a name that is not in NAMES, since text would be cut otherwise than the model was trained on.
+    """
+    name = _ALIASES.get(name, name)
+    for (steps, ignore_merges), known in NAMES.items():
+        if known == name:
+            parts = [_part(step) for step in steps if step != GPT2]
+            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in steps))
+            return pre_tokenizers.Sequence(parts), ignore_merges
+    raise UsageError(f"its way to cut text, '{name}', is none of {', '.join([*NAMES.values(), *_ALIASES])}")
+
+
+def _part(step: object) -> pre_tokenizers.PreTokenizer:
+    if step == _DIGITS:
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(str(step)), behavior="isolated")
 
 
 def pre_tokenizer_name(pre_tokenizer: Mapping[str, Any] | None, ignore_merges: bool) -> str:
