@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from conftest import World, tiny_model
+from conftest import World, task_manager, tiny_model
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.evaluation import harness
@@ -29,7 +29,8 @@ from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
 from efficientllm.reporting.eval_table import eval_rows
 
-lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
+# Found, not imported: every worker reads every file, and this import takes seconds.
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "efficientllm[eval]"')
 
 ARC = {"question": "What do pruned models do?", "answerKey": "B"}
 ARC |= {"choices": {"text": ["sleep", "learn", "vanish"], "label": ["A", "B", "C"]}}
@@ -83,18 +84,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@cache
-def task_manager() -> Any:
-    """Made once: it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
 @pytest.fixture(autouse=True)
-def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = task_manager()
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
+def made_once(tasks_are_listed_once: None) -> None:
+    pass
 
 
 def requests_of(task: str) -> tuple[list[tuple[str, str]], list[Any]]:
