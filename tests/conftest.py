@@ -96,7 +96,9 @@ def task_manager() -> Any:
 
 
 @pytest.fixture
-def tasks_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def listed_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness, which is imported here alone: every worker reads every file, and the import takes seconds."""
+    pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
     manager = task_manager()
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
 

@@ -133,10 +133,8 @@ def test_an_arm_that_fails_leaves_the_others(
 
 
 def test_results_are_measured_on_tasks_too(
-    world: World, in_process: list[str], tmp_path: Path, request: pytest.FixtureRequest
+    world: World, in_process: list[str], listed_tasks: None, tmp_path: Path
 ) -> None:
-    pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
-    request.getfixturevalue("tasks_are_listed_once")
     file = tmp_path / "aps/super_glue/boolq/validation.jsonl"
     file.parent.mkdir(parents=True)
     records = [{"question": f"is it {n}", "passage": "It is.", "idx": n, "label": n % 2} for n in range(6)]

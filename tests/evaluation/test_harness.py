@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +28,7 @@ from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
 from efficientllm.reporting.eval_table import eval_rows
 
-# Found, not imported: every worker reads every file, and this import takes seconds.
-pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "efficientllm[eval]"')
+pytestmark = pytest.mark.usefixtures("listed_tasks")
 
 ARC = {"question": "What do pruned models do?", "answerKey": "B"}
 ARC |= {"choices": {"text": ["sleep", "learn", "vanish"], "label": ["A", "B", "C"]}}
@@ -82,11 +80,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
         other = record | {"subject": "virology"} if "subject" in record else record
         file.write_text("".join(json.dumps(each) + "\n" for each in ([record] * 3 + [other])))
     return root
-
-
-@pytest.fixture(autouse=True)
-def made_once(tasks_are_listed_once: None) -> None:
-    pass
 
 
 def requests_of(task: str) -> tuple[list[tuple[str, str]], list[Any]]:
