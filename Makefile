@@ -4,11 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean help
+# As many workers as there are CPUs (PYTEST_XDIST_AUTO_NUM_WORKERS says otherwise), at most 8: each holds about 1 GB and
+# computes on one thread. The tests of a file share its runs, so they stay on one worker.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test quick lint types unit clean help
 
 help:
 	@echo "make demo    train a source, prune it while it trains, compare with from-scratch (three to eight minutes)"
-	@echo "make test    lint, types and tests"
+	@echo "make quick   lint and the cheap tests: no whole run, no second process (at most two minutes)"
+	@echo "make test    lint, types and all tests (at most ten minutes)"
 	@echo "make clean   remove the virtual environment and caches (never your runs)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,7 +26,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/efficientllm demo
 
-test: lint types unit
+# mypy works beside the tests and speaks after them, only where it has found something.
+test: lint
+	@report=$$(mktemp); $(BIN)/mypy >"$$report" 2>&1 & types=$$!; \
+	$(PYTEST); tests=$$?; \
+	wait $$types || { cat "$$report"; tests=1; }; \
+	rm -f "$$report"; exit $$tests
+
+quick: lint
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks examples
@@ -31,7 +44,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a worker a CPU, and the same last bits on any machine
 
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from efficientllm.demo.corpus import train_tokenizer
+from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.models.space import build
 
 SHAPE = {
@@ -41,6 +48,19 @@ FAMILIES = {
 }
 
 
+# The same examples in every run, and no deadline: other work on the machine must not fail a test.
+settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever stands on the tiny world makes runs or reads what a run has left."""
+    for item in items:
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     kind, options = FAMILIES[family]
     return kind(**(SHAPE | options | changes))
@@ -65,6 +85,33 @@ def need_llamacpp() -> None:
     """Skips a test that runs llama.cpp in a process of its own, where it is not installed."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+
+@cache
+def task_manager() -> Any:
+    """The harness's list of tasks, made once: it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture
+def listed_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness, which is imported here alone: every worker reads every file, and the import takes seconds."""
+    pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
+    manager = task_manager()
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
+
+
+@pytest.fixture
+def small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's corpus is of the first modules of the standard library alone, a tenth of it."""
+    library, size = tmp_path / "library", 0
+    library.mkdir()
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        if size < 1_400_000:
+            size += (library / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr("efficientllm.demo.story.write_corpus", partial(write_corpus, library=library))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,7 +180,8 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Its runs leave out run.png, which takes as long as all the rest of them; the `finished` one of jobs draws it."""
     folder = tmp_path_factory.mktemp("world")
     chooser = random.Random(0)
     words = ["the", "model", "learns", "to", "write", "short", "words", "and", "prunes", "its", "own", "heads"]
@@ -145,4 +193,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     model = build(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
     model.save_pretrained(folder / "source")
     tokenizer.save_pretrained(folder / "source")
-    return World(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efficientllm.jobs.finish.plot_run", lambda *_: None)
+        yield World(folder)

@@ -28,6 +28,7 @@ def call(*argv: str, absent: list[str] = ABSENT) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
 
 
+@pytest.mark.slow
 def test_every_part_runs_without_the_packages_of_recipes(tmp_path: Path) -> None:
     done = call("--tiny", "--json", str(tmp_path / "gpu.json"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,6 +50,7 @@ def test_every_part_runs_without_the_packages_of_recipes(tmp_path: Path) -> None
     assert "<= 1.02" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_left_out_says_why(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     done = call("--tiny", "--only", "trainer", "loop", "--json", str(path), absent=[*ABSENT, "accelerate"])

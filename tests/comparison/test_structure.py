@@ -19,7 +19,7 @@ def test_kept_units_are_those_of_the_result(world: World) -> None:
     widths = {"hidden": 33, "heads": 1, "kv_heads": 1, "intermediate": 41}
     recipe = world.recipe(
         "rest",
-        train={"lr": 1e-12, "weight_decay": 0.0},
+        train={"lr": 1e-12, "weight_decay": 0.0, "tokens": 8 * 256},
         prune={"target": widths, "correction": "none", "compact_at": 0.02},
     )
     summary = run(Recipe.model_validate(recipe), lambda line: None)

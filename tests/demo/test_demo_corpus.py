@@ -15,6 +15,7 @@ from efficientllm.demo.corpus import (
 )
 from efficientllm.errors import UsageError
 
+pytestmark = pytest.mark.slow
 PROGRAM = 'def area(radius):\n    """Return the area."""\n    return 3.14159 * radius**2\n'
 
 

@@ -16,13 +16,14 @@ TOY = DemoSize(
     intermediate=128,
     sequence_length=64,
     batch_tokens=512,
-    source_tokens=16_000,
-    prune_tokens=16_000,
+    source_tokens=8_192,
+    prune_tokens=8_192,
     validation_tokens=4_096,
 )
 
 
-def test_demo_tells_its_story_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_demo_tells_its_story_once(tmp_path: Path, small_corpus: None, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     first = run_demo(tmp_path, said.append, TOY)
     table = capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""What the processes of the distributed tests do: small runs whose outcome is written down by rank 0.
-
-    torchrun --nproc-per-node N scenario.py FOLDER
+"""What the processes of the distributed tests do (`main`): small runs whose outcome is written down by rank 0.
 
 A single process takes the same path by `play(case, ALONE, FOLDER)`.
 """
@@ -8,7 +6,6 @@ A single process takes the same path by `play(case, ALONE, FOLDER)`.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import tiny_model
 from efficientllm import Pruner, PruningCallback
@@ -146,14 +141,8 @@ def refusals() -> list[str]:
     return said
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     with joined() as ranks:
         for case in json.loads((folder / "cases.json").read_text()):
             play(Case(**case), ranks, folder)
         (folder / f"refused-{ranks.world}-{ranks.rank}.json").write_text(json.dumps(refusals()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""A run of two processes under torchrun: a rank dies, the system asks it to stop, a rank hangs, the recipe is wrong."""
+"""A run of several processes: a rank is killed, torchrun is asked to stop, a rank hangs, the recipe is wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,25 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import World
+from efficientllm.cli import main
+from efficientllm.distributed.watch import EXIT_HUNG
 from efficientllm.reporting.journal import read_journal
+from processes import codes, is_alive, pid_of, start_ranks, steps_done, wait_for
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN += ["--max-restarts", "2", "--monitor-interval", "0.2", "-m", "efficientllm", "prune"]
 
 
-def begin(recipe: Path, *overrides: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
-    options = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-    log = recipe.with_suffix(".log").open("a")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    argv = [*TORCHRUN, *options, "-m", "efficientllm", "prune", str(recipe), *overrides]
-    return subprocess.Popen(argv, stdout=log, stderr=log, text=True, env=environment)
+def ranks_of(recipe: Path, *overrides: str, processes: int = 2) -> list[BaseProcess]:
+    return start_ranks(processes, log_of(recipe), main, ["prune", str(recipe), *overrides])
+
+
+def log_of(recipe: Path) -> Path:
+    return recipe.with_suffix(".log")
 
 
 def said(recipe: Path) -> str:
-    return recipe.with_suffix(".log").read_text()
+    return log_of(recipe).read_text()
 
 
 def process_of(torchrun: subprocess.Popen[str], rank: int) -> int:
@@ -46,38 +50,32 @@ def process_of(torchrun: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def wait_for(condition: Callable[[], bool], torchrun: subprocess.Popen[str], recipe: Path) -> None:
-    deadline = time.monotonic() + 180
-    while not condition():
-        assert torchrun.poll() is None, said(recipe)[-3000:]
-        assert time.monotonic() < deadline, said(recipe)[-3000:]
-        time.sleep(0.01)
-
-
-def steps_done(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-LONG = {"train": {"tokens": 48 * 256}, "prune": {"correction": "second-order", "ladder": ["75%"]}}
+# Twelve steps that prune, then many that are quick: a signal meets the run under way.
+LONG = {
+    "train": {"tokens": 48 * 256},
+    "prune": {"correction": "second-order", "ladder": ["75%"], "bound": 0.2, "end": "25%"},
+}
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of ranks through /proc")
 def test_a_killed_rank_and_a_preemption_change_no_bit(world: World) -> None:
     """Rank 1 is killed (torchrun restarts), then torchrun is asked to stop, then the same command is given again."""
-    calm = world.write("two-calm", **LONG)
-    assert begin(calm).wait() == 0, said(calm)[-3000:]
-    recipe = world.write("two-disturbed", **LONG)
-    folder = world.folder / "runs" / "two-disturbed"
-    torchrun = begin(recipe, restarts=2)
-    wait_for(lambda: steps_done(folder) >= 11, torchrun, recipe)
+    calm, recipe = world.write("two-calm", **LONG), world.write("two-disturbed", **LONG)
+    other, folder = (world.folder / "runs" / path.stem for path in (calm, recipe))
+    assert codes(ranks_of(calm)) == [0, 0], said(calm)[-3000:]
+    with log_of(recipe).open("a") as log:
+        torchrun = subprocess.Popen([*TORCHRUN, str(recipe)], stdout=log, stderr=log, text=True)
+
+    def wait(condition: Callable[[], bool]) -> None:
+        wait_for(condition, lambda: torchrun.poll() is None, log_of(recipe))
+
+    wait(lambda: steps_done(folder) >= 9)
     os.kill(process_of(torchrun, 1), signal.SIGKILL)
-    wait_for(lambda: "going on from" in said(recipe) and steps_done(folder) >= 20, torchrun, recipe)
+    wait(lambda: "going on from" in said(recipe) and steps_done(folder) >= 14)
     torchrun.send_signal(signal.SIGTERM)
     assert torchrun.wait() != 0
     assert "stopped and saved" in said(recipe)
-    assert begin(recipe).wait() == 0, said(recipe)[-3000:]
-    other = world.folder / "runs" / "two-calm"
+    assert codes(ranks_of(recipe)) == [0, 0], said(recipe)[-3000:]
     for file in ("model/model.safetensors", "ladder/*/model/model.safetensors"):
         (one,), (expected,) = folder.glob(file), other.glob(file)
         weights, wanted = load_file(one), load_file(expected)
@@ -90,24 +88,26 @@ def test_a_killed_rank_and_a_preemption_change_no_bit(world: World) -> None:
     assert summary["result"]["parameters"] <= 0.5 * summary["source"]["parameters"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of ranks through /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named(world: World, rank: int) -> None:
-    recipe = world.write(f"two-hung-{rank}", **LONG)
-    torchrun = begin(recipe, "distributed.timeout=6")
-    wait_for(lambda: steps_done(world.folder / "runs" / f"two-hung-{rank}") >= 3, torchrun, recipe)
-    os.kill(process_of(torchrun, rank), signal.SIGSTOP)
-    assert torchrun.wait(timeout=90) != 0
-    errors = [line for line in said(recipe).splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert errors[0].startswith(f"error: rank {rank} (")
-    assert "has not answered for 6 seconds" in errors[0]
+def test_a_rank_that_hangs_is_named(world: World) -> None:
+    """Two runs side by side: in one rank 0 hangs, in the other rank 1. Either time the other one has the words."""
+    recipes = [world.write(f"two-hung-{rank}", **LONG) for rank in (0, 1)]
+    runs = [ranks_of(recipe, "distributed.timeout=15") for recipe in recipes]
+    for rank, (recipe, processes) in enumerate(zip(recipes, runs, strict=True)):
+        folder = world.folder / "runs" / recipe.stem
+        wait_for(lambda: steps_done(folder) >= 3, lambda: all(map(is_alive, processes)), log_of(recipe))  # noqa: B023
+        os.kill(pid_of(processes[rank]), signal.SIGSTOP)
+    for rank, (recipe, processes) in enumerate(zip(recipes, runs, strict=True)):
+        assert codes([processes[1 - rank]]) == [EXIT_HUNG], said(recipe)[-3000:]
+        processes[rank].kill()
+        errors = [line for line in said(recipe).splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        assert errors[0].startswith(f"error: rank {rank} (")
+        assert "has not answered for 15 seconds" in errors[0]
 
 
 def test_bad_input_is_said_once(world: World) -> None:
     recipe = world.write("three-processes")
-    assert begin(recipe, processes=3).wait() != 0
+    assert codes(ranks_of(recipe, processes=3)) == [2, 2, 2]
     errors = [line for line in said(recipe).splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "does not divide over 3 processes" in errors[0]
-    assert said(recipe).count("exitcode  : 2 ") == 3

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,31 +11,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.scenario import Case, play
+from distributed.scenario import Case, main, play
 from efficientllm.distributed.ranks import ALONE
+from processes import codes, start_ranks
 
-SCENARIO = Path(__file__).with_name("scenario.py")
+pytestmark = pytest.mark.slow
 TWO = [
     Case("full-correction"),
-    Case("full-chunked", family="mistral-gqa-tied", correction="none", loss="chunked"),
-    Case("full-wanda", family="llama-mha-tied", criterion="wanda"),
+    Case("full-chunked", family="mistral-gqa-tied", correction="none", loss="chunked", steps=3),
+    Case("full-wanda", family="llama-mha-tied", criterion="wanda", steps=3),
     Case("full-sparsegpt", criterion="sparsegpt", correction="none", steps=3),
     Case("full-activation", family="qwen3-gqa", criterion="activation", correction="none", steps=3),
     Case("none-fisher", family="qwen2-gqa-tied", shard="none", criterion="fisher", correction="none"),
 ]
 FOUR = [
-    Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector"),
+    Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector", steps=3),
 ]
 
 
-def torchrun(processes: int, cases: Sequence[Case], folder: Path) -> None:
+def play_on(processes: int, cases: Sequence[Case], folder: Path) -> None:
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*argv, str(SCENARIO), str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = folder / "log"
+    assert set(codes(start_ranks(processes, log, main, folder))) == {0}, log.read_text()[-3000:]
 
 
 def outcome(folder: Path, name: str) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
@@ -53,13 +47,13 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in (*TWO, *FOUR):
         play(replace(case, name=f"{case.name}-alone"), ALONE, folder)
     play(Case("one-leaves", steps=3, leave="of-one"), ALONE, folder)
-    torchrun(4, [*FOUR, Case("four-leave", shard="hybrid", steps=3, leave="of-four")], folder)
+    play_on(4, [*FOUR, Case("four-leave", shard="hybrid", steps=3, leave="of-four")], folder)
     others = [
         Case("two-find-of-four", steps=3, begin="of-four", leave="of-two"),
         Case("two-go-on-from-one", steps=5, begin="of-one"),
         Case("copies-find-of-four", shard="none", steps=3, begin="of-four"),
     ]
-    torchrun(2, [*TWO, *others], folder)
+    play_on(2, [*TWO, *others], folder)
     play(Case("one-finds-of-two", steps=3, begin="of-two"), ALONE, folder)
     return folder
 

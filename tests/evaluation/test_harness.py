@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from conftest import World, tiny_model
+from conftest import World, task_manager, tiny_model
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.evaluation import harness
@@ -29,7 +28,7 @@ from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
 from efficientllm.reporting.eval_table import eval_rows
 
-lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
+pytestmark = pytest.mark.usefixtures("listed_tasks")
 
 ARC = {"question": "What do pruned models do?", "answerKey": "B"}
 ARC |= {"choices": {"text": ["sleep", "learn", "vanish"], "label": ["A", "B", "C"]}}
@@ -81,20 +80,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
         other = record | {"subject": "virology"} if "subject" in record else record
         file.write_text("".join(json.dumps(each) + "\n" for each in ([record] * 3 + [other])))
     return root
-
-
-@cache
-def task_manager() -> Any:
-    """Made once: it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-@pytest.fixture(autouse=True)
-def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = task_manager()
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)
 
 
 def requests_of(task: str) -> tuple[list[tuple[str, str]], list[Any]]:

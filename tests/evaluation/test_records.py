@@ -23,10 +23,9 @@ def call(*argv: str | Path) -> int:
 
 
 def test_a_sample_is_the_same_for_every_model_and_pairs_them(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, listed_tasks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """12 of 40 records, which differ; two models; the difference by record, and its error, by hand."""
-    pytest.importorskip("lm_eval", reason='needs pip install "efficientllm[eval]"')
     folder, out, other = tmp_path / "records", tmp_path / "out.json", tmp_path / "other"
     file = folder / "aps/super_glue/boolq/validation.jsonl"
     file.parent.mkdir(parents=True)

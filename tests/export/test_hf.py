@@ -68,17 +68,17 @@ def test_the_card_carries_the_hub_s_block_and_what_was_measured(finished_run: Pa
 
 
 def test_a_check_in_a_fresh_process_sees_a_wrong_weight(finished_run: Path, tmp_path: Path) -> None:
+    """What an unharmed folder is told, the example of an export to GGUF goes through."""
     from safetensors.torch import save_file
 
     source = shutil.copytree(finished_run / "model", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     out = export_hf(HFRequest(subject_of(source), out=tmp_path / "checked"), quiet)
-    assert "same most likely token at 100.0% of 40 positions" in check_hf(source, out, "float32")
     weights = load_file(out / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="is not the model it was made from"):
+    with pytest.raises(UsageError, match=r"is not the model it was made from: .* of 40 positions"):
         check_hf(source, out, "float32")
 
 

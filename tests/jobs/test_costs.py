@@ -58,7 +58,7 @@ def test_flops_as_target_and_currency(world: World) -> None:
     cost, source = FlopsPerToken(SPACE, 32), SPACE.widths
     ladder = [{"flops": "75%"}, {"flops": "60%"}]
     prune = {"cost": "flops", "target": {"flops": "45%"}, "ladder": ladder, "floors": FLOORS}
-    assert call("prune", world.write("flops", prune=prune)) == 0
+    assert call("prune", world.write("flops", prune=prune, train={"tokens": 12 * 256})) == 0
     widths = Widths(**result(world, "flops")["widths"])
     assert 0.99 * 0.45 * cost(source) - 1 <= cost(widths) <= 0.45 * cost(source)
     left = sorted(path.name for path in (world.folder / "runs" / "flops" / "ladder").iterdir())
@@ -70,7 +70,7 @@ def test_flops_as_target_and_currency(world: World) -> None:
 
 def test_kv_cache_takes_what_it_counts_and_nothing_else(world: World) -> None:
     prune = {"cost": "kv-cache", "target": {"kv_cache": "50%"}, "floors": FLOORS}
-    path = world.write("by-cache", prune=prune)
+    path = world.write("by-cache", prune=prune, train={"tokens": 8 * 256})
     assert call("plan", path) == 0
     assert call("prune", path) == 0
     widths = Widths(**result(world, "by-cache")["widths"])
@@ -81,7 +81,7 @@ def test_kv_cache_takes_what_it_counts_and_nothing_else(world: World) -> None:
 def test_latency_by_a_table(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write_table(tmp_path / "table.json")
     prune = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
-    path = world.write("fast", prune=prune)
+    path = world.write("fast", prune=prune, train={"tokens": 12 * 256})
     assert call("prune", path) == 0
     cost = LatencyTable(MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {}), *_grid(table)).cost()
     saved = cost(SPACE.widths) - cost(Widths(**result(world, "fast")["widths"]))

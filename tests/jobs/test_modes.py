@@ -33,7 +33,8 @@ def records(world: World, name: str, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", list(CRITERIA))
 def test_every_criterion_prunes_all_types_in_the_loop(world: World, name: str) -> None:
     widths = {"hidden": 36, "heads": 1, "kv_heads": 1, "intermediate": 40}
-    path = world.write(f"by-{name}", prune={"saliency": name, "target": widths}, train={"tokens": 12 * 256})
+    prune = {"saliency": name, "target": widths, "correction": "none", "end": "75%"}
+    path = world.write(f"by-{name}", prune=prune, train={"tokens": 4 * 256})
     assert call("prune", path) == 0
     events = records(world, f"by-{name}", "events")
     assert {event["type"] for event in events} == {"attention", "attention_query", "ffn", "stem"}
@@ -85,7 +86,8 @@ def test_one_shot_without_correction_only_zeroes(world: World, tmp_path: Path) -
 @pytest.mark.parametrize("order", ["attention-first", "ffn-first", "stem-first", "interleaved"])
 def test_pruning_paths_end_in_one_shape(world: World, order: str) -> None:
     target = {"hidden": 32, "heads": 2, "kv_heads": 1, "intermediate": 32}
-    assert call("prune", world.write(order, prune={"target": target, "order": order, "floors": None})) == 0
+    prune = {"target": target, "order": order, "floors": None, "correction": "none"}
+    assert call("prune", world.write(order, prune=prune, train={"tokens": 8 * 256})) == 0
     events = records(world, order, "events")
     assert {key: events[-1]["widths"][key] for key in target} == target
     types = [event["type"] for event in events]
@@ -100,7 +102,8 @@ def test_pruning_paths_end_in_one_shape(world: World, order: str) -> None:
 def test_whole_layers_fall_too(world: World) -> None:
     types = ["attention", "attention_query", "ffn", "stem", "depth"]
     target = {"layers": 1, "hidden": 36, "intermediate": 44}
-    assert call("prune", world.write("depth", prune={"types": types, "target": target, "floors": None})) == 0
+    prune = {"types": types, "target": target, "floors": None}
+    assert call("prune", world.write("depth", prune=prune, train={"tokens": 12 * 256})) == 0
     events = records(world, "depth", "events")
     assert "depth" in {event["type"] for event in events}
     assert {key: events[-1]["widths"][key] for key in target} == target
@@ -115,9 +118,15 @@ def test_fewer_layers_need_the_type(world: World, capsys: pytest.CaptureFixture[
     assert "needs pruning type 'depth'" in capsys.readouterr().err
 
 
-def test_a_ladder_leaves_models_that_train_on(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def ladder(world: World) -> Path:
+    """The recipe of a finished run that has left two sizes on its way."""
     recipe = world.write("ladder", prune={"ladder": ["80%", "65%", "50%"], "target": None})
     assert call("prune", recipe) == 0
+    return recipe
+
+
+def test_a_ladder_leaves_models_that_train_on(world: World, ladder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = world.folder / "runs" / "ladder"
     summary = json.loads((folder / "summary.json").read_text())
     steps = {path: json.loads((path / "summary.json").read_text())["step"] for path in (folder / "ladder").iterdir()}
@@ -144,16 +153,17 @@ def test_a_ladder_leaves_models_that_train_on(world: World, capsys: pytest.Captu
     assert went_on[-1]["live_parameters"] == reached["parameters"]
 
 
-def test_a_ladder_is_left_again_after_a_kill(world: World) -> None:
-    path = world.write("rungs", prune={"ladder": ["80%"]})
-    assert call("prune", path) == 0
-    folder = world.folder / "runs" / "rungs"
-    (rung,) = (folder / "ladder").iterdir()
+def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None:
+    """The checkpoints and the smaller size are lost: it comes again, bit for bit."""
+    folder = world.folder / "runs" / "ladder"
+    steps = {json.loads((rung / "summary.json").read_text())["step"]: rung for rung in (folder / "ladder").iterdir()}
+    rung = steps[max(steps)]
     before = load_file(rung / "model" / "model.safetensors")
-    for each in (rung, *checkpoints(folder / "checkpoints")):
-        shutil.rmtree(each)
+    shutil.rmtree(rung)
+    for checkpoint in checkpoints(folder / "checkpoints"):
+        shutil.rmtree(checkpoint)
     (folder / "summary.json").unlink()
-    assert call("prune", path) == 0
+    assert call("prune", ladder) == 0
     after = load_file(rung / "model" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.reporting.journal import read_journal
+from processes import codes, pid_of, run_and_die, start, start_command, steps_done, wait_for
 
 RELOAD = """
 import json, sys, torch
@@ -42,13 +42,6 @@ def call(*argv: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(each) for each in argv])
     return int(stop.value.code or 0)
-
-
-@pytest.fixture(scope="session")
-def finished(world: World) -> Path:
-    """A finished run that nobody disturbed."""
-    assert call("prune", world.write("calm")) == 0
-    return world.folder / "runs" / "calm"
 
 
 def test_run_folder_says_what_happened(finished: Path) -> None:
@@ -107,25 +100,6 @@ def test_finished_run_is_not_repeated(world: World, finished: Path, capsys: pyte
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def start_process(recipe: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "efficientllm", "prune", str(recipe)], stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def steps_done(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def same_weights(one: Path, other: Path) -> bool:
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, other)]
     return weights[0].keys() == weights[1].keys() and all(
@@ -136,17 +110,17 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_killed_and_resumed_is_bitwise_the_same(world: World, finished: Path) -> None:
     """SIGKILL before the first checkpoint, between checkpoints, and while one is being written."""
     recipe = world.write("killed")
-    folder = world.folder / "runs" / "killed"
+    folder, log = world.folder / "runs" / "killed", recipe.with_suffix(".log")
     moments = [
-        lambda: steps_done(folder) >= 3,
-        lambda: steps_done(folder) >= 10,
-        lambda: any((folder / "checkpoints").glob(".partial-step-00000016*")) or steps_done(folder) >= 18,
+        ("efficientllm.training.loop.update", 4),
+        ("efficientllm.training.loop.update", 11),
+        ("efficientllm.checkpoint.store.save_file", 2),
     ]
-    for moment in moments:
-        process = start_process(recipe)
-        wait_for(moment, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for function, number in moments:
+        process = start(log, run_and_die, (["prune", str(recipe)], function, number))
+        assert codes([process]) == [-signal.SIGKILL], log.read_text()[-3000:]
+    assert steps_done(folder) == 16
+    assert list((folder / "checkpoints").glob(".partial-step-00000016*"))
     assert call("prune", recipe) == 0
     assert same_weights(folder, finished)
     timing = ("seconds", "tokens_per_second")
@@ -158,15 +132,19 @@ def test_killed_and_resumed_is_bitwise_the_same(world: World, finished: Path) ->
         assert records[0] == records[1], name
 
 
-def test_interrupted_run_is_saved_and_goes_on(world: World, finished: Path) -> None:
+def test_interrupted_run_is_saved_and_goes_on(world: World, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder is its own until then."""
     recipe = world.write("interrupted")
-    folder = world.folder / "runs" / "interrupted"
-    process = start_process(recipe)
-    wait_for(lambda: steps_done(folder) >= 5, process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on from there" in errors
+    folder, log = world.folder / "runs" / "interrupted", recipe.with_suffix(".log")
+    process = start_command(log, "prune", recipe)
+    wait_for(lambda: steps_done(folder) >= 1, process.is_alive, log)
+    os.kill(pid_of(process), signal.SIGSTOP)  # it holds its folder, however slow this process is
+    assert call("prune", recipe) == 2
+    assert "another process is working on" in capsys.readouterr().err
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        os.kill(pid_of(process), number)
+    assert codes([process]) == [128 + signal.SIGTERM]
+    assert "the same command goes on from there" in log.read_text()
     saved = checkpoints(folder / "checkpoints")
     assert saved
     assert call("prune", recipe) == 0
@@ -174,7 +152,7 @@ def test_interrupted_run_is_saved_and_goes_on(world: World, finished: Path) -> N
 
 
 def test_plain_training_and_the_scratch_control(world: World, finished: Path) -> None:
-    recipe = world.recipe("scratch", source=str(finished / "model"), init="random")
+    recipe = world.recipe("scratch", source=str(finished / "model"), init="random", train={"tokens": 8 * 256})
     del recipe["prune"]
     path = world.folder / "scratch.yaml"
     path.write_text(json.dumps(recipe))
@@ -334,17 +312,6 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
         (older / "manifest.json").write_text(json.dumps(less))
         assert call("prune", recipe) == 2
         assert f"{older} is damaged (its manifest.json cannot be read)" in capsys.readouterr().err
-
-
-def test_one_process_a_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = world.write("locked")
-    process = start_process(recipe)
-    folder = world.folder / "runs" / "locked"
-    wait_for(lambda: steps_done(folder) >= 1, process)
-    assert call("prune", recipe) == 2
-    assert "another process is working on" in capsys.readouterr().err
-    process.kill()
-    process.wait()
 
 
 def test_full_disk_leaves_the_previous_checkpoint_whole(

@@ -112,6 +112,7 @@ def test_what_does_not_fit_gets_a_micro_batch_that_would() -> None:
     assert "not with train.micro_batch=1 either" in _fit(gpu, step.total + 700, step, recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_what_a_process_takes() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

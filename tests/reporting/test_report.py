@@ -84,7 +84,7 @@ def test_a_finished_run_shows_everything(run: Path) -> None:
 
 
 def test_several_runs_are_overlaid(world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("prune", world.write("reported-too", train={"seed": 7})) == 0
+    assert call("prune", world.write("reported-too", train={"seed": 7, "tokens": 8 * 256})) == 0
     capsys.readouterr()
     other = world.folder / "runs" / "reported-too"
     assert call("report", run, other, "--out", tmp_path, "--no-samples") == 0
@@ -137,20 +137,29 @@ def edited(run: Path, folder: Path, **files: Any) -> Path:
 
 WIDTHS = {"layers": 2, "hidden": 40, "heads": 4, "kv_heads": 2, "intermediate": 52}
 DAMAGES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # files, sentences on the page, figures left out
-    "all losses null": (
-        {"metrics_jsonl": lambda lines: [line | {"loss": None, "validation_loss": None} for line in lines]}, [], [],
-    ),
-    "one line of many": (
-        {"metrics_jsonl": lambda lines: [*lines[:5], "{torn", *lines[5:-1], lines[-1] | {"tokens": "6144"}]},
-        ["metrics.jsonl: 2 of 25 lines cannot be read and are left out"], [],
-    ),
-    "no parameters": (
+    "all losses null, no parameters": (
         {"metrics_jsonl": lambda lines: [
-            {name: value for name, value in line.items() if name != "live_parameters"} for line in lines
+            {name: value for name, value in line.items() if name != "live_parameters"}
+            | {"loss": None, "validation_loss": None}
+            for line in lines
         ]}, [], [],
     ),
-    "source without widths": (
-        {"source_json": {"path": "x"}}, ["source.json is not of the form that efficientllm writes and is left out"], [],
+    "one line of many, a source without widths, other samples, evaluation and bench": (
+        {
+            "metrics_jsonl": lambda lines: [*lines[:5], "{torn", *lines[5:-1], lines[-1] | {"tokens": "6144"}],
+            "source_json": {"path": "x"},
+            "samples_json": {"prompt": "x"},
+            "eval__results_json": {"results": {"piqa": 3}},
+            "bench__results_json": {"models": 3},
+        },
+        [
+            "metrics.jsonl: 2 of 25 lines cannot be read and are left out",
+            "source.json is not of the form that efficientllm writes and is left out",
+            "samples.json is not of the form",
+            "eval/results.json is not of the form",
+            "bench/results.json is not of the form",
+        ],
+        [],
     ),
     "a list as source, no summary": (
         {"source_json": [1], "summary_json": []},
@@ -160,9 +169,6 @@ DAMAGES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # files, se
         {"source_json": {"parameters": 9, "widths": WIDTHS | {"intermediate": 2}}},
         ["the map of units is left out: events and compactions do not fit each other"], ["units"],
     ),
-    "other samples": ({"samples_json": {"prompt": "x"}}, ["samples.json is not of the form"], []),
-    "other evaluation": ({"eval__results_json": {"results": {"piqa": 3}}}, ["results.json is not of the form"], []),
-    "other bench": ({"bench__results_json": {"models": 3}}, ["bench/results.json is not of the form"], []),
 }  # fmt: skip
 
 
