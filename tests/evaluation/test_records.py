@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,32 +28,35 @@ def test_a_sample_is_the_same_for_every_model_and_pairs_them(
 ) -> None:
     """12 of 40 records, which differ; two models; the difference by record, and its error, by hand."""
     folder, out, other = tmp_path / "records", tmp_path / "out.json", tmp_path / "other"
-    file = folder / "aps/super_glue/boolq/validation.jsonl"
+    file = folder / "baber/piqa/default/validation.jsonl"
     file.parent.mkdir(parents=True)
-    record = {"question": "is it small", "idx": 0}
-    many = [record | {"passage": f"It is {number}.", "label": number % 2} for number in range(40)]
+    pairs = 2 * list(permutations(["model", "write", "short", "words", "heads"], 2))  # as long as each other
+    many = [
+        {"goal": f"To prune {number}", "sol1": one, "sol2": two, "label": number % 2}
+        for number, (one, two) in enumerate(pairs)
+    ]
     file.write_text("".join(json.dumps(each) + "\n" for each in many))
     shutil.copytree(world.folder / "source", other)
     tiny_model("llama-gqa", seed=5, vocab_size=300, tie_word_embeddings=True).save_pretrained(other)
     models = (str(world.folder / "source"), str(other))
     options = ("--data-dir", folder, "--batch-size", "4", "--device", "cpu", "--json", out, "--sample", "12")
-    assert call("eval", *models, "--tasks", "boolq", *options) == 0
+    assert call("eval", *models, "--tasks", "piqa", *options) == 0
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    one, two = (found[model]["right"]["boolq"]["boolq"] for model in models)
+    one, two = (found[model]["right"]["piqa"]["piqa"] for model in models)
     asked = sorted(map(int, one))
     assert one.keys() == two.keys()
     assert len(asked) == 12
     assert asked != list(range(12))
-    assert asked == drawn("boolq", 12, FakeManager({"boolq": 40}))["boolq"]
+    assert asked == drawn("piqa", 12, FakeManager({"piqa": 40}))["piqa"]
     for model in models:
-        right = found[model]["right"]["boolq"]["boolq"]
-        assert found[model]["results"]["boolq"]["acc,none"] == pytest.approx(sum(right.values()) / 12)
+        right = found[model]["right"]["piqa"]["piqa"]
+        assert found[model]["results"]["piqa"]["acc_norm,none"] == pytest.approx(sum(right.values()) / 12)
         assert found[model]["sample"] == 12
     differences = [two[record] - one[record] for record in one]
     assert any(differences)
     error = statistics.stdev(differences) / 12**0.5
-    assert f"| minus {models[0]}, by record | BoolQ |" in printed
+    assert f"| minus {models[0]}, by record | PIQA |" in printed
     assert f"| {other} | {100 * statistics.mean(differences):+.2f} ± {100 * error:.1f} |" in printed
     assert "12 records of each task, drawn at random" in printed
 
