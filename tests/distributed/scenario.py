@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ def write_down(path: Path, state: TrainState, events: list[object], losses: list
         "losses": losses,
         "compactions": compactions,
         "counts": [state.step, state.tokens, state.refresh_tokens, state.flops],
-        "widths": asdict(state.space.widths),
+        "widths": state.space.widths.record(),
     }
     if state.ranks.leads:
         save_file(tensors, path.with_suffix(".safetensors"))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import ONE_ROW, PRUNING_TYPES, Cut, Live, Space
+from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live, Space
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
@@ -99,7 +99,7 @@ def sample_units(space: Space, types: Sequence[str], count: int, seed: int) -> l
 @contextmanager
 def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: int, unit: int) -> Iterator[None]:
     """Zeroes one unit's group while the body runs, and puts every bit back."""
-    rows = 1 if pruning_type in ONE_ROW else Live.full(space.widths).units(pruning_type).shape[0]
+    rows = Live.full(space.widths).units(pruning_type).shape[0]
     units = torch.full((rows,), -1)
     units[row] = unit
     saved = []

@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "result": {
             "path": str(job.folder.model),
             "parameters": state.allocated_parameters,
-            "widths": asdict(state.space.widths),
+            "widths": state.space.widths.record(),
             "validation_loss": loss,
         },
         "tokens": state.tokens,

@@ -277,7 +277,7 @@ class PruningEngine:
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies; the tensors must belong to `space.widths`."""
         self.live = Live(
-            **{name: tensors[f"live.{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
+            {name: tensors[f"live.{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
         )
         prefix = "saliency."
         self.average.sums = {
