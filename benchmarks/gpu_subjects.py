@@ -249,12 +249,12 @@ def two_shapes(shape: Shape) -> tuple[Shape, Shape]:
     hidden = max(align.hidden, near.hidden // align.hidden * align.hidden)
     most = range(align.intermediate, space.widths.intermediate + 1, align.intermediate)
     aligned = max(
-        (replace(near, hidden=hidden, intermediate=ffn) for ffn in most),
+        (near.changed(hidden=hidden, intermediate=ffn) for ffn in most),
         key=lambda widths: -abs(int(space.num_params(widths)) - target),
     )
     wanted = int(space.num_params(aligned))
     odd = min(
-        (replace(aligned, hidden=hidden - 3, intermediate=ffn) for ffn in range(1, space.widths.intermediate, 2)),
+        (aligned.changed(hidden=hidden - 3, intermediate=ffn) for ffn in range(1, space.widths.intermediate, 2)),
         key=lambda widths: abs(int(space.num_params(widths)) - wanted),
     )
     return shape.narrowed("aligned", aligned), shape.narrowed("unaligned", odd)

@@ -6,7 +6,7 @@ A single process takes the same path by `play(case, ALONE, FOLDER)`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +116,7 @@ def write_down(path: Path, state: TrainState, events: list[object], losses: list
         "losses": losses,
         "compactions": compactions,
         "counts": [state.step, state.tokens, state.refresh_tokens, state.flops.total],
-        "widths": asdict(state.space.widths),
+        "widths": state.space.widths.record(),
     }
     if state.ranks.leads:
         save_file(tensors, path.with_suffix(".safetensors"))

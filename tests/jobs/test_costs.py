@@ -169,10 +169,10 @@ def test_a_table_that_misses_a_width_nothing_may_narrow() -> None:
     table = LatencyTable(about, ((3, 4), (8, 40), (1, 2), (1, 2), (60, 80)), (1.0,) * 32)
     source = SPACE.widths
     with pytest.raises(UsageError, match=r"covers layers 3 to 4, .* for 2 to 2; measure one of this source"):
-        table.check_range("t.json", replace(source, hidden=8), source)
+        table.check_range("t.json", source.changed(hidden=8), source)
     table = replace(table, grid=((2,), *table.grid[1:]))
     with pytest.raises(UsageError, match=r"covers intermediate 60 to 80, .* for 52 to 52; measure one of this source"):
-        table.check_range("t.json", replace(source, hidden=8), source)
+        table.check_range("t.json", source.changed(hidden=8), source)
 
 
 def test_llama_and_mistral_without_a_window_share_a_table() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -83,8 +82,9 @@ def test_no_cost_falls_when_a_width_grows(widths: Widths, name: str, pruning_typ
 @given(st.lists(shapes, min_size=1, max_size=8), st.sampled_from(NAMES))
 def test_tensors_of_widths_cost_what_each_costs(several: list[Widths], name: str) -> None:
     cost = cost_named(name)
-    fields = (torch.tensor([getattr(each, field) for each in several]) for field in Widths.__annotations__)
-    assert cost(Widths(*fields)).tolist() == [cost(each) for each in several]  # type: ignore[arg-type]
+    records = [each.record() for each in several]
+    fields = {name: torch.tensor([record[name] for record in records]) for name in records[0]}
+    assert cost(Widths(**fields)).tolist() == [cost(each) for each in several]  # type: ignore[arg-type]
 
 
 def test_the_table_is_exact_at_its_shapes_and_linear_between() -> None:
@@ -95,7 +95,7 @@ def test_the_table_is_exact_at_its_shapes_and_linear_between() -> None:
     low, high = (cost(Widths(1, 8, 1, 1, ffn)) for ffn in (50, 120))
     assert cost(Widths(1, 8, 1, 1, 85)) == pytest.approx((low + high) / 2)
     with pytest.raises(ValueError, match="hidden 97 to 97 lies outside 8 to 96"):
-        cost(replace(MOST, hidden=97))
+        cost(MOST.changed(hidden=97))
 
 
 small = st.builds(
@@ -257,9 +257,9 @@ def test_a_type_counts_where_it_saves_anything_anywhere() -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 3.0], dtype=torch.float64).view(1, 2, 2, 1, 1)
     cost = TableCost(((2,), (8, 40), (1, 2), (2,), (52,)), values, "a table")
     least = Widths(2, 8, 2, 1, 52)
-    assert cost(SPACE.widths) == cost(replace(SPACE.widths, heads=2, kv_heads=1))
+    assert cost(SPACE.widths) == cost(SPACE.widths.changed(heads=2, kv_heads=1))
     assert counts(cost, SPACE.widths, "attention", least)
-    assert not counts(cost, SPACE.widths, "attention", replace(least, hidden=40))
+    assert not counts(cost, SPACE.widths, "attention", least.changed(hidden=40))
     assert not counts(cost, SPACE.widths, "ffn", least)
 
 

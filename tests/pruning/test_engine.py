@@ -123,9 +123,9 @@ def test_lands_on_target_with_uniform_layers(family: str) -> None:
     assert pruner.landing.reached(pruner.widths)
     assert pruner.parameters <= pruner.landing.target
     live = pruner.live
-    assert len(set(live.ffn.sum(1).tolist())) == 1
-    assert len(set(live.kv.sum(1).tolist())) == 1
-    queries = live.query.sum(2)[live.kv]
+    assert len(set(live["ffn"].sum(1).tolist())) == 1
+    assert len(set(live["kv"].sum(1).tolist())) == 1
+    queries = live["query"].sum(2)[live["kv"]]
     assert len(set(queries.tolist())) == 1
     zeros = sum(int((weight == 0).sum()) for weight in loop.params.values())
     assert zeros == loop.space.num_params() - pruner.parameters
@@ -139,10 +139,10 @@ def test_a_dead_layer_is_the_identity_and_stays_dead(family: str) -> None:
         loop.train_step(float(step))
     live = loop.pruner.live
     assert loop.pruner.finished
-    assert 1 <= int(live.layers.sum()) < 3
-    dead = int((~live.layers).int().argmax())
-    assert not live.ffn[dead].any()
-    assert not live.kv[dead].any()
+    assert 1 <= int(live["layers"].sum()) < 3
+    dead = int((~live["layers"]).int().argmax())
+    assert not live["ffn"][dead].any()
+    assert not live["kv"][dead].any()
     weights = [weight for name, weight in loop.params.items() if f"layers.{dead}." in name]
     assert not any(bool(weight.any()) for weight in weights)
     seen: list[torch.Tensor] = []
@@ -160,8 +160,8 @@ def test_a_dead_layer_s_output_bias_stays_dead() -> None:
     loop = Loop("qwen3-gqa", share=0.7, span=1.0, types=("depth",), config={"attention_bias": True})
     for step in range(1, 9):
         loop.train_step(float(step))
-    dead = int((~loop.pruner.live.layers).int().argmax())
-    assert not loop.pruner.live.layers[dead]
+    dead = int((~loop.pruner.live["layers"]).int().argmax())
+    assert not loop.pruner.live["layers"][dead]
     assert not loop.params[f"model.layers.{dead}.self_attn.o_proj.bias"].any()
 
 

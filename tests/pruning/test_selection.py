@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -103,8 +101,8 @@ def test_damage_chooses_the_shape_where_alignment_once_did() -> None:
     damage = {"ffn": 1.7e-8, "stem": 7e-8, "attention": 5e-8, "attention_query": 2e-7}
     align = Alignment.automatic(space.widths)
     target = int(0.9 * space.num_params())
-    assert head_for(space, target, damage, align=align) == replace(space.widths, intermediate=1248)
-    assert space.num_params(replace(space.widths, intermediate=1280)) > target
+    assert head_for(space, target, damage, align=align) == space.widths.changed(intermediate=1248)
+    assert space.num_params(space.widths.changed(intermediate=1280)) > target
     assert head_for(space, target, damage | {"stem": 1e-9}, align=align).intermediate == 1536
 
 
@@ -116,7 +114,7 @@ def test_what_goes_unused_has_to_be_paid_for() -> None:
     head, channels = (space.event_cost(name, space.widths, n) for name, n in (("attention", 1), ("ffn", 2)))
     assert head > 2 * channels
     cheaper = {"ffn": 1.0, "stem": 9.0, "attention": 0.9, "attention_query": 9.0}
-    assert head_for(space, target, cheaper, align=align) == replace(space.widths, intermediate=50)
+    assert head_for(space, target, cheaper, align=align) == space.widths.changed(intermediate=50)
     cheapest = cheaper | {"attention": 0.9 * channels / head}
     assert head_for(space, target, cheapest, align=align) == space.widths.after("attention")
 
@@ -125,10 +123,10 @@ def test_a_width_under_way_counts_for_what_is_left_of_its_way() -> None:
     """From 52 FFN channels the way to 48 costs more than four residual channels do, from 49 it costs less."""
     source, align = SPACE.widths, Alignment(4, 4)
     damage = {"ffn": 1.0, "stem": 0.2, "attention": 99.0, "attention_query": 99.0}
-    under_way = replace(source, intermediate=49)
-    target = SPACE.num_params(replace(source, intermediate=48))
+    under_way = source.changed(intermediate=49)
+    target = SPACE.num_params(source.changed(intermediate=48))
     assert head_for(SPACE, target, damage, align=align).intermediate == 52
-    assert head_for(SPACE, target, damage, align=align, widths=under_way) == replace(source, intermediate=48)
+    assert head_for(SPACE, target, damage, align=align, widths=under_way) == source.changed(intermediate=48)
 
 
 def test_what_falls_with_a_layer_falls_once() -> None:

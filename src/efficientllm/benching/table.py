@@ -15,7 +15,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -104,7 +104,7 @@ def measure_table(
     table = LatencyTable(_measured_on(config, settings), grid, tuple(medians[: len(shapes)]))
     cost = table.cost()
     checks = [
-        {"widths": asdict(widths), "seconds": seconds, "predicted": cost(widths), "error": cost(widths) / seconds - 1}
+        {"widths": widths.record(), "seconds": seconds, "predicted": cost(widths), "error": cost(widths) / seconds - 1}
         for widths, seconds in zip(held_out, medians[len(shapes) :], strict=True)
     ]
     errors = [abs(check["error"]) for check in checks]

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,7 +95,7 @@ def _write_files(partial: Path, snapshot: Snapshot) -> dict[str, Any]:
 
 def _manifest(snapshot: Snapshot) -> dict[str, Any]:
     return {
-        "widths": asdict(widths_of(config_of(snapshot))),
+        "widths": widths_of(config_of(snapshot)).record(),
         "format": FORMAT,
         "efficientllm": __version__,
         **{name: getattr(snapshot, name) for name in COUNTS},

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, ONE_ROW, PRUNING_TYPES, STEM, Cut, Live, Space
+from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, PRUNING_TYPES, STEM, Cut, Live, Space
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
 from efficientllm.training.gradient import Precision, next_tokens, predicted_tokens
@@ -62,7 +62,7 @@ def first_layer(space: Space, unit: Unit) -> int | None:
 @contextmanager
 def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: int, unit: int) -> Iterator[None]:
     """Zeroes one unit's group while the body runs, and puts every bit back."""
-    rows = 1 if pruning_type in ONE_ROW else Live.full(space.widths).units(pruning_type).shape[0]
+    rows = Live.full(space.widths).units(pruning_type).shape[0]
     units = torch.full((rows,), -1)
     units[row] = unit
     saved = []

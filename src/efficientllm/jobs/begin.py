@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
         "init": job.recipe.init,
         "on_disk": on_disk(job.recipe),
         "parameters": state.allocated_parameters,
-        "widths": asdict(state.space.widths),
+        "widths": state.space.widths.record(),
         "validation_loss": loss,
         "validation_rows": job.pace.rows,
         "corpora": job.corpora,
@@ -90,7 +89,7 @@ def _branch(job: Job, saved: Path) -> dict[str, Any]:
         job.folder.rewind(0)
         return {}
     _check_source(job, source, other)
-    if source["widths"] != asdict(widths_of(job.config)):
+    if source["widths"] != widths_of(job.config).record():
         raise UsageError(f"resume {saved} is of a run from another source; set source to {source['path']}")
     job.folder.take_over(other)
     return source

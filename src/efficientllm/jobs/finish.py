@@ -114,7 +114,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "result": {
             "path": str(job.folder.model),
             "parameters": state.allocated_parameters,
-            "widths": asdict(state.space.widths),
+            "widths": state.space.widths.record(),
             "validation_loss": loss,
         },
         "tokens": state.tokens,

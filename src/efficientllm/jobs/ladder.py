@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
         return  # a run that was killed and resumed comes by again, with the same weights
     facts: dict[str, Any] = {
         "parameters": state.allocated_parameters,
-        "widths": asdict(state.space.widths),
+        "widths": state.space.widths.record(),
         "validation_loss": validate(job, state, progress),
         "step": state.step,
         "tokens": state.tokens,

@@ -30,7 +30,7 @@ def metrics_record(
         "flops": state.flops.total,
         "flops_by_part": asdict(state.flops),
         "skipped_steps": state.skipped_steps,
-        "widths": asdict(state.live_widths),
+        "widths": state.live_widths.record(),
     }
     if record.prune and record.prune.damages:
         line["saliency"] = record.prune.damages
@@ -57,7 +57,7 @@ def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, A
             "saliency": applied.event.saliency,
             "damage_per_parameter": applied.event.saliency / applied.removed,
             "parameters_after": applied.parameters,
-            "widths": asdict(applied.widths),
+            "widths": applied.widths.record(),
         } | _price(state, applied)
 
 

@@ -15,23 +15,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.dimensions import DIMENSIONS
+from efficientllm.pruning.groups import Space, Widths
 
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.
 TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
-AXIS_TYPES = (DEPTH, STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE)  # the type that each of them narrows with
+# The type that each of them narrows with.
+AXIS_TYPES = tuple(next(row.type for row in DIMENSIONS.values() if row.width == axis) for axis in TABLE_AXES)
 
 
 def shape_at(place: Sequence[Any]) -> Widths:
     """Widths from a number for each of TABLE_AXES; their fields are tensors where the numbers are."""
-    layers, hidden, kv_heads, queries, intermediate = place
-    return Widths(layers, hidden, kv_heads * queries, kv_heads, intermediate)
+    return Widths.of(dict(zip(TABLE_AXES, place, strict=True)))
 
 
 def place_of(widths: Widths) -> list[int]:
     """A number for each of TABLE_AXES."""
-    return [widths.count(pruning_type) for pruning_type in AXIS_TYPES]
+    return [widths[axis] for axis in TABLE_AXES]
 
 
 class Cost(Protocol):

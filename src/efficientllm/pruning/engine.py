@@ -13,14 +13,15 @@ from torch import Tensor
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
-from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, Cut, Event, Live, Slice, Space, Widths
+from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
+from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space, Widths
 from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage, next_bundles, next_on_path
 from efficientllm.pruning.shards import Alone, Reduction, fill
-from efficientllm.pruning.slices import CUT_AXES, dead_slices, group_slices
+from efficientllm.pruning.slices import dead_slices, group_slices
 
 
 class PruningEngine:
@@ -147,9 +148,9 @@ class PruningEngine:
             return [spec.name for spec in readers]
         if not self.options.correction:
             return []
-        falling = [name for name in self.options.types if name != DEPTH and self.landing.may_fall(name, self.widths)]
-        axes = {axis for name in falling for axis in CUT_AXES[name]}
-        return [spec.name for spec in readers if spec.axes[1] in axes]
+        falling = {of_type(name).name for name in self.options.types if self.landing.may_fall(name, self.widths)}
+        falling.discard(LAYERS)
+        return [spec.name for spec in readers if falling & set(DIMENSIONS[str(spec.axes[1])].chain)]
 
     def _choose_bundle(self, ranking: Ranking, position: float, report: PruneReport) -> list[Event]:
         """Events one by one from one ranking until the schedule is content or the bound is met; no longer live."""
@@ -197,7 +198,7 @@ class PruningEngine:
     def zero(self, events: Sequence[Cut]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         self._zero(events, moments=True)
-        if any(event.type in (ATTENTION_QUERY, DEPTH) for event in events):
+        if any(of_type(event.type).held for event in events):
             self._frozen = self._slices_to_hold()
 
     def _zero(self, cuts: Sequence[Cut], *, moments: bool) -> None:
@@ -255,7 +256,7 @@ class PruningEngine:
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies; the tensors must belong to `space.widths`."""
         self.live = Live(
-            **{name: tensors[f"live.{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
+            {name: tensors[f"live.{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
         )
         self.events, self.rung = facts["events"], facts["rung"]
         if self.looks.load_state(tensors, facts):

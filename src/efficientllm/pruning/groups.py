@@ -1,4 +1,4 @@
-"""What falls together: axes, pruning types, units, groups (the paper's minimal parameter groups).
+"""What falls together: axes, pruning types, units, groups (the paper's minimal parameter group).
 
 Every weight of a decoder is described by the *axes* of its dimensions, one word each:
 
@@ -12,7 +12,8 @@ ffn        intermediate                 per layer: FFN channels
 =========  ===========================  =======================================
 
 Everything else follows from these labels: which slices fall with a unit, how many parameters a shape has, how a
-tensor is cut. A *pruning type* is a matrix of units, (rows, units); an event takes one live unit of each live row:
+tensor is cut. Each label is a row of the table of dimensions (dimensions.py). A *pruning type* is a matrix of units,
+(rows, units); an event takes one live unit of each live row:
 
 ===============  ============================  ====================================  ================
 type             row                           unit                                  axes it cuts
@@ -33,63 +34,116 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HIDDEN, QUERY, KV, FFN = "hidden", "query", "kv", "ffn"
-ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH = "attention", "attention_query", "ffn", "stem", "depth"
-PRUNING_TYPES = (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH)
-DEFAULT_TYPES = PRUNING_TYPES[:-1]
-ONE_ROW = (STEM, DEPTH)  # types whose units belong to the model, not to a layer
+from efficientllm.pruning.dimensions import (  # noqa: F401
+    ATTENTION,
+    ATTENTION_QUERY,
+    DEFAULT_TYPES,
+    DEPTH,
+    DIMENSIONS,
+    FFN,
+    FFN_TYPE,
+    HIDDEN,
+    KV,
+    LAYERS,
+    PRUNING_TYPES,
+    QUERY,
+    STEM,
+    of_type,
+)
 
 
-def unknown(pruning_type: str) -> ValueError:
-    """For a word that is no pruning type, or one that the caller has no units of."""
-    return ValueError(f"'{pruning_type}' is no pruning type here; choose among {', '.join(PRUNING_TYPES)}")
-
-
-@dataclass(frozen=True)
 class Widths:
-    """What is left: one number a dimension for the whole model (layers are uniform)."""
+    """What is left: one number a dimension for the whole model (layers are uniform).
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
+    layers, hidden, heads (query heads of a layer), kv_heads, intermediate; others: widths of further dimensions by
+    name (dimensions.py). Immutable, hashable. The numbers may be int64 tensors of one shape, for many shapes at once.
+    """
+
+    __slots__ = ("_counts",)
+
+    def __init__(self, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, **others: int) -> None:
+        self._counts: dict[str, int] = {
+            "layers": layers,
+            "hidden": hidden,
+            "kv_heads": kv_heads,
+            "queries_per_kv": heads // kv_heads,
+            "intermediate": intermediate,
+        } | others
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> Widths:
+        """From the units of every dimension by the name of its width (`queries_per_kv` in place of `heads`)."""
+        widths = cls.__new__(cls)
+        widths._counts = dict(counts)
+        return widths
+
+    def __getitem__(self, width: str) -> int:
+        """Units of one dimension in each of its rows, by the name of its width."""
+        return self._counts[width]
+
+    @property
+    def layers(self) -> int:
+        return self._counts["layers"]
+
+    @property
+    def hidden(self) -> int:
+        return self._counts["hidden"]
+
+    @property
+    def kv_heads(self) -> int:
+        return self._counts["kv_heads"]
 
     @property
     def queries_per_kv(self) -> int:
         """Query heads that share one KV head (1 in multi-head attention)."""
-        return self.heads // self.kv_heads
+        return self._counts["queries_per_kv"]
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.queries_per_kv
+
+    @property
+    def intermediate(self) -> int:
+        return self._counts["intermediate"]
+
+    def counts(self) -> dict[str, int]:
+        """Units of every dimension by the name of its width."""
+        return dict(self._counts)
+
+    def record(self) -> dict[str, int]:
+        """As JSON has them, with `heads`; `Widths(**record)` reads it."""
+        named = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads}
+        rest = {name: count for name, count in self._counts.items() if name not in {*named, "queries_per_kv"}}
+        return named | rest
+
+    def changed(self, **fields: int) -> Widths:
+        """These widths with some of the numbers of their record replaced."""
+        return Widths(**(self.record() | fields))
 
     def after(self, pruning_type: str, events: int = 1) -> Widths:
         """The widths once `events` events of one type have taken their units."""
-        if pruning_type == ATTENTION:
-            kv_heads = self.kv_heads - events
-            return replace(self, kv_heads=kv_heads, heads=kv_heads * self.queries_per_kv)
-        if pruning_type == ATTENTION_QUERY:
-            return replace(self, heads=self.heads - events * self.kv_heads)
-        if pruning_type == FFN_TYPE:
-            return replace(self, intermediate=self.intermediate - events)
-        if pruning_type == DEPTH:
-            return replace(self, layers=self.layers - events)
-        if pruning_type == STEM:
-            return replace(self, hidden=self.hidden - events)
-        raise unknown(pruning_type)
+        width = of_type(pruning_type).width
+        return Widths.of(self._counts | {width: self._counts[width] - events})
 
     def count(self, pruning_type: str) -> int:
         """Units of one type left in each of its rows."""
-        return {
-            ATTENTION: self.kv_heads,
-            ATTENTION_QUERY: self.queries_per_kv,
-            FFN_TYPE: self.intermediate,
-            STEM: self.hidden,
-            DEPTH: self.layers,
-        }[pruning_type]
+        return self._counts[of_type(pruning_type).width]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Widths) and self._counts == other._counts
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._counts.items())))
+
+    def __repr__(self) -> str:
+        return f"Widths({', '.join(f'{name}={count}' for name, count in self.record().items())})"
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
@@ -139,12 +193,9 @@ class Space:
         """Length of an axis; elementwise where the fields of `widths` are tensors."""
         if isinstance(axis, int):
             return axis
-        if axis == HIDDEN:
-            return widths.hidden
-        if axis == FFN:
-            return widths.intermediate
-        assert axis in (QUERY, KV), axis
-        return (widths.heads if axis == QUERY else widths.kv_heads) * self.head_dim
+        dimension = DIMENSIONS[axis]
+        inner = [DIMENSIONS[name].width for name in dimension.chain if name != LAYERS]
+        return math.prod([widths[width] for width in inner], start=self.head_dim if dimension.per_head else 1)
 
     def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
         return tuple(self.axis_length(axis, widths) for axis in spec.axes)
@@ -190,61 +241,50 @@ class Event(Cut):
 
 
 class Live:
-    """Which units of a model are still there: bool tensors on the CPU.
+    """Which units of a model are still there: bool tensors on the CPU, one of each dimension.
 
-    hidden (D,), layers (L,), ffn (L, F), kv (L, K), query (L, K, Q). A query head of a dead KV head is dead, and so
-    is everything in a dead layer.
+    Its mask is indexed by all the dimensions that it lies within: hidden (D,), layers (L,), ffn (L, F), kv (L, K),
+    query (L, K, Q). A unit within a dead one is dead too: a query head of a dead KV head, everything in a dead layer.
     """
 
-    def __init__(self, hidden: Tensor, layers: Tensor, ffn: Tensor, kv: Tensor, query: Tensor) -> None:
-        self.hidden, self.layers, self.ffn, self.kv, self.query = hidden, layers, ffn, kv, query
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = dict(masks)
 
     @classmethod
     def full(cls, widths: Widths) -> Live:
-        layers, kv, queries = widths.layers, widths.kv_heads, widths.queries_per_kv
-        shapes = ((widths.hidden,), (layers,), (layers, widths.intermediate), (layers, kv), (layers, kv, queries))
-        return cls(*(torch.ones(shape, dtype=torch.bool) for shape in shapes))
+        return cls({name: torch.ones(shape, dtype=torch.bool) for name, shape in mask_shapes(widths)})
+
+    def __getitem__(self, dimension: str) -> Tensor:
+        return self._masks[dimension]
 
     def copy(self) -> Live:
-        return Live(**{name: mask.clone() for name, mask in self.tensors().items()})
+        return Live({name: mask.clone() for name, mask in self._masks.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"hidden": self.hidden, "layers": self.layers, "ffn": self.ffn, "kv": self.kv, "query": self.query}
+        return dict(self._masks)
 
     def widths(self) -> Widths:
         """Widths of what is live; uniform over layers by construction."""
-        first = int(self.layers.int().argmax())
-        kv_heads = int(self.kv[first].sum())
-        heads = int(self.query[first].sum())
-        counts = int(self.hidden.sum()), heads, kv_heads, int(self.ffn[first].sum())
-        return Widths(int(self.layers.sum()), *counts)
+        counts = {}
+        for name, mask in self._masks.items():
+            rows = mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
+            counts[DIMENSIONS[name].width] = int(rows.sum(1).max())
+        return Widths.of(counts)
 
     def all_live(self) -> bool:
-        return all(bool(mask.all()) for mask in self.tensors().values())
+        return all(bool(mask.all()) for mask in self._masks.values())
 
     def units(self, pruning_type: str) -> Tensor:
         """Live units of one type, bool (rows, units)."""
-        if pruning_type == ATTENTION:
-            return self.kv
-        if pruning_type == ATTENTION_QUERY:
-            return self.query.flatten(0, 1)
-        if pruning_type == DEPTH:
-            return self.layers[None]
-        if pruning_type == FFN_TYPE:
-            return self.ffn
-        if pruning_type == STEM:
-            return self.hidden[None]
-        raise unknown(pruning_type)
+        mask = self._masks[of_type(pruning_type).name]
+        return mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
 
     def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
         """Live entries along one axis of one layer, bool (length,)."""
-        if axis == HIDDEN:
-            return self.hidden
-        if axis == FFN:
-            return self.ffn[layer]
-        assert axis in (QUERY, KV), axis
-        heads = self.kv[layer] if axis == KV else self.query[layer].flatten()
-        return heads.repeat_interleave(head_dim)
+        dimension = DIMENSIONS[axis]
+        mask = self._masks[axis]
+        units = (mask[layer] if dimension.within else mask).flatten()
+        return units.repeat_interleave(head_dim) if dimension.per_head else units
 
     def remove(self, event: Cut) -> None:
         """Marks the units of a cut as dead. Raises AssertionError if one of them was dead before."""
@@ -253,8 +293,16 @@ class Live:
         taken = event.units[rows]
         assert bool(units[rows, taken].all()), f"{event.type} event takes a unit that is dead already"
         units[rows, taken] = False
-        if event.type == ATTENTION:
-            self.query[rows, taken] = False
-        if event.type == DEPTH:
-            for mask in (self.ffn, self.kv, self.query):
-                mask[taken] = False
+        name = of_type(event.type).name
+        for inner, mask in self._masks.items():
+            if name in DIMENSIONS[inner].outer:
+                own = self._masks[name]
+                mask &= own.view(own.shape + (1,) * (mask.ndim - own.ndim))
+
+
+def mask_shapes(widths: Widths) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dimension, shape of its masks, scores and kept units) of every dimension that a model of these widths has."""
+    counts = widths.counts()
+    for name, dimension in DIMENSIONS.items():
+        if dimension.width in counts:
+            yield name, tuple(counts[DIMENSIONS[each].width] for each in dimension.chain)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live, Widths
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Cut, Live, Widths
 from efficientllm.pruning.surgery import choose_kept, cut_live
 
 KEPT = torch.inf
@@ -33,7 +34,7 @@ def fallen_at(
             if kind:
                 kept = choose_kept(live, Widths(**line["after"]))
                 live = cut_live(live, kept)
-                names = cut_live(Live(*names.values()), kept).tensors()
+                names = cut_live(Live(names), kept).tensors()
                 continue
             before = {key: mask.clone() for key, mask in live.tensors().items()}
             live.remove(Cut(line["type"], torch.tensor(line["units"])))
@@ -41,4 +42,4 @@ def fallen_at(
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"events and compactions do not fit each other: {error}") from error
-    return {kind: Live(*when.values()).units(kind) for kind in PRUNING_TYPES}
+    return {kind: Live(when).units(kind) for kind in PRUNING_TYPES}

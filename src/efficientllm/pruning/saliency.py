@@ -5,25 +5,14 @@ Each weight is reduced along its axes first, so that one pass over the weights s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from efficientllm.pruning.criteria import Criterion
-from efficientllm.pruning.groups import (
-    ATTENTION,
-    ATTENTION_QUERY,
-    DEPTH,
-    FFN,
-    FFN_TYPE,
-    HIDDEN,
-    KV,
-    QUERY,
-    STEM,
-    ParamSpec,
-    Space,
-)
+from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
+from efficientllm.pruning.groups import ParamSpec, Space, mask_shapes
 from efficientllm.pruning.shards import Alone, Reduction, first_row, local
 
 ALONE = Alone()
@@ -37,23 +26,21 @@ class AxisSums:
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self.space = space
-        layers = space.widths.layers
-        self.sums: dict[str, Tensor] = {
-            axis: torch.zeros((() if axis == HIDDEN else (layers,)) + (length,), device=device)
-            for axis in (HIDDEN, FFN, KV, QUERY)
-            if (length := space.axis_length(axis, space.widths))
-        }
-        self.sums[DEPTH] = torch.zeros(layers, device=device)
+        self.sums: dict[str, Tensor] = {LAYERS: torch.zeros(space.widths.layers, device=device)}
+        for axis, shape in mask_shapes(space.widths):
+            if axis != LAYERS:
+                length = space.axis_length(axis, space.widths)
+                self.sums[axis] = torch.zeros((*shape[:1], length) if len(shape) > 1 else length, device=device)
 
     def add(self, spec: ParamSpec, scores: Tensor, first: int = 0) -> None:
         """Adds one weight's element scores: its shape, or some of its rows, from row `first` on."""
         if spec.layer is not None:
-            self.sums[DEPTH][spec.layer] += scores.sum()
+            self.sums[LAYERS][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
             if isinstance(axis, str):
                 others = [other for other in range(scores.ndim) if other != dim]
                 vector = scores.sum(others) if others else scores
-                target = self.sums[axis] if axis == HIDDEN else self.sums[axis][spec.layer or 0]
+                target = self._of(axis, spec)
                 (target[first : first + len(scores)] if dim == 0 else target).add_(vector)
 
     def reduce(self, reduction: Reduction) -> None:
@@ -67,24 +54,31 @@ class AxisSums:
     def add_columns(self, spec: ParamSpec, scores: Tensor) -> None:
         """Adds the scores of one linear layer's inputs, (inputs,). A layer's own are those of its heads and FFN."""
         axis = str(spec.axes[1])
-        if spec.layer is not None and axis != HIDDEN:
-            self.sums[DEPTH][spec.layer] += scores.sum()
-        target = self.sums[axis]
-        (target if axis == HIDDEN else target[spec.layer or 0]).add_(scores)
+        if spec.layer is not None and DIMENSIONS[axis].within:
+            self.sums[LAYERS][spec.layer] += scores.sum()
+        self._of(axis, spec).add_(scores)
+
+    def _of(self, axis: str, spec: ParamSpec) -> Tensor:
+        """The sums along an axis that a weight adds to: its layer's, or the model's."""
+        return self.sums[axis][spec.layer or 0] if DIMENSIONS[axis].within else self.sums[axis]
 
     def units(self) -> dict[str, Tensor]:
-        """Scores per unit of every pruning type, fp32 (rows, units)."""
-        widths, head_dim = self.space.widths, self.space.head_dim
-        layers, kv_heads, queries = widths.layers, widths.kv_heads, widths.queries_per_kv
-        query = self.sums[QUERY].view(layers, kv_heads, queries, head_dim).sum(-1)
-        kv = self.sums[KV].view(layers, kv_heads, head_dim).sum(-1)
-        return {
-            ATTENTION: kv + query.sum(-1),
-            ATTENTION_QUERY: query.flatten(0, 1),
-            FFN_TYPE: self.sums[FFN],
-            STEM: self.sums[HIDDEN][None],
-            DEPTH: self.sums[DEPTH][None],
-        }
+        """Scores per unit of every pruning type, fp32 (rows, units): of all axes that the unit has entries along."""
+        shapes, scores = dict(mask_shapes(self.space.widths)), {}
+        for name, shape in shapes.items():
+            parts = [self.sums[name]] if name == LAYERS else list(self._parts(name, shapes))
+            total = sum(parts[1:], start=parts[0])
+            scores[DIMENSIONS[name].type] = total.flatten(0, -2) if len(shape) > 1 else total[None]
+        return scores
+
+    def _parts(self, dimension: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+        """Sums along each axis that runs over the dimension's units, in the dimension's own shape."""
+        for axis, shape in shapes.items():
+            if axis != LAYERS and dimension in DIMENSIONS[axis].chain:
+                table = self.sums[axis].view(*shape, -1) if DIMENSIONS[axis].per_head else self.sums[axis].view(shape)
+                while table.ndim > len(shapes[dimension]):
+                    table = table.sum(-1)
+                yield table
 
 
 def unit_scores(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.dimensions import of_type
+from efficientllm.pruning.groups import Space, Widths
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,7 @@ class Floors:
 
     def of(self, pruning_type: str) -> int:
         """In units of one type in each of its rows."""
-        return {
-            DEPTH: self.layers,
-            STEM: self.hidden,
-            ATTENTION: self.kv_heads,
-            ATTENTION_QUERY: self.queries_per_kv,
-            FFN_TYPE: self.intermediate,
-        }[pruning_type]
+        return int(getattr(self, of_type(pruning_type).width))
 
 
 def proportional_widths(

@@ -14,20 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import (
-    ATTENTION,
-    ATTENTION_QUERY,
-    DEPTH,
-    FFN,
-    FFN_TYPE,
-    HIDDEN,
-    QUERY,
-    STEM,
-    Live,
-    ParamSpec,
-    Space,
-    Widths,
-)
+from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS, of_type
+from efficientllm.pruning.groups import Live, ParamSpec, Space, Widths, mask_shapes
 from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
 
 MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "momentum_buffer": -1.0}
@@ -35,25 +23,32 @@ MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "mo
 
 @dataclass(frozen=True)
 class Kept:
-    """Units that stay, int64 and sorted: hidden (d,), layers (l,), and of those layers ffn (l, f), kv (l, k) and
-    query (l, k, q) within the KV head."""
+    """Units that stay. units: int64, sorted along the last dimension, of every dimension (..., kept): one row for each
+    unit that stays of the dimensions that it lies within, numbered within that row as before the cut."""
 
-    hidden: Tensor
-    layers: Tensor
-    ffn: Tensor
-    kv: Tensor
-    query: Tensor
+    units: Mapping[str, Tensor]
+
+    def __getitem__(self, dimension: str) -> Tensor:
+        return self.units[dimension]
 
     def entries(self, axis: str, layer: int, before: Widths, head_dim: int) -> Tensor:
         """Entries along one axis that stay, int64. layer: place among the layers that stay."""
-        if axis == HIDDEN:
-            return self.hidden
-        if axis == FFN:
-            return self.ffn[layer]
-        heads = self.kv[layer]
-        if axis == QUERY:
-            heads = (heads[:, None] * before.queries_per_kv + self.query[layer]).flatten()
-        return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        dimension = DIMENSIONS[axis]
+        entries = torch.zeros(1, dtype=torch.long)
+        for name in dimension.chain:
+            if name != LAYERS:
+                own = self.units[name]
+                units = (own[layer] if DIMENSIONS[name].within else own).view(len(entries), -1)
+                entries = (entries[:, None] * before[DIMENSIONS[name].width] + units).flatten()
+        return (entries[:, None] * head_dim + torch.arange(head_dim)).flatten() if dimension.per_head else entries
+
+    def gather(self, table: Tensor, dimension: str) -> Tensor:
+        """What stays of a tensor indexed by the units of a dimension and of those that it lies within."""
+        for place, name in enumerate(DIMENSIONS[dimension].chain):
+            units = self.units[name].to(table.device)
+            units = units.view(units.shape + (1,) * (table.ndim - place - 1))
+            table = table.gather(place, units.expand(*units.shape[: place + 1], *table.shape[place + 1 :]))
+        return table
 
 
 def _first(live: Tensor, count: int) -> Tensor:
@@ -64,29 +59,20 @@ def _first(live: Tensor, count: int) -> Tensor:
 
 def choose_kept(live: Live, widths: Widths) -> Kept:
     """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
-    layers = _first(live.layers, widths.layers)
-    kv = _first(live.kv[layers], widths.kv_heads)
-    query = torch.gather(live.query[layers], 1, kv[..., None].expand(-1, -1, live.query.shape[2]))
-    return Kept(
-        hidden=_first(live.hidden, widths.hidden),
-        layers=layers,
-        ffn=_first(live.ffn[layers], widths.intermediate),
-        kv=kv,
-        query=_first(query, widths.queries_per_kv),
-    )
+    units: dict[str, Tensor] = {}
+    for name, mask in sorted(live.tensors().items(), key=lambda each: len(DIMENSIONS[each[0]].chain)):
+        rows = mask
+        for place, outer in enumerate(DIMENSIONS[name].outer):
+            kept = units[outer]
+            kept = kept.view(kept.shape + (1,) * (rows.ndim - place - 1))
+            rows = rows.gather(place, kept.expand(*kept.shape[: place + 1], *rows.shape[place + 1 :]))
+        units[name] = _first(rows, widths[DIMENSIONS[name].width])
+    return Kept(units)
 
 
 def cut_live(live: Live, kept: Kept) -> Live:
     """The live mask in the new widths; padding stays dead."""
-    kv = torch.gather(live.kv[kept.layers], 1, kept.kv)
-    query = torch.gather(live.query[kept.layers], 1, kept.kv[..., None].expand(-1, -1, live.query.shape[2]))
-    return Live(
-        live.hidden[kept.hidden],
-        live.layers[kept.layers],
-        torch.gather(live.ffn[kept.layers], 1, kept.ffn),
-        kv,
-        torch.gather(query, 2, kept.query),
-    )
+    return Live({name: kept.gather(mask, name) for name, mask in live.tensors().items()})
 
 
 def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space) -> Tensor:
@@ -108,7 +94,7 @@ def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: S
 
 def names_after(space: Space, kept: Kept) -> dict[str, str]:
     """New name of every weight that stays, by its old one: layers are counted anew."""
-    places = {layer: place for place, layer in enumerate(kept.layers.tolist())}
+    places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}
     return {
         spec.name: spec.name if spec.layer is None else spec.name_in(places[spec.layer])
         for spec in space.params
@@ -136,10 +122,10 @@ def cut_state(
     } - MOMENT_POWER.keys()
     if unknown:
         raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
-    factor = math.sqrt(space.widths.hidden / len(kept.hidden))
+    factor = math.sqrt(space.widths.hidden / len(kept[HIDDEN]))
     cut_weights: dict[str, Tensor] = {}
     cut_moments: dict[str, dict[str, Tensor]] = {}
-    places = {layer: place for place, layer in enumerate(kept.layers.tolist())}
+    places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}
     for spec in space.params:
         if spec.layer is not None and spec.layer not in places:
             weights.pop(spec.name)
@@ -162,17 +148,9 @@ def cut_state(
 
 def cut_scores(scores: Mapping[str, Tensor], kept: Kept, before: Widths) -> dict[str, Tensor]:
     """Saliency averages (rows, units) of every pruning type at the new widths."""
-    cut = {}
+    shapes, cut = dict(mask_shapes(before)), {}
     for name, score in scores.items():
-        if name == STEM:
-            cut[name] = score[:, kept.hidden.to(score.device)]
-        elif name == DEPTH:
-            cut[name] = score[:, kept.layers.to(score.device)]
-        elif name == ATTENTION_QUERY:
-            table = score.view(before.layers, before.kv_heads, before.queries_per_kv)[kept.layers.to(score.device)]
-            rows = kept.kv.to(score.device)[..., None].expand(-1, -1, before.queries_per_kv)
-            cut[name] = table.gather(1, rows).gather(2, kept.query.to(score.device)).flatten(0, 1)
-        else:
-            units = {ATTENTION: kept.kv, FFN_TYPE: kept.ffn}[name]
-            cut[name] = score[kept.layers.to(score.device)].gather(1, units.to(score.device))
+        dimension = of_type(name).name
+        left = kept.gather(score.view(shapes[dimension]), dimension)
+        cut[name] = left.flatten(0, -2) if left.ndim > 1 else left[None]
     return cut

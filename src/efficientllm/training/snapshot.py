@@ -84,9 +84,11 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     """
     space = space_of(config_of(snapshot))
     assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
-    live = Live(
-        **{name: snapshot.pruner_tensors[f"live.{name}"] for name in ("hidden", "layers", "ffn", "kv", "query")}
-    )
+    masks, prefix = {}, "live."
+    for key, value in snapshot.pruner_tensors.items():
+        if key.startswith(prefix):
+            masks[key.removeprefix(prefix)] = value
+    live = Live(masks)
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     prefix = "saliency."

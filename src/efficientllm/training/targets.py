@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from efficientllm.config import CostTarget, PruneConfig, WidthTarget
 from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost, place_of, shape_at
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, DEPTH, FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.dimensions import of_type
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Alignment, amount
 from efficientllm.pruning.shapes import Floors, proportional_widths, third_of
 
@@ -115,13 +116,5 @@ def least_of(prune: PruneConfig, space: Space, least: Floors) -> Widths:
     """The narrowest shape in which the recipe may look: its target's widths, else these floors."""
     if isinstance(prune.target, WidthTarget):
         return _widths(prune.target, space.widths)
-    source = space.widths
-    kv_heads = least.kv_heads if ATTENTION in prune.types else source.kv_heads
-    queries = least.queries_per_kv if ATTENTION_QUERY in prune.types else source.queries_per_kv
-    return Widths(
-        least.layers if DEPTH in prune.types else source.layers,
-        least.hidden if STEM in prune.types else source.hidden,
-        kv_heads * queries,
-        kv_heads,
-        least.intermediate if FFN_TYPE in prune.types else source.intermediate,
-    )
+    counts = space.widths.counts()
+    return Widths.of(counts | {of_type(name).width: least.of(name) for name in prune.types})
