@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -60,7 +59,7 @@ def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed:
     for name in ("hidden", "intermediate"):
         width, have = getattr(now, name), getattr(source, name)
         next_width = min(width // step * step + step, have)
-        assert width == have or space.num_params(replace(now, **{name: next_width})) > target
+        assert width == have or space.num_params(now.changed(**{name: next_width})) > target
     assert now.hidden % step == 0 or now.hidden == source.hidden
     assert now.intermediate % step == 0 or now.intermediate == source.intermediate
     assert now.hidden >= 8

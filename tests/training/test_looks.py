@@ -117,7 +117,7 @@ def test_a_teacher_is_not_asked_when_looking() -> None:
 
 def test_the_norm_is_of_what_training_goes_by() -> None:
     """Columns of o_proj that read dead query heads have a gradient, which is cleared and so must not clip the rest."""
-    more = {"types": [ATTENTION_QUERY], "target": "85%", "end": None, "every": 1, "compact_at": 1.0}
+    more = {"types": [ATTENTION_QUERY], "target": "85%", "start": 0, "end": None, "every": 1, "compact_at": 1.0}
     wanted = recipe(correction="none", selection="raw", **more)
     model = tiny_model("llama-gqa", max_position_embeddings=LENGTH, num_attention_heads=8)
     plan, batches = pruning_plan(wanted, model.config), Remembered()

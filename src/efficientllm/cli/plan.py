@@ -39,6 +39,7 @@ def plan(
     from efficientllm.models.loading import load_config
     from efficientllm.planning.gpus import gpu_named
     from efficientllm.planning.plan import plan_of
+    from efficientllm.pruning.groups import Widths
     from efficientllm.sizes import format_bytes
 
     loaded = load_recipe(recipe, overrides or [])
@@ -64,7 +65,7 @@ def plan(
             "host_memory": host,
         }
         more |= {"hours": hours / gpus if hours is not None else None, "sharding": asdict(spread) if spread else None}
-        print(json.dumps(asdict(found) | more, indent=1))
+        print(json.dumps(asdict(found) | more, indent=1, default=Widths.record))
         return
     rows = _rows(found, spread.memory if spread else found.memory, bf16=bf16)
     rows.append(("main memory, a node", f"{format_bytes(host)} while {min(gpus, per_node)} x the source is loaded"))

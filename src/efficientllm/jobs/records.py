@@ -69,4 +69,5 @@ def _price(state: TrainState, applied: AppliedEvent) -> dict[str, Any]:
 
 def compaction_record(state: TrainState, compaction: Compaction) -> dict[str, Any]:
     """One line of compactions.jsonl."""
-    return {"step": state.step, "tokens": state.tokens} | asdict(compaction)
+    widths = {"before": compaction.before.record(), "after": compaction.after.record()}
+    return {"step": state.step, "tokens": state.tokens} | asdict(compaction) | widths

@@ -35,9 +35,9 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
     use: what is to be done with the model, for the sentence.
     """
     adapter = adapter_for(config, use)
+    _check_widths(config)
     widths = widths_of(config)
     vocabulary = config.vocab_size
-    _check_widths(config)
     params = [ParamSpec(EMBEDDING_WEIGHT, (vocabulary, HIDDEN))]
     for layer in range(widths.layers):
         for name, axes in adapter.layer_axes(config).items():
