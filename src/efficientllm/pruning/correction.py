@@ -25,7 +25,7 @@ from efficientllm.pruning.shards import Alone, Reduction, local
 from efficientllm.pruning.slices import group_slices
 
 ALONE = Alone()
-EXPECTED = 10  # iterations of a solve at the default tolerance (docs/results/plan.md)
+EXPECTED = 16  # iterations of a solve at the default tolerance: 10 to 23 for a random Llama and stories260K
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
