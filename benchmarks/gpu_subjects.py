@@ -20,8 +20,9 @@ from efficientllm.models import parts
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.space import build, narrowed_config, space_of
 from efficientllm.pruning.correction import SolverOptions
+from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.groups import DEFAULT_TYPES, Widths
+from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.sizes import Position

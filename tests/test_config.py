@@ -27,7 +27,7 @@ from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import DTYPES
 from efficientllm.pruning.costs import KVCache, Params, TableCost
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import DEFAULT_TYPES, PRUNING_TYPES
+from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.schedule import CURVES
 from efficientllm.pruning.selection import ORDERS
 from efficientllm.sizes import Amount, Position

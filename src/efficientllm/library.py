@@ -26,8 +26,9 @@ from efficientllm.config.fields import explain
 from efficientllm.errors import UsageError
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
+from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PruningEngine
-from efficientllm.pruning.groups import DEFAULT_TYPES, Space, Widths
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.training.capture import Inputs, captured_inputs

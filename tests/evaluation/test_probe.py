@@ -16,7 +16,7 @@ from efficientllm.evaluation.removal import Sample, loss_increases, passes, remo
 from efficientllm.jobs import probe as job
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import PRUNING_TYPES
+from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.training.gradient import Precision
 from reference.groups_fp64 import group_masks
 

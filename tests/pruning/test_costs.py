@@ -25,7 +25,8 @@ from efficientllm.pruning.costs import (
     place_of,
     shape_at,
 )
-from efficientllm.pruning.groups import PRUNING_TYPES, Event, Live, Space, Widths
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Event, Live, Space, Widths
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.monotone import never_falling
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA, criterion
-from efficientllm.pruning.groups import PRUNING_TYPES
+from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs
 from efficientllm.training.capture import captured_inputs
 from reference.criteria_fp64 import unit_score

@@ -14,8 +14,9 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
 from efficientllm.pruning.criteria import inverse_hessian_diagonal
+from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
-from efficientllm.pruning.groups import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, Cut
+from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import PRUNING_TYPES, ParamSpec, Space, Widths
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import ParamSpec, Space, Widths
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.shapes import Floors
 

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA, criterion
-from efficientllm.pruning.groups import PRUNING_TYPES
+from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.saliency import MovingAverage, unit_scores
 from reference.groups_fp64 import group_masks, unit_saliency
 

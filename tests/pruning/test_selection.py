@@ -9,7 +9,8 @@ from conftest import tiny_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
-from efficientllm.pruning.groups import PRUNING_TYPES, Cut, Live, Space, Widths
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Cut, Live, Space, Widths
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
 from efficientllm.pruning.shapes import Floors

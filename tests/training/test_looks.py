@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import tiny_model
 from efficientllm.checkpoint.store import load, save
 from efficientllm.config import Recipe
-from efficientllm.pruning.groups import ATTENTION_QUERY
+from efficientllm.pruning.dimensions import ATTENTION_QUERY
 from efficientllm.pruning.slices import dead_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.distillation import Distillation, LiveTeacher

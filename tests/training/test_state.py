@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from conftest import tiny_config, tiny_model
 from efficientllm.config import PruneConfig, TrainConfig
 from efficientllm.models.space import empty_model, space_of
-from efficientllm.pruning.groups import PRUNING_TYPES, Cut
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.training.planning import options_and_landings
 from efficientllm.training.snapshot import cut, fill_model

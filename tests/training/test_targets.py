@@ -13,7 +13,8 @@ from efficientllm.config import PruneConfig
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import Params
-from efficientllm.pruning.groups import PRUNING_TYPES, Space, Widths
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.training.planning import options_and_landings

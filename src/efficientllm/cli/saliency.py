@@ -29,7 +29,7 @@ def probe(
 ) -> None:
     """Measure how well every criterion predicts what removing a unit of this model really costs."""
     from efficientllm.jobs.probe import ProbeRequest, run_probe
-    from efficientllm.pruning.groups import DEFAULT_TYPES, PRUNING_TYPES
+    from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
     from efficientllm.reporting.tables import print_probe
 
     result = run_probe(

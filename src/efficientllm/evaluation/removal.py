@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import ATTENTION_QUERY, DEPTH, PRUNING_TYPES, STEM, Cut, Live, Space
+from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, PRUNING_TYPES, STEM
+from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
 from efficientllm.training.gradient import Precision, next_tokens, predicted_tokens

@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from efficientllm.pruning.groups import FFN, HIDDEN, Space, Widths
+from efficientllm.pruning.dimensions import FFN, HIDDEN
+from efficientllm.pruning.groups import Space, Widths
 
 BACKWARD_LINEAR = 2.0  # gradients of the inputs and of the weights, each as large as the forward product
 BACKWARD_ATTENTION = 2.5

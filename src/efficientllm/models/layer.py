@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from efficientllm.pruning.groups import FFN, HIDDEN, KV, QUERY
+from efficientllm.pruning.dimensions import FFN, HIDDEN, KV, QUERY
 
 LAYER_AXES: dict[str, tuple[str | int, ...]] = {
     "input_layernorm.weight": (HIDDEN,),

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen3Config
 
 from efficientllm.models.layer import LAYER_AXES, QKV_BIAS_AXES
-from efficientllm.pruning.groups import HIDDEN, Widths
+from efficientllm.pruning.dimensions import HIDDEN
+from efficientllm.pruning.groups import Widths
 
 
 class Qwen3:

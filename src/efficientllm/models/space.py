@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from efficientllm.errors import UsageError
 from efficientllm.models.adapter import adapter_for
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from efficientllm.pruning.groups import HIDDEN, ParamSpec, Space, Widths
+from efficientllm.pruning.dimensions import HIDDEN
+from efficientllm.pruning.groups import ParamSpec, Space, Widths
 
 
 def head_dim_of(config: PretrainedConfig) -> int:

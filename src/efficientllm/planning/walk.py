@@ -17,7 +17,8 @@ from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.pruning.calibration import CALIBRATION_SHARE, Calibration
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM, Space, Widths
+from efficientllm.pruning.dimensions import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.landing import landed, rung_after
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.selection import most_left

@@ -41,22 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import (  # noqa: F401
-    ATTENTION,
-    ATTENTION_QUERY,
-    DEFAULT_TYPES,
-    DEPTH,
-    DIMENSIONS,
-    FFN,
-    FFN_TYPE,
-    HIDDEN,
-    KV,
-    LAYERS,
-    PRUNING_TYPES,
-    QUERY,
-    STEM,
-    of_type,
-)
+from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 
 
 class Widths:

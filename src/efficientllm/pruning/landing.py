@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.costs import AXIS_TYPES, Cost, Params, place_of, shape_at
-from efficientllm.pruning.groups import FFN_TYPE, STEM, Space, Widths
+from efficientllm.pruning.dimensions import of_type
+from efficientllm.pruning.groups import Space, Widths
 from efficientllm.pruning.shapes import Floors
 
 OUT_OF_REACH = torch.iinfo(torch.int64).max
@@ -41,19 +42,17 @@ class Alignment:
 
         return cls(fit(widths.hidden), fit(widths.intermediate))
 
+    def step(self, pruning_type: str) -> int:
+        """The multiple for the width that a pruning type narrows: 1 for heads and layers."""
+        return int(getattr(self, of_type(pruning_type).width, 1))
+
     def round_up(self, live: Widths, allocated: Widths) -> Widths:
-        """Live widths with hidden and intermediate rounded up, never above what is allocated."""
-
-        def up(width: int, step: int, most: int) -> int:
-            return min(-(-width // step) * step, most)
-
-        return Widths(
-            live.layers,
-            up(live.hidden, self.hidden, allocated.hidden),
-            live.heads,
-            live.kv_heads,
-            up(live.intermediate, self.intermediate, allocated.intermediate),
-        )
+        """Live widths rounded up to their multiples, never above what is allocated."""
+        rounded = {}
+        for name, count in live.counts().items():
+            step = int(getattr(self, name, 1))
+            rounded[name] = min(-(-count // step) * step, allocated[name])
+        return Widths.of(rounded)
 
 
 def amount(value: float) -> str:
@@ -101,9 +100,8 @@ class Landing:
             align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
         else:
             self.target, pin = target, source
-        steps = {STEM: align.hidden, FFN_TYPE: align.intermediate}
         self._axes = tuple(
-            _multiples(floors.of(each) if each in types else source.count(each), pin.count(each), steps.get(each, 1))
+            _multiples(floors.of(each) if each in types else source.count(each), pin.count(each), align.step(each))
             for each in AXIS_TYPES
         )
         self._keep(self._maximal())

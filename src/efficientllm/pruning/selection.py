@@ -15,18 +15,17 @@ from torch import Tensor
 
 from efficientllm.pruning.calibration import CALIBRATION_SHARE, Bundle, Calibration
 from efficientllm.pruning.costs import AXIS_TYPES, place_of, shape_at
-from efficientllm.pruning.groups import (
+from efficientllm.pruning.dimensions import (
     ATTENTION,
     ATTENTION_QUERY,
     DEPTH,
+    DIMENSIONS,
     FFN_TYPE,
     PRUNING_TYPES,
     STEM,
-    Cut,
-    Event,
-    Live,
-    Widths,
+    of_type,
 )
+from efficientllm.pruning.groups import Cut, Event, Live, Widths
 from efficientllm.pruning.landing import Landing
 
 
@@ -65,10 +64,10 @@ class Ranking:
     def take(self, event: Cut) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] += 1
-        layered = (ATTENTION, ATTENTION_QUERY, FFN_TYPE)
-        others = {ATTENTION: (ATTENTION_QUERY,), ATTENTION_QUERY: (ATTENTION,), DEPTH: layered}.get(event.type, ())
-        for other in others:
-            self._orders.pop(other, None)
+        own = of_type(event.type)
+        for other in DIMENSIONS.values():
+            if other is not own and (own.name in other.chain or other.name in own.chain):
+                self._orders.pop(other.type, None)
 
 
 def least_damaging(
@@ -87,9 +86,11 @@ def least_damaging(
         ratio = calibration.ratio(pruning_type) if calibration is not None else 1.0
         along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
         damage[pruning_type] = ratio * along[way]
-    layers, _, kv_heads, _, _ = (landing.shapes.double() / torch.tensor(place_of(widths))).unbind(1)
-    inside = damage[ATTENTION] + damage[FFN_TYPE] + kv_heads * damage[ATTENTION_QUERY]
-    total = damage[STEM] + damage[DEPTH] + layers * inside
+    left = dict(zip(AXIS_TYPES, (landing.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
+    total = torch.zeros(len(landing.shapes), dtype=torch.float64)
+    for pruning_type, own in damage.items():
+        outer = [left[DIMENSIONS[name].type] for name in of_type(pruning_type).outer]
+        total += own * torch.stack(outer).prod(0) if outer else own
     within = (ways >= 0).all(1)
     assert bool(within.any()), "a feasible shape stays within reach (Landing)"
     return shape_at(landing.shapes[torch.where(within, total, torch.inf).argmin()].tolist())

