@@ -5,6 +5,18 @@
 OUT becomes an ordinary transformers folder with uniform layers; the facts of the pruning are printed as JSON. Every
 peer is called as its own documentation or example calls it, and only the ratio is sought: the smallest whose result
 has at most `target` parameters and loads. Both score by weights alone, so no text is needed.
+
+Tried with optipfair 0.4.2 and torch-pruning 1.6.1 on transformers 5.23.0 and torch 2.13.0 (CPU). Not among them:
+nvidia-modelopt 0.47.0, none of whose three prunings gives a Llama of uniform layers on a CPU without Megatron.
+* `mcore_minitron`: `mtp.prune(model, mode="mcore_minitron", ...)` ends with KeyError: 'mcore_minitron', because its
+  plugin is not registered (ModuleNotFoundError: No module named 'megatron').
+* `fastnas` runs on a toy Llama of transformers (with torchprofile 0.0.4; 0.1.0 has no `handlers`), though its
+  documentation recommends it for vision. It sees the FFN alone, in multiples of 32, and searches a width for every
+  layer by itself, with a score to be given by the user: in general not a shape that a config.json can state.
+* `puzzletron` needs CUDA: its distributed.setup() ends with AttributeError: module 'torch._C' has no attribute
+  '_cuda_setDevice', and it too searches a shape for every layer by itself.
+Adapt-Pruner (arXiv 2502.03460) is not a package: its repository has no setup.py or pyproject.toml and asks to replace
+files of transformers by its own.
 """
 
 from __future__ import annotations
