@@ -35,7 +35,7 @@ EVENT = _form(**_LINE, type=(str, ...), widths=(_WIDTHS, ...))
 COMPACTION = _form(**_LINE, after=(_WIDTHS, ...))
 MODEL = _form(parameters=(float, ...), widths=(_WIDTHS, ...), validation_loss=_NUMBER)
 SUMMARY = _form(source=(MODEL, ...), result=(MODEL, ...))
-SAMPLES = list[_form(**dict.fromkeys(("prompt", "source", "result"), (str | None, ...)))]  # type: ignore[valid-type]
+SAMPLES = list[_form(**dict.fromkeys(("prompt", "source", "result"), (str | None, ...)))]  # type: ignore[misc, valid-type]
 EVALUATION = _form(results=(dict[str, dict[str, Any]], ...))
 BENCH = _form(settings=(_form(backend=(str, ...)), ...), machine=(Any, ...), models=(Any, ...))
 
