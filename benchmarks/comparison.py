@@ -16,11 +16,11 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import yaml
 
-from efficientllm.checkpoint.files import appearing
 from efficientllm.cli import main as efficientllm
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.demo.story import DemoSize, stage_recipe, write_architecture
+from efficientllm.files import appearing
 from efficientllm.jobs.prune import run
 from efficientllm.sizes import parse_count
 

@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from efficientllm.comparison.statistics import over_seeds
-from efficientllm.reporting.eval_table import markdown
+from efficientllm.reporting.tables import markdown
 
 MEASURED = "latency, measured"
 LOSSES = 33  # points in the window

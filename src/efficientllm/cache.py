@@ -1,18 +1,12 @@
-"""The cache on disk: where it is, folders that appear whole and are made by one process at a time, digests of files."""
+"""The cache on disk: where it is, and digests of the files that its content is made of."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from efficientllm.errors import UsageError
 
@@ -22,55 +16,6 @@ _SETTLED_SECONDS = 2.0
 def cache_root(chosen: str | None = None) -> Path:
     """Where what is computed once is kept: `chosen`, $EFFICIENTLLM_CACHE, or the user's cache."""
     return Path(chosen or os.environ.get("EFFICIENTLLM_CACHE", "~/.cache/efficientllm")).expanduser()
-
-
-@contextmanager
-def only_one(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """One process at a time makes a cache folder; others, such as the ranks of a run, call `waiting` and wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def temporary(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to make it in, removed in the end. To be called under the lock of only_one.
-
-    Those that killed processes of this machine left behind are removed first.
-    """
-    prefix = f"{folder.name}.{socket.gethostname()}.partial-"
-    for leftover in folder.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def publish(done: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
-    """Flushes a complete folder to the disk and gives it its name; one there that is not `whole` is replaced."""
-    for path in (*done.iterdir(), done):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    try:
-        done.rename(folder)
-    except OSError:
-        if not whole(folder):  # damaged; otherwise another machine was first, with the same content
-            shutil.rmtree(folder)
-            done.rename(folder)
 
 
 def file_digest(path: Path, memory: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,13 +12,13 @@ import pytest
 import torch
 
 from conftest import World, need_llamacpp, tiny_config, tiny_model
-from efficientllm.benching import runner, table, worker
-from efficientllm.benching.contract import Facts, Settings
+from efficientllm.benching import process, table
+from efficientllm.benching.contract import Facts, Sample, Settings
 from efficientllm.benching.subjects import Candidate
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
-from efficientllm.reporting.report_page import _bench
+from efficientllm.reporting.report_page import page as report_page
 from efficientllm.reporting.run_record import read_run
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
@@ -35,8 +34,8 @@ def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyP
     asked: list[tuple[str, int]] = []
 
     class Recorded:
-        def __init__(self, candidate: Candidate, settings: Settings) -> None:
-            self.name = candidate.name
+        def __init__(self, name: str, settings: Settings) -> None:
+            self.name = name
 
         def __enter__(self) -> Self:
             return self
@@ -44,22 +43,22 @@ def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyP
         def __exit__(self, *error: object) -> None:
             pass
 
-        def ask(self, **request: Any) -> dict[str, Any]:
-            if "batch" not in request:
+        def ask(self, request: Any) -> Any:
+            if not isinstance(request, int):
                 return {}
-            asked.append((self.name, request["batch"]))
-            return {"prefill_seconds": float(len(asked)), "decode_seconds": 1.0}
+            asked.append((self.name, request))
+            return Sample(float(len(asked)), 1.0)
 
-    monkeypatch.setattr(runner, "Worker", Recorded)
+    monkeypatch.setattr(process, "Worker", Recorded)
     settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
     facts = Facts(1, 1, 1.0, 1, 1, 12, 64)
-    found = runner.measure_all([Candidate(name, name, facts) for name in "ab"], settings, lambda: None)
+    found = process.measure_all([Candidate(name, name, facts) for name in "ab"], settings, lambda: None)
     assert asked == [
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
         ("a", 1), ("b", 1), ("a", 4), ("b", 4),
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),
     ]  # fmt: skip
-    assert len(asked) == runner.runs(2, settings)
+    assert len(asked) == process.runs(2, settings)
     assert [each.prefill_seconds for each in found[0]["samples"][1]] == [5.0, 10.0]
     assert [each.prefill_seconds for each in found[1]["samples"][4]] == [8.0, 11.0]
 
@@ -100,7 +99,7 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
     (small / "config.yaml").write_text("")
     record = read_run(small)
     assert record.bench == [other, result]
-    shown = "".join(_bench(record))
+    shown = report_page([record], {})
     assert f"<td>{large}</td><td>2</td>" in shown
     assert "Energy" in shown
     assert "what it costs to run, in transformers" in shown
@@ -136,11 +135,11 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
 
 def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
-    with runner.Worker(Candidate("mine", "nowhere", Facts(1, 1, 1.0, 1, 1, 12, 64)), settings) as worker:
+    with process.Worker("mine", settings) as worker:
         worker._process.kill()
         worker._process.wait()
-        with pytest.raises(runner.UsageError, match=r"that measured mine has died \(killed by the system"):
-            worker.ask(batch=1)
+        with pytest.raises(UsageError, match=r"that measured mine has died \(killed by the system"):
+            worker.ask(1)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +158,10 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, e
         raise error
 
     load = fail if when.startswith("loading") else lambda source, settings: None
-    monkeypatch.setattr(worker, "loader", lambda settings: load)
-    monkeypatch.setattr(worker, "measure", fail)
-    asked = {"source": "mine", "settings": asdict(Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))}
+    monkeypatch.setattr(process, "loader", lambda settings: load)
+    monkeypatch.setattr(process, "measure", fail)
     with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
-        list(worker.answers(iter([asked, {"batch": 1}])))
+        process.Loaded("mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)).run(1)
 
 
 def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

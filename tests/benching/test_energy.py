@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efficientllm.benching.contract import Sample
-from efficientllm.benching.energy import Rapl, counter_for, rapl_zones
+from efficientllm.benching.energy import counter_for, rapl, rapl_zones
 from efficientllm.benching.timing import measure
 
 CPU = torch.device("cpu")
@@ -36,13 +36,13 @@ def powercap(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_zones_are_added_and_wrap(powercap: tuple[Path, Path, Path]) -> None:
     root, package, memory = powercap
     assert [path.name for path in rapl_zones(root)] == ["intel-rapl:0", "intel-rapl:0:1"]
-    counter = Rapl(rapl_zones(root))
-    assert counter.joules() == 0.0
+    joules = rapl(rapl_zones(root))
+    assert joules() == 0.0
     package.write_text("200000")
     memory.write_text("600")
-    assert counter.joules() == pytest.approx(0.3 + 0.0005)
+    assert joules() == pytest.approx(0.3 + 0.0005)
     package.write_text("300000")
-    assert counter.joules() == pytest.approx(0.4 + 0.0005)
+    assert joules() == pytest.approx(0.4 + 0.0005)
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_clock_and_counter_stand_around_each_phase() -> None:
             return self.used
 
     machine = Machine()
-    assert measure(machine, 1, 4, machine, lambda: machine.now) == Sample(2.0, 12.0, 5.0, 28.0)
+    assert measure(machine, 1, 4, machine.joules, lambda: machine.now) == Sample(2.0, 12.0, 5.0, 28.0)
     assert measure(machine, 1, 4, None, lambda: machine.now) == Sample(2.0, 12.0)
     machine.prefill = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(ZeroDivisionError):

@@ -8,8 +8,8 @@ import pytest
 
 from conftest import tiny_model
 from efficientllm.checkpoint.export import export_model
-from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
+from efficientllm.files import appearing
 
 
 def write(folder: Path, text: str) -> None:

@@ -37,7 +37,7 @@ from data.corpus_samples import (
     tokens_in,
     write_jsonl,
 )
-from efficientllm import cache
+from efficientllm import cache, files
 from efficientllm.cache import file_digest
 from efficientllm.data import corpus, rows, sources
 from efficientllm.data.corpus import Corpus
@@ -159,20 +159,21 @@ def in_child(work: Callable[[], None]) -> multiprocessing.Process:
     return child
 
 
-@pytest.mark.parametrize("moment", ["tokenise", "cut", "publish"])
+@pytest.mark.parametrize("moment", ["tokenise", "cut", "flush"])
 def test_killed_half_way_leaves_nothing_wrong(
     moment: str, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
-    act = getattr(corpus, moment)
+    place = files if moment == "flush" else corpus  # flush: all is written, and about to get its name
+    act = getattr(place, moment)
 
     def die(*args: Any) -> None:
-        if moment != "publish":
+        if moment != "flush":
             act(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, moment, die)
+        patch.setattr(place, moment, die)
         child = in_child(lambda: load(path))
         child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -26,7 +26,7 @@ from efficientllm.evaluation.harness import (
 )
 from efficientllm.evaluation.offline import local_data, local_dataset
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
-from efficientllm.reporting.eval_table import eval_rows
+from efficientllm.reporting.evaluation_table import eval_rows
 
 pytestmark = pytest.mark.usefixtures("listed_tasks")
 

@@ -13,7 +13,7 @@ from conftest import World, tiny_model
 from efficientllm.cli import main
 from efficientllm.evaluation.probe import criteria_scores, judge, rank_correlation
 from efficientllm.evaluation.removal import Sample, loss_increases, passes, removed, sample_units
-from efficientllm.jobs import probe as job
+from efficientllm.jobs import probing as job
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.dimensions import PRUNING_TYPES

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from efficientllm.benching import runner
+from efficientllm.benching import process
 from efficientllm.cli import main
 from efficientllm.export.weights import Weights
 
@@ -63,7 +63,7 @@ def test_a_measurement_that_is_stopped_leaves_nothing(
     folder, _ = make_model("llama-gqa")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(runner, "measure_all", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(process, "measure_all", lambda *_: os.kill(os.getpid(), number))
     argv = ["bench", folder, "--device", "cpu", "--prompt", "9", "--generate", "4", "--json", tmp_path / "bench.json"]
     assert stopped(argv) == 128 + number
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -11,7 +11,6 @@ import pytest
 
 from efficientllm.checkpoint.export import refuse_foreign
 from efficientllm.errors import UsageError
-from efficientllm.export.card import Card
 from efficientllm.export.hf import HFRequest, export_hf
 from efficientllm.export.subject import subject_of
 from efficientllm.export.weights import Weights
@@ -44,7 +43,7 @@ def test_a_summary_of_something_else_says_nothing_of_the_model(make_model: Any, 
     (tmp_path / "mine" / "summary.json").write_text(json.dumps(content))
     subject = subject_of(tmp_path / "mine")
     assert subject.facts is None
-    assert "nothing else is known" in Card(subject, Weights(subject.folder).config, 1000).text()
+    assert "nothing else is known" in subject.card(Weights(subject.folder).config, 1000).text()
 
 
 def test_a_card_in_another_encoding_is_carried_over(make_model: Any, tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 from conftest import World, tiny_model  # noqa: E402
-from efficientllm.cache import only_one  # noqa: E402
 from efficientllm.cli import main  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
 from efficientllm.export.gguf_tokenizer import vocabulary_of  # noqa: E402
 from efficientllm.export.subject import subject_of  # noqa: E402
+from efficientllm.files import locked  # noqa: E402
 from efficientllm.models import gguf_source  # noqa: E402
 from efficientllm.models.gguf_pretokenizers import GPT2, LLAMA3, NAMES, QWEN2  # noqa: E402
 from efficientllm.models.gguf_vocabulary import write_tokenizer  # noqa: E402
@@ -178,7 +178,7 @@ def test_one_process_makes_it_while_others_wait(
     waits, found = threading.Event(), []
     said: list[str] = []
     monkeypatch.setattr(gguf_source, "_say", lambda message: (said.append(message), waits.set()))
-    with only_one(folder, lambda: pytest.fail("nobody else has the lock")):
+    with locked(folder.with_suffix(".lock"), lambda: pytest.fail("nobody else has the lock")):
         other = threading.Thread(target=lambda: found.append(located(str(file), "source")))
         other.start()
         assert waits.wait(60)

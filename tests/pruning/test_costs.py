@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_config, tiny_model
 from efficientllm.models.flops import FlopsPerToken
+from efficientllm.models.latency_fit import never_falling
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import (
     AXIS_TYPES,
@@ -28,7 +29,6 @@ from efficientllm.pruning.costs import (
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Event, Live, Space, Widths
 from efficientllm.pruning.landing import Alignment, Landing
-from efficientllm.pruning.monotone import never_falling
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage
 from efficientllm.pruning.shapes import Floors
 

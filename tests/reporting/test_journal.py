@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efficientllm.errors import UsageError
-from efficientllm.reporting.journal import Journal, read_journal, write_atomically
+from efficientllm.files import write_atomically
+from efficientllm.reporting.journal import Journal, read_journal
 
 
 def record(step: int) -> dict[str, object]:

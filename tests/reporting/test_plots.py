@@ -22,9 +22,11 @@ from efficientllm.reporting.plots import plot_demo, plot_run
 SOURCE = {"layers": 4, "hidden": 192, "heads": 8, "kv_heads": 4, "intermediate": 512}
 
 
-def write_run(folder: Path, *, pruned: bool = True, steps: int = 60, prune_until: int = 15) -> Path:
+def write_run(folder: Path, *, pruned: bool = True, steps: int = 60, prune_until: int = 15, worse: float = 0.0) -> Path:
     """Records of a run that halves every width while it prunes, one type after the other."""
     metrics, events, compactions = (Journal(folder / f"{name}.jsonl") for name in ("metrics", "events", "compactions"))
+    (folder / "source.json").parent.mkdir(parents=True)
+    (folder / "source.json").write_text(json.dumps({"parameters": 2_000_000, "widths": SOURCE}))
     order = [("ffn", "intermediate", 16), ("stem", "hidden", 6), ("attention", "kv_heads", 1)]
     widths = dict(SOURCE)
     for step in range(1, steps + 1):
@@ -35,12 +37,12 @@ def write_run(folder: Path, *, pruned: bool = True, steps: int = 60, prune_until
                 widths[key] -= less
             widths["heads"] = widths["kv_heads"] * (2 if step < 8 else 1)
             events.append({**at, "type": name, "damage_per_parameter": 1e-8, "widths": widths})
-        record = {**at, "loss": 3.0 + math.exp(-step / 20) + 0.05 * (-1) ** step, "widths": dict(widths)}
+        record = {**at, "loss": worse + 3.0 + math.exp(-step / 20) + 0.05 * (-1) ** step, "widths": dict(widths)}
         record |= {"live_parameters": 2_000_000 - 10_000 * step, "allocated_parameters": 2_100_000 - 10_000 * step}
         if pruned and step <= prune_until:
             record["saliency"] = {t: 1e-8 * (n + 1) * 1.05**step for n, t in enumerate(TYPE_STYLES)}
         if step % 20 == 0:
-            record["validation_loss"] = 3.0 + math.exp(-step / 20)
+            record["validation_loss"] = worse + 3.0 + math.exp(-step / 20)
             compactions.append({**at, "allocated_before": 2_100_000, "allocated_after": 2_100_000 - 10_000 * step})
         metrics.append(record)
     return folder
@@ -84,14 +86,13 @@ def test_run_without_events_shows_loss_and_size_only(tmp_path: Path) -> None:
     assert not any(pixels_of(image, colour) for colour, _, _ in TYPE_STYLES.values())
 
 
-def test_source_widths_of_the_summary_count_events_before_the_first_record(tmp_path: Path) -> None:
-    """A run whose first record is already pruned still has the source as its 0 %."""
+def test_a_run_whose_first_record_is_pruned_still_has_the_source_as_its_zero(tmp_path: Path) -> None:
     run = tmp_path / "run"
     half = SOURCE | {"intermediate": 256}
     Journal(run / "metrics.jsonl").append(
         {"step": 9, "tokens": 9, "loss": 3.0, "widths": half, "saliency": {"ffn": 1.0}}
     )
-    (run / "summary.json").write_text(json.dumps({"source": {"widths": SOURCE}}))
+    (run / "source.json").write_text(json.dumps({"parameters": 9, "widths": SOURCE}))
     assert "<!-- 50% -->" in plot_run(run, tmp_path / "run.svg").read_text()
 
 
@@ -109,19 +110,23 @@ def test_short_diverged_and_sparse_runs_are_drawn(tmp_path: Path, steps: int) ->
 def test_demo_picture_overlays_the_runs_and_names_their_validation_loss(tmp_path: Path) -> None:
     runs = {
         "compact": write_run(tmp_path / "one"),
-        "from scratch": write_run(tmp_path / "two", pruned=False, steps=90),
+        "from scratch": write_run(tmp_path / "two", pruned=False, steps=90, worse=0.3),
     }
     image = imread(plot_demo(runs, tmp_path / "demo.png"))
     assert all(pixels_of(image, colour) > 100 for colour in RUN_COLOURS[:2])
     assert not any(pixels_of(image, colour) for colour in RUN_COLOURS[2:6])
     text = plot_demo(runs, tmp_path / "demo.svg").read_text()
-    assert "compact: validation 3.050" in text
-    assert "from scratch: validation 3.018" in text
+    assert "compact: validation loss, 3.050" in text
+    assert "from scratch: validation loss, 3.318" in text
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="is no run folder"):
+        plot_run(tmp_path / "run", tmp_path / "run.png")
+    (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UsageError, match=r"no metrics\.jsonl"):
-        plot_run(tmp_path, tmp_path / "run.png")
+        plot_run(tmp_path / "run", tmp_path / "run.png")
     with pytest.raises(UsageError, match="at least one run"):
         plot_demo({}, tmp_path / "demo.png")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

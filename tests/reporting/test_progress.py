@@ -48,7 +48,7 @@ def test_plain_output_is_throttled_complete_and_free_of_control_codes(clock: Clo
     # the first update, then one in ten seconds, then the end
     assert [int(re.findall(r"(\d+)%", line)[0]) for line in lines] == [3, 37, 70, 100]
     assert "loss 3.890" in lines[1]
-    assert "0:11 elapsed, 0:19 left" in lines[1]
+    assert "0:00:11 elapsed, 0:00:19 left" in lines[1]
     assert "2.16M live" in lines[1]
     assert "100K tok/s" in lines[1]
     assert "loss 3.700" in lines[3]
@@ -69,7 +69,7 @@ def test_a_resumed_or_interrupted_run_tells_the_truth(clock: Clock) -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     first, last = stream.getvalue().splitlines()
-    assert "0:08 left" in first
+    assert "0:00:08 left" in first
     assert last.startswith("train: 94%")
 
 
@@ -83,20 +83,22 @@ def test_time_left_follows_a_run_that_gets_faster(clock: Clock) -> None:
             clock.now += 1.0
             progress_tokens += 1000
             progress.update(progress_tokens)
-    assert "0:29 left" in stream.getvalue().splitlines()[-1]
+    assert "0:00:29 left" in stream.getvalue().splitlines()[-1]
 
 
 def test_terminal_shows_a_bar_with_every_value(clock: Clock) -> None:
     stream = Terminal()
     with RunProgress(1000, description="prune [x]", stream=stream, clock=clock) as progress:
-        clock.now += 5.0
+        clock.now += 1.0
+        progress.update(100)
+        clock.now += 4.0
         progress.update(500, loss=3.2, live=469_100_000, tokens_per_second=12_300.0)
         progress.note("compacted [bold]")
         with progress.track("validate", 4) as tracker:
             tracker.advance(2)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     final = text.rstrip("\n").splitlines()[-1]
-    for shown in ("prune [x]", "50%", "loss 3.200", "469.1M live", "12.3K tok/s", "0:05 < 0:05"):
+    for shown in ("prune [x]", "50%", "loss 3.200", "469.1M live", "12.3K tok/s", "0:00:05 < 0:00:05"):
         assert shown in final
     assert "\x1b[" in stream.getvalue()
     assert "compacted [bold]" in text
@@ -111,7 +113,7 @@ def test_dumb_terminal_gets_plain_lines(clock: Clock, monkeypatch: pytest.Monkey
     assert "\x1b" not in stream.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "spoken"), [(0.1, []), (1.0, ["export: 2 of 4", "export: done, 0:04"])])
+@pytest.mark.parametrize(("seconds", "spoken"), [(0.1, []), (1.0, ["export: 2 of 4", "export: done, 0:00:04"])])
 def test_side_work_is_announced_only_when_it_is_long(clock: Clock, seconds: float, spoken: list[str]) -> None:
     stream = io.StringIO()
     with track("export", 4, stream=stream, clock=clock) as tracker:

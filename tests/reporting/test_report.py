@@ -19,8 +19,8 @@ import pytest
 
 from conftest import World
 from efficientllm.cli import main
-from efficientllm.reporting import report_plots
-from efficientllm.reporting.report_style import run_style
+from efficientllm.reporting import plots
+from efficientllm.reporting.plot_style import run_style
 from efficientllm.reporting.run_record import read_run
 
 FIGURES = ["loss", "saliency", "ratio", "architecture", "units", "throughput"]
@@ -90,8 +90,8 @@ def test_several_runs_are_overlaid(world: World, run: Path, tmp_path: Path, caps
     assert call("report", run, other, "--out", tmp_path, "--no-samples") == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert "reported-too: validation" in text
-    assert "reported: validation" in text
+    assert "reported-too: validation loss" in text
+    assert "reported: validation loss" in text
     assert not (other / "samples.json").exists()
     assert call("report", run, run) == 2
 
@@ -190,11 +190,11 @@ def test_a_figure_that_fails_is_a_note(run: Path, tmp_path: Path, monkeypatch: p
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(report_plots, "_ratio", fail)
+    monkeypatch.setattr(plots, "_throughput", fail)
     assert call("report", run, "--out", tmp_path) == 0
     text = (tmp_path / "report.html").read_text()
-    assert "the figure of ratio is left out: by nothing" in text
-    assert list(Page(text).paths) == [name for name in FIGURES if name != "ratio"]
+    assert "the figure of throughput is left out: by nothing" in text
+    assert list(Page(text).paths) == [name for name in FIGURES if name != "throughput"]
 
 
 def test_the_page_says_how_tasks_were_measured(run: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_page_says_how_tasks_were_measured(run: Path, tmp_path: Path) -> Non
 def test_many_runs_are_told_apart_below_the_data(run: Path) -> None:
     runs = [read_run(run, f"an arm with a long name, number {index}") for index in range(9)]
     assert len({run_style(index) for index in range(28)}) == 28
-    for name, _, make in report_plots.figures(runs):
+    for name, _, make in plots.figures(runs):
         figure = make()
         assert figure is not None
         if name in ("architecture", "units"):

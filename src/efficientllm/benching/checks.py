@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +15,24 @@ from efficientllm.models.latency_table import DTYPES
 BACKENDS = ("transformers", "llamacpp")
 
 
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend {backend} is not known; choose {' or '.join(BACKENDS)}")
+def resolved(asked: Settings, models: list[str]) -> Settings:
+    """Backend, device and dtype as they will be. Raises UsageError for what is not here, and for numbers too small."""
+    least = {"prompt": 1, "generate": 2, "repeats": 1, "threads": 1}
+    for option, number in least.items():
+        if getattr(asked, option) < number:
+            raise UsageError(f"--{option} {getattr(asked, option)} is too few; at least {number}")
+    if asked.backend not in BACKENDS:
+        raise UsageError(f"--backend {asked.backend} is not known; choose {' or '.join(BACKENDS)}")
+    if asked.backend == "transformers":
+        device = torch_device(asked.device)
+        return replace(asked, device=device, dtype=torch_dtype(asked.dtype, device))
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            '--backend llamacpp needs llama-cpp-python and gguf: pip install "efficientllm[llamacpp]" '
+            f"({missing[0]} is not installed)"
+        )
+    return replace(asked, device=llamacpp_device(asked.device), dtype=llamacpp_dtype(asked.dtype, models))
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -34,14 +51,11 @@ def torch_device(wanted: str) -> str:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise UsageError(f"--device {wanted} is not known; choose auto, cpu or cuda") from error
-    if device.type == "cpu":
-        return "cpu"
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {wanted} cannot be measured; choose auto, cpu or cuda")
-    index = device.index or 0
-    if index >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {wanted} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return f"cuda:{index}"
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
 def torch_dtype(wanted: str, device: str) -> str:
@@ -87,34 +101,28 @@ def llamacpp_dtype(wanted: str, models: list[str]) -> str:
     return wanted
 
 
-def check_numbers(settings: Settings) -> None:
-    for option, value, least in (
-        ("--prompt", settings.prompt, 1),
-        ("--generate", settings.generate, 2),
-        ("--repeats", settings.repeats, 1),
-        ("--threads", settings.threads, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{option} {value} is too few; at least {least}")
-
-
 def check_table(
     models: list[str], settings: Settings, levels: int, held_out: int, file: Path, out: Path | None
 ) -> None:
     """Raises UsageError for what a table of latencies cannot be measured with."""
-    if len(models) != 1:
-        raise UsageError(f"--table is of one model's widths, but {len(models)} are named; name one")
-    if settings.backend != "transformers":
-        raise UsageError(
-            f"--table measures models that are made for it, in transformers; leave out --backend {settings.backend}"
-        )
-    if len(settings.batches) != 1:
-        raise UsageError("--table is of one --batch; name one size")
-    if out is not None:
-        raise UsageError("--json goes with a comparison of models; --table FILE is itself JSON: leave one out")
-    if levels < 2:
-        raise UsageError(f"--levels {levels} is too few; at least 2")
-    if held_out < 1:
-        raise UsageError(f"--held-out {held_out} is too few; at least 1")
-    if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(f"--table {file} cannot be written; name a file in a folder that is there")
+    problems = (
+        (len(models) != 1, f"--table is of one model's widths, but {len(models)} are named; name one"),
+        (
+            settings.backend != "transformers",
+            f"--table measures models that are made for it, in transformers; leave out --backend {settings.backend}",
+        ),
+        (len(settings.batches) != 1, "--table is of one --batch; name one size"),
+        (
+            out is not None,
+            "--json goes with a comparison of models; --table FILE is itself JSON: leave one out",
+        ),
+        (levels < 2, f"--levels {levels} is too few; at least 2"),
+        (held_out < 1, f"--held-out {held_out} is too few; at least 1"),
+        (
+            file.is_dir() or not file.parent.is_dir(),
+            f"--table {file} cannot be written; name a file in a folder that is there",
+        ),
+    )
+    for holds, sentence in problems:
+        if holds:
+            raise UsageError(sentence)

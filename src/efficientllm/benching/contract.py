@@ -10,7 +10,7 @@ from typing import Protocol
 class Settings:
     """One measurement, the same for every model.
 
-    prompt, generate: tokens of a sequence, in and out. The first generated token comes from prefill, the others from
+    prompt, generate: tokens of a sequence, in and out; the first generated one comes from prefill, the others from
     generate - 1 decode steps. batches: sequences at once, one after another. repeats: counted runs of each batch.
     dtype: of weights and activations (transformers), or the GGUF type that folders are written in (llama.cpp), in words
     where files bring their own.
@@ -33,10 +33,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One counted run: seconds from the prompt to the first token, seconds of all decode steps, and joules of both.
-
-    joules: None where they cannot be measured.
-    """
+    """One counted run: seconds from the prompt to the first token, seconds of all decode steps, and joules of both,
+    None where they cannot be measured."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -48,10 +46,10 @@ class Sample:
 class Facts:
     """What follows from a model's shape and types alone.
 
-    type: of the weights, as PyTorch or as llama.cpp calls it.
-    parameters: tied ones once. weight_bytes: as they lie in memory. prefill_flops: of a prompt token, the mean over
-    the prompt. decode_flops: of one token that attends to `context` positions. cache_bytes: keys and values of one
-    sequence of `context` positions. positions: most that the model takes.
+    type: of the weights, as PyTorch or as llama.cpp calls it. parameters: tied ones once. weight_bytes: as they lie in
+    memory. prefill_flops: of a prompt token, the mean over the prompt. decode_flops: of one token that attends to
+    `context` positions. cache_bytes: keys and values of one sequence of `context` positions. positions: most that the
+    model takes.
     """
 
     parameters: int
@@ -66,25 +64,19 @@ class Facts:
 
 class Backend(Protocol):
     """A loaded model in one runtime. Calls come in the order begin, prefill, decode, end; only the middle ones are
-    timed, and each of these returns when the device has finished.
-    """
+    timed, and each of these returns when the device has finished."""
 
     def begin(self, batch: int) -> None:
-        """Make ready for `batch` sequences: prompts of random tokens, an empty cache."""
-        ...
+        """Makes `batch` sequences ready: prompts of random tokens, an empty cache."""
 
     def prefill(self) -> None:
-        """Process the prompts and choose the first token of each sequence, the most likely one."""
-        ...
+        """Processes the prompts and chooses the first token of each sequence, the most likely one."""
 
     def decode(self, steps: int) -> None:
-        """Append `steps` tokens to each sequence, one at a time; a token that ends a text does not end the run."""
-        ...
+        """Appends `steps` tokens to each sequence, one at a time; a token that ends a text does not end the run."""
 
     def end(self) -> None:
-        """Free what `begin` took."""
-        ...
+        """Frees what `begin` took."""
 
     def device_peak(self) -> int | None:
-        """Most bytes of accelerator memory that were taken since the model began to load; None where unknown."""
-        ...
+        """Most bytes of accelerator memory taken since the model began to load; None where unknown."""

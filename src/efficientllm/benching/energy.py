@@ -1,9 +1,8 @@
 """Energy counters of the machine: RAPL of the processor through the kernel's files, NVML of an NVIDIA GPU.
 
-A deviation: elsewhere this package stands on libraries, here it reads the kernel's files itself. pyRAPL's last release
-is of 2019 and it knows Intel alone, though AMD's counters lie in the same folder; CodeCarbon and zeus are large for
-a few lines. RAPL counts the whole processor, other programs included.
-https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
+The kernel's files are read here, not by a library: pyRAPL's last release is of 2019 and it knows Intel alone, though
+AMD's counters lie in the same folder; CodeCarbon and zeus are large for a few lines. RAPL counts the whole processor,
+other programs included. https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 """
 
 from __future__ import annotations
@@ -12,37 +11,35 @@ from pathlib import Path
 
 import torch
 
-from efficientllm.benching.timing import Counter
+from efficientllm.benching.timing import Joules
 
 POWERCAP = Path("/sys/class/powercap")
 
 
-class Rapl:
-    """Joules of all processor packages and of their memory (where it has a counter of its own)."""
+def rapl(zones: list[Path]) -> Joules:
+    """Of all these zones together. A counter starts again from 0 above its range: two readings must not lie a whole
+    range (minutes) apart."""
+    files = [(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in zones]
+    last = [int(file.read_text()) for file, _ in files]
+    total = 0
 
-    def __init__(self, zones: list[Path]) -> None:
-        self._zones = [(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in zones]
-        self._last = [int(file.read_text()) for file, _ in self._zones]
-        self._total = 0
-
-    def joules(self) -> float:
-        """Counters start again from 0 above their range; two readings must not lie a whole range (minutes) apart."""
-        for index, (file, largest) in enumerate(self._zones):
+    def joules() -> float:
+        nonlocal total
+        for index, (file, largest) in enumerate(files):
             now = int(file.read_text())
-            rise = now - self._last[index]
-            self._total += rise if rise >= 0 else rise + largest
-            self._last[index] = now
-        return self._total / 1e6
+            total += now - last[index] + (largest if now < last[index] else 0)
+            last[index] = now
+        return total / 1e6
+
+    return joules
 
 
 def rapl_zones(root: Path = POWERCAP) -> list[Path]:
-    """Readable zones named package-N, and dram within them."""
+    """Readable zones named package-N, and dram within them: the processors and their memory."""
     zones = []
     for zone in sorted(root.glob("intel-rapl:*")):
         try:
-            name = (zone / "name").read_text().strip()
-            (zone / "energy_uj").read_text()
-            (zone / "max_energy_range_uj").read_text()
+            name, *_ = [(zone / file).read_text().strip() for file in ("name", "energy_uj", "max_energy_range_uj")]
         except OSError:
             continue
         if name.startswith("package") or name == "dram":
@@ -50,32 +47,31 @@ def rapl_zones(root: Path = POWERCAP) -> list[Path]:
     return zones
 
 
-class Nvml:
-    """Joules of one GPU board, by its own counter (Volta and later)."""
+def nvml(device: torch.device) -> Joules:
+    """Of one GPU board, by its own counter (Volta and later)."""
+    import pynvml
 
-    def __init__(self, device: torch.device) -> None:
-        import pynvml
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
-        pynvml.nvmlInit()
-        self._nvml = pynvml
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        self.joules()
+    def joules() -> float:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 
-    def joules(self) -> float:
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+    joules()  # raises where the board or its driver has no such counter
+    return joules
 
 
-def counter_for(device: torch.device, root: Path = POWERCAP) -> tuple[Counter | None, str]:
+def counter_for(device: torch.device, root: Path = POWERCAP) -> tuple[Joules | None, str]:
     """The counter of what computes, and what it counts; or None, and why energy is not measurable here."""
     if device.type == "cpu":
         zones = rapl_zones(root)
         if zones:
-            return Rapl(zones), "RAPL: the whole processor, other programs included"
+            return rapl(zones), "RAPL: the whole processor, other programs included"
         if any(root.glob("intel-rapl:*")):
             return None, f"the RAPL counters under {root} may not be read by this user"
         return None, f"there is no RAPL counter under {root}"
     try:
-        return Nvml(device), "NVML: the whole GPU board"
+        return nvml(device), "NVML: the whole GPU board"
     except ImportError:
         return None, 'the GPU\'s counter needs pip install "efficientllm[nvml]"'
     except Exception as error:  # pynvml.NVMLError, or a driver whose library lacks the call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,27 @@ import torch
 import transformers
 
 from efficientllm.benching.contract import Sample, Settings
-from efficientllm.benching.runner import WARM_UPS
-from efficientllm.benching.statistics import energy_per_token, ratios, spread
+from efficientllm.benching.process import WARM_UPS
 from efficientllm.benching.subjects import Candidate
+
+Spread = dict[str, float]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, lowest and highest of the repeats."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratios(own: Sequence[float], first: Sequence[float]) -> Spread:
+    """Of own / first repeat by repeat, so that what slows a whole repeat down on both sides falls out."""
+    return spread([a / b for a, b in zip(own, first, strict=True)])
+
+
+def energy_per_token(joules: Sequence[float | None], tokens: int) -> float | None:
+    """Joules over all repeats by their tokens (`tokens` a repeat); None where some are unknown, or where the counter
+    never moved: it is read too seldom for runs as short as these."""
+    known = [value for value in joules if value is not None]
+    return sum(known) / (tokens * len(known)) if len(known) == len(joules) and sum(known) > 0 else None
 
 
 def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -25,31 +44,26 @@ def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[
     """
     models = []
     for candidate, each in zip(candidates, found, strict=True):
+        facts = {"facts": asdict(candidate.facts), "memory": each["memory"], "energy": each["energy"]}
         batches = {
             str(batch): _batch(batch, each["samples"][batch], found[0]["samples"][batch], settings)
             for batch in settings.batches
         }
-        energy = {"measurable": each["measurable"], "about": each["energy"]}
-        models.append(
-            {"model": candidate.name}
-            | {"facts": asdict(candidate.facts), "memory": each["memory"], "energy": energy, "batches": batches}
-        )
+        models.append({"model": candidate.name} | facts | {"batches": batches})
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
 def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings: Settings) -> dict[str, Any]:
-    prompts, steps = batch * settings.prompt, batch * (settings.generate - 1)
-    prefill, decode = ([each.prefill_seconds for each in own], [each.decode_seconds for each in own])
-    return {
-        "time_to_first_token": asdict(spread(prefill)),
-        "prefill_tokens_per_second": asdict(spread([prompts / seconds for seconds in prefill])),
-        "decode_tokens_per_second": asdict(spread([steps / seconds for seconds in decode])),
-        "prefill_joules_per_token": energy_per_token([each.prefill_joules for each in own], prompts),
-        "decode_joules_per_token": energy_per_token([each.decode_joules for each in own], steps),
-        "prefill_ratio": asdict(ratios([each.prefill_seconds for each in first], prefill)),
-        "decode_ratio": asdict(ratios([each.decode_seconds for each in first], decode)),
-        "samples": [asdict(each) for each in own],
-    }
+    found: dict[str, Any] = {"time_to_first_token": spread([each.prefill_seconds for each in own])}
+    for phase, tokens in (("prefill", batch * settings.prompt), ("decode", batch * (settings.generate - 1))):
+        seconds, others = ([getattr(each, f"{phase}_seconds") for each in side] for side in (own, first))
+        joules = [getattr(each, f"{phase}_joules") for each in own]
+        found |= {
+            f"{phase}_tokens_per_second": spread([tokens / value for value in seconds]),
+            f"{phase}_joules_per_token": energy_per_token(joules, tokens),
+            f"{phase}_ratio": ratios(others, seconds),
+        }
+    return found | {"samples": [asdict(each) for each in own]}
 
 
 def machine(settings: Settings) -> dict[str, str]:
@@ -57,20 +71,15 @@ def machine(settings: Settings) -> dict[str, str]:
     name = _processor()
     if settings.device.startswith("cuda"):
         name = torch.cuda.get_device_name(settings.device)
-    elif settings.device == "gpu":
-        name = _accelerators()
-    versions = {"python": platform.python_version()}
+    elif settings.device == "gpu":  # llama.cpp takes all that it finds and does not say which these are
+        boards = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        name = ", ".join(boards) or "an accelerator that llama.cpp does not name"
+    versions = {"python": platform.python_version(), "device": name}
     if settings.backend == "llamacpp":
         import llama_cpp
 
-        return versions | {"device": name, "llama-cpp-python": llama_cpp.__version__}
-    return versions | {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _accelerators() -> str:
-    """Of llama.cpp, which takes all that it finds and does not say through this interface which these are."""
-    names = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return ", ".join(names) or "an accelerator that llama.cpp does not name"
+        return versions | {"llama-cpp-python": llama_cpp.__version__}
+    return versions | {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _processor() -> str:

@@ -23,12 +23,12 @@ import torch
 from transformers import PretrainedConfig
 
 from efficientllm.benching.contract import Settings
+from efficientllm.benching.process import turn
 from efficientllm.benching.results import machine
-from efficientllm.benching.statistics import spread, turn
 from efficientllm.benching.timing import measure, threads
 from efficientllm.benching.transformers_backend import LoadedModel, rehearse
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
-from efficientllm.models.memory import memory_in_a_sentence
+from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
 from efficientllm.pruning.costs import TABLE_AXES, shape_at
 from efficientllm.pruning.groups import Widths
@@ -126,18 +126,11 @@ def latencies(
 ) -> tuple[list[float], list[float]]:
     """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
     median. Raises UsageError where a model does not fit in the memory of the device."""
-    with threads(settings.threads):
-        return _latencies(config, shapes, settings, advance)
-
-
-def _latencies(
-    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, advance: Callable[[], None]
-) -> tuple[list[float], list[float]]:
-    rehearse(settings)
     ratios: list[list[float]] = [[] for _ in shapes]
     source: list[float] = []
     lacking = f"two models of that size with {settings.context} tokens do not fit in the memory of the device"
-    with uncollected(), memory_in_a_sentence(lacking, "lower --batch or --prompt"):
+    with threads(settings.threads), uncollected(), memory_in_a_sentence(lacking, "lower --batch or --prompt"):
+        rehearse(settings)
         reference = _model_of(config, widths_of(config), settings)
         for repeat in range(settings.repeats):
             for index in turn(len(shapes), repeat * len(shapes) // settings.repeats):
@@ -145,7 +138,7 @@ def _latencies(
                 ratios[index].append(own / other)
                 source.append(other)
                 advance()
-    ranges = [(each.high - each.low) / each.median for each in map(spread, ratios)]
+    ranges = [(max(each) - min(each)) / statistics.median(each) for each in ratios]
     return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
 
 
@@ -185,15 +178,6 @@ def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, sett
 
 
 def _measured_on(config: PretrainedConfig, settings: Settings) -> MeasuredOn:
-    return MeasuredOn(
-        family=family_of(config),
-        head_dim=head_dim_of(config),
-        vocabulary=config.vocab_size,
-        dtype=settings.dtype,
-        device=settings.device,
-        threads=settings.threads,
-        prompt=settings.prompt,
-        generate=settings.generate,
-        batch=settings.batches[0],
-        machine=machine(settings),
-    )
+    model = {"family": family_of(config), "head_dim": head_dim_of(config), "vocabulary": config.vocab_size}
+    asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
+    return MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))

@@ -6,17 +6,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from efficientllm.benching.contract import Backend, Sample
 
-
-class Counter(Protocol):
-    """Energy since some moment, in joules; it only grows."""
-
-    def joules(self) -> float: ...
+Joules = Callable[[], float]  # energy since some moment; it only grows
 
 
 @contextmanager
@@ -35,29 +30,24 @@ def measure(
     backend: Backend,
     batch: int,
     steps: int,
-    counter: Counter | None = None,
+    joules: Joules | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Sample:
     """Prefill, then `steps` decode steps of `batch` sequences. clock: seconds."""
-
-    def energy() -> float | None:
-        return None if counter is None else counter.joules()
-
+    read = joules or (lambda: 0.0)
     gc.collect()
     backend.begin(batch)
     try:
-        first_energy, first = energy(), clock()
+        energy = [read()]
+        times = [clock()]
         backend.prefill()
-        second, second_energy = clock(), energy()
-        third = clock()
+        times.append(clock())
+        energy.append(read())  # reading a counter is on neither phase's clock
+        times.append(clock())
         backend.decode(steps)
-        fourth, fourth_energy = clock(), energy()
+        times.append(clock())
+        energy.append(read())
     finally:
         backend.end()
-    return Sample(
-        second - first, fourth - third, _rise(first_energy, second_energy), _rise(second_energy, fourth_energy)
-    )
-
-
-def _rise(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else after - before
+    used = (energy[1] - energy[0], energy[2] - energy[1]) if joules else (None, None)
+    return Sample(times[1] - times[0], times[3] - times[2], *used)

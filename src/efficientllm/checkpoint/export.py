@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
+from efficientllm.files import appearing
 from efficientllm.models.generation import savable
 
 OURS = frozenset({".json", ".safetensors", ".md", ".model", ".txt", ".jinja"})  # what a model folder is made of

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficientllm import __version__
-from efficientllm.checkpoint.files import PARTIAL, appearing
 from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_shards
 from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.errors import UsageError
+from efficientllm.files import PARTIAL, appearing
 from efficientllm.models.space import widths_of
 from efficientllm.training.snapshot import COUNTS, UNKNOWN_FLOPS, Snapshot, config_of
 

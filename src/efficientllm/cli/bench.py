@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,47 +52,42 @@ def bench(
     """
     import torch
 
-    from efficientllm.benching.checks import check_numbers, parse_batches
+    from efficientllm.benching.checks import parse_batches, resolved
     from efficientllm.benching.contract import Settings
-    from efficientllm.benching.results import result_of
-    from efficientllm.benching.runner import measure_all, runs
-    from efficientllm.benching.subjects import candidates
-    from efficientllm.jobs.interruption import stopping
-    from efficientllm.reporting.bench_table import bench_page
-    from efficientllm.reporting.progress import track
 
     count = torch.get_num_threads() if threads is None else threads
     batches = parse_batches(batch or ("1" if table else "1,4"))
-    asked = Settings(prompt, generate, batches, repeats, backend, device, dtype, count)
-    check_numbers(asked)
-    settings = _resolved(asked, models)
+    settings = resolved(Settings(prompt, generate, batches, repeats, backend, device, dtype, count), models)
     if table is not None:
-        _measure_table(models, settings, table, out, (_or(levels, 3), _or(held_out, 8), depth))
-        return
-    if depth or levels is not None or held_out is not None:
+        asked = (3 if levels is None else levels, 8 if held_out is None else held_out, depth)
+        _measure_table(models, settings, table, out, asked)
+    elif depth or levels is not None or held_out is not None:
         raise UsageError("--levels, --held-out and --depth are of a table of latencies: add --table FILE")
-    if out is not None and out.is_dir():
+    elif out is not None and out.is_dir():
         raise UsageError(f"--json {out} is a folder; name a file")
+    else:
+        _measure(models, settings, out)
+
+
+def _measure(models: list[str], settings: Settings, out: Path | None) -> None:
+    """Measures, prints the page, and writes it into the file asked for and the folders of the runs among the models."""
+    from efficientllm.benching import process
+    from efficientllm.benching.results import result_of
+    from efficientllm.benching.subjects import candidates, homes
+    from efficientllm.files import write_json
+    from efficientllm.jobs.interruption import stopping
+    from efficientllm.reporting.bench_table import bench_page
+    from efficientllm.reporting.journal import without_nonfinite
+    from efficientllm.reporting.progress import track
+
     with stopping(STOPPED), tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
         subjects = candidates(models, settings, Path(temporary), say)
-        with track("bench", runs(len(subjects), settings)) as bar:
-            result = result_of(subjects, settings, measure_all(subjects, settings, bar.advance))
+        with track("bench", process.runs(len(subjects), settings)) as bar:
+            result = result_of(subjects, settings, process.measure_all(subjects, settings, bar.advance))
     print(bench_page(result))
-    _keep(result, models, settings.backend, out)
-
-
-def _keep(result: dict[str, Any], models: list[str], backend: str, out: Path | None) -> None:
-    """In the file that was asked for, and in the folders of the runs among the models."""
-    from efficientllm.benching.subjects import homes
-    from efficientllm.reporting.journal import without_nonfinite, write_atomically
-
-    content = (json.dumps(without_nonfinite(result), indent=1) + "\n").encode()
-    for file in [*([out] if out else []), *(home / "bench" / f"{backend}.json" for home in homes(models))]:
-        write_atomically(file, content)
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+    kept = [home / "bench" / f"{settings.backend}.json" for home in homes(models)]
+    for file in [*([out] if out else []), *kept]:
+        write_json(file, without_nonfinite(result))
 
 
 def _measure_table(
@@ -103,10 +97,10 @@ def _measure_table(
     from efficientllm.benching.checks import check_table
     from efficientllm.benching.subjects import config_of
     from efficientllm.benching.table import TableRequest, measure_table, runs_of
+    from efficientllm.files import write_json
     from efficientllm.jobs.interruption import stopping
     from efficientllm.models.latency_table import off_by
     from efficientllm.reporting.bench_table import table_page
-    from efficientllm.reporting.journal import write_atomically
     from efficientllm.reporting.progress import track
 
     request = TableRequest(*asked)
@@ -114,24 +108,7 @@ def _measure_table(
     config = config_of(models[0], settings)
     with stopping(STOPPED), track("bench", runs_of(config, settings, request)) as bar:
         content = measure_table(config, settings, request, bar.advance)
-    write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(file, content)
     print(table_page(content, str(file)))
     if doubt := off_by(content["median_error"]):
         say(f"the table's median error is {content['median_error']:.1%}{doubt}")
-
-
-def _resolved(asked: Settings, models: list[str]) -> Settings:
-    """Device and dtype as they will be. Raises UsageError for what is not here."""
-    from dataclasses import replace
-
-    from efficientllm.benching import checks
-    from efficientllm.benching.subjects import check_extra
-
-    checks.check_backend(asked.backend)
-    check_extra(asked.backend)
-    if asked.backend == "llamacpp":
-        device, dtype = checks.llamacpp_device(asked.device), checks.llamacpp_dtype(asked.dtype, models)
-    else:
-        device = checks.torch_device(asked.device)
-        dtype = checks.torch_dtype(asked.dtype, device)
-    return replace(asked, device=device, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,8 +44,8 @@ def evaluate(
         _say_what_is_missing({}, failed)
     from efficientllm.evaluation.harness import EvalRequest, check_tasks
     from efficientllm.evaluation.tasks import TASKS
+    from efficientllm.files import write_json
     from efficientllm.jobs.job import choose_device
-    from efficientllm.reporting.journal import write_atomically
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)
     request = EvalRequest(names, limit, _batch_size(batch_size), data_dir, sample)
@@ -57,7 +56,7 @@ def evaluate(
         say(f"{model}: {len(names)} tasks")
         _guarded(model, failed, _measure, model, subject, request, manager, place, found)
         if out is not None:  # after every model: what comes next may end in any way
-            write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+            write_json(out, found)
     if found:
         _show(found, request)
     _say_what_is_missing(found, failed)
@@ -86,8 +85,8 @@ def _measure(
     """Adds the model's results to `found`, and keeps them in its run folder."""
     from efficientllm.evaluation.harness import evaluate as evaluate_model
     from efficientllm.evaluation.harness import joined_with, known_results, results_file
+    from efficientllm.files import write_json
     from efficientllm.models.loading import load_model
-    from efficientllm.reporting.journal import write_atomically
 
     source, home, tokenizer = subject
     loaded = load_model(source, device=place, what="model", use="evaluated").eval()
@@ -96,7 +95,7 @@ def _measure(
         return
     file = results_file(home, request)
     kept = joined_with(known_results(file), found[model])
-    write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
+    write_json(file, kept)
     if file.name != "results.json":
         say(f"{file}: kept apart, since results.json beside it holds figures over all records")
 
@@ -105,8 +104,8 @@ def _show(found: dict[str, dict[str, Any]], request: EvalRequest) -> None:
     from efficientllm.evaluation.harness import accuracy
     from efficientllm.evaluation.records import paired_difference
     from efficientllm.evaluation.tasks import PAPER, TASKS
-    from efficientllm.reporting.eval_table import difference_rows, eval_rows, markdown
-    from efficientllm.reporting.evaluation_table import records_asked
+    from efficientllm.reporting.evaluation_table import difference_rows, eval_rows, records_asked
+    from efficientllm.reporting.tables import markdown
 
     columns = {task: f"{TASKS.get(task, task)}" for task in request.tasks}
     print(markdown(list(eval_rows(found, columns, PAPER, accuracy))))

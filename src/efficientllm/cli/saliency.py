@@ -28,7 +28,7 @@ def probe(
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
 ) -> None:
     """Measure how well every criterion predicts what removing a unit of this model really costs."""
-    from efficientllm.jobs.probe import ProbeRequest, run_probe
+    from efficientllm.jobs.probing import ProbeRequest, run_probe
     from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
     from efficientllm.reporting.tables import print_probe
 

@@ -35,7 +35,8 @@ def _slope(tried: Sequence[tuple[int, float]], tail: float) -> float:
     if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
         return tail
     (earlier, less), (later, more) = tried[-2:]
-    # A token costs at least what one after pruning does; a flatter line is a look at the gradient more or less.
+    # A token costs at least what one after pruning does. A flatter line means that the shorter run looked at the
+    # gradient once more than the longer one, which says nothing of the cost of a token.
     return max(tail, (more - less) / (later - earlier))
 
 

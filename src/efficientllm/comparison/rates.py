@@ -55,7 +55,7 @@ def next_rate(rates: Mapping[float, float | None], grid: Sequence[float]) -> flo
     if len(grid) < 2 or not done:
         return None
     best = min(done, key=lambda lr: done[lr])
-    room = FACTOR**MORE * (1 - 1e-9)  # a rounding error is no room for one more
+    room = FACTOR**MORE * (1 - 1e-9)  # rounding must not add one more step beyond MORE
     if best == max(rates) and best < max(grid) * room:
         return best * FACTOR
     if best == min(rates) and best > min(grid) / room:

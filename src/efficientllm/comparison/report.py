@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from efficientllm.comparison.compare import run_comparison
 from efficientllm.comparison.page import page
 from efficientllm.comparison.results import collect
 from efficientllm.comparison.work import Comparison
+from efficientllm.files import write_atomically, write_json
 from efficientllm.jobs.report import write_report
 from efficientllm.reporting.comparison_plot import plot_comparison
-from efficientllm.reporting.journal import without_nonfinite, write_atomically
+from efficientllm.reporting.journal import without_nonfinite
 
 
 def compare_and_report(comparison: Comparison, say: Callable[[str], None]) -> Path:
@@ -28,7 +28,7 @@ def compare_and_report(comparison: Comparison, say: Callable[[str], None]) -> Pa
 
 
 def write_page(results: Mapping[str, Any], folder: Path) -> Path:
-    write_atomically(folder / "results.json", (json.dumps(without_nonfinite(results), indent=1) + "\n").encode())
+    write_json(folder / "results.json", without_nonfinite(results))
     pictures = {}
     for budget, arms in results["budgets"].items():
         runs = {

@@ -126,7 +126,7 @@ def _tasks(result: ArmResult, reference: ArmResult | None, request: EvalRequest)
 
 
 def _task(result: ArmResult, task: str, request: EvalRequest) -> dict[int, float]:
-    """By seed; nothing where a seed is not measured, for the mean over the others would be no match for the rest."""
+    """By seed; nothing where one seed is not measured: a mean over fewer seeds compares with no other arm."""
     found = {seed: task_accuracy(outcome, task, request) for seed, outcome in result.runs.items()}
     return {seed: value for seed, value in found.items() if value is not None} if None not in found.values() else {}
 

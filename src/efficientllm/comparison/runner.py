@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,9 @@ from typing import Any
 
 from efficientllm.comparison.worker import WINDOWS
 from efficientllm.config import Recipe, dump_recipe
-from efficientllm.errors import UsageError
+from efficientllm.files import read_json, write_atomically
 from efficientllm.jobs.interruption import Interrupted
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.reporting.journal import write_atomically
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,9 @@ class Outcome:
 
 def outcome_of(folder: Path) -> Outcome | None:
     """Of a run folder that is finished and measured; None where it is not. Raises UsageError where it is damaged."""
-    files = folder / "summary.json", folder / WINDOWS
-    if not all(file.is_file() for file in files):
-        return None
-    try:
-        summary, windows = (json.loads(file.read_text()) for file in files)
-    except ValueError as error:
-        raise UsageError(f"{folder} is damaged ({error}); delete it and run the same command again") from error
-    return Outcome(summary, windows)
+    mend = f"delete {folder} and run the same command again"
+    summary, windows = (read_json(folder / name, mend) for name in ("summary.json", WINDOWS))
+    return Outcome(summary, windows) if summary is not None and windows is not None else None
 
 
 def known_outcome(recipe: Recipe) -> Outcome | None:
@@ -89,7 +82,6 @@ def _device_names(devices: int) -> list[str | None]:
 def _run(recipe: Recipe, device: str | None, children: _Children) -> Outcome:
     folder = Path(recipe.run.dir)
     path = folder.parent / f"{folder.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_recipe(recipe).encode())
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     code = children.call([sys.executable, "-m", "efficientllm.comparison.worker", str(path)], environment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from efficientllm.evaluation.harness import (
     same_way,
     way_of,
 )
+from efficientllm.files import write_json
 from efficientllm.jobs.job import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
-from efficientllm.reporting.journal import write_atomically
 
 
 def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: str, say: Say) -> None:
@@ -52,8 +51,7 @@ def _measure(outcome: Outcome, request: EvalRequest, manager: Any, device: str, 
         return _without_accuracy(there, request.tasks)
     loaded = load_model(str(model), device=choose_device(device)).eval()
     found = evaluate(loaded, load_tokenizer(str(model)), replace(request, tasks=missing), manager, say)
-    file.parent.mkdir(exist_ok=True)
-    write_atomically(file, (json.dumps(joined_with(known, found), indent=1) + "\n").encode())
+    write_json(file, joined_with(known, found))
     problems: dict[str, str] = found["problems"]
     return _without_accuracy({**there, **found["results"]}, request.tasks) | problems
 

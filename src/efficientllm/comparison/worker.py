@@ -8,7 +8,6 @@ and one sentence in RECIPE.error where the recipe cannot be run; with 128 + sign
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import torch
 from efficientllm.config import Recipe, load_recipe
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.validation import chosen_rows
+from efficientllm.files import write_atomically, write_json
 from efficientllm.jobs.interruption import Interrupted
 from efficientllm.jobs.job import Job, prepare
 from efficientllm.jobs.prune import run
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model
-from efficientllm.reporting.journal import write_atomically
 from efficientllm.reporting.progress import track
 from efficientllm.training.gradient import row_losses
 
@@ -42,7 +41,7 @@ def measure_windows(recipe: Recipe) -> None:
         return
     job = prepare(recipe, folder, lambda message: None)
     content = window_losses(job, load_model(str(folder.model), device=job.device).eval())
-    write_atomically(out, (json.dumps(content) + "\n").encode())
+    write_json(out, content)
 
 
 def window_losses(job: Job, model: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,12 +24,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from efficientllm.cache import cache_root, file_digest, only_one, publish, temporary
+from efficientllm.cache import cache_root, file_digest
 from efficientllm.data.cache import plain_errors, tokenizer_digest
 from efficientllm.data.documents import no_documents
 from efficientllm.data.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
 from efficientllm.data.sources import Located, load_from_hub, locate, read
 from efficientllm.errors import UsageError
+from efficientllm.files import appearing, locked
 
 if TYPE_CHECKING:
     from efficientllm.config import DataConfig, DataSource
@@ -139,7 +141,8 @@ class _Loader:
             folder = self._cache / self._key(located, fraction)
             parts = _facts(folder)
             if parts is None:
-                with only_one(folder, lambda: self._say(f"{located.name}: another process is tokenising it; waiting")):
+                waiting = f"{located.name}: another process is tokenising it; waiting"
+                with locked(folder.with_suffix(".lock"), lambda: self._say(waiting)):
                     parts = _facts(folder) or self._make(located, folder, fraction)
         corpora = [
             Corpus(
@@ -177,7 +180,10 @@ class _Loader:
     def _make(self, located: Located, folder: Path, fraction: float | None) -> dict[str, Part]:
         """Tokenises a source into its cache folder and returns what is in it."""
         name = located.name
-        with temporary(folder) as partial:
+        # One that is whole has been made by another machine meanwhile, with the same content, and may be in use.
+        with appearing(folder, alone=False, keep=lambda there: _facts(there) is not None) as done:
+            partial = done / "scratch"
+            partial.mkdir()
             self._say(f"{name}: reading")
             texts = read(located, partial / "source", self._workers)
             if located.kind != "hub" and self._key(located, fraction) != folder.name:
@@ -186,13 +192,11 @@ class _Loader:
             encoder = Encoder(self._tokenizer)
             tokens = tokenise(texts, encoder, partial, self._workers, name)
             holdout = self._plan(tokens, name, fraction)
-            done = partial / "done"
-            done.mkdir()
             files = _file(done, "train"), _file(done, "validation")
             train, held = cut(tokens, holdout, self._length, encoder.dtype, *files)
             parts = {"train": train} if fraction is None else {"train": train, "validation": held}
             (done / "parts.json").write_text(json.dumps({name: asdict(part) for name, part in parts.items()}))
-            publish(done, folder, lambda there: _facts(there) is not None)
+            shutil.rmtree(partial)
         return parts
 
     def _plan(self, tokens: Dataset, name: str, fraction: float | None) -> Holdout:

@@ -13,10 +13,10 @@ from typing import Any
 from rich.table import Table
 from transformers import LlamaConfig
 
-from efficientllm.checkpoint.files import appearing
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.demo.speed import forward_speeds, speed_once_pruned
+from efficientllm.files import appearing
 from efficientllm.jobs.prune import run
 from efficientllm.reporting.plots import plot_demo, plot_run
 from efficientllm.reporting.tables import console

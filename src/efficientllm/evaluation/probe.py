@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -63,17 +64,9 @@ def gradient(model: PreTrainedModel, batch: Tensor, micro_batch: int, precision:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's: Pearson's correlation of the ranks, equal values sharing their mean rank; nan without variation."""
-
-    def ranks(values: Sequence[float]) -> Tensor:
-        table = torch.tensor(values, dtype=torch.float64)
-        below = (table[None, :] < table[:, None]).sum(1)
-        return below + (table[None, :] == table[:, None]).sum(1) / 2
-
-    a, b = ranks(one), ranks(other)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(a.norm() * b.norm())
-    return float(a @ b) / scale if scale else float("nan")
+    """Spearman's; nan without variation."""
+    varied = len(set(one)) > 1 and len(set(other)) > 1
+    return float(spearmanr(one, other).statistic) if varied else float("nan")
 
 
 def judge(samples: Sequence[Sample], scores: Scores) -> dict[str, dict[str, dict[str, float]]]:

@@ -16,9 +16,7 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
-from efficientllm.checkpoint.files import flush, partial_of_this_process
 from efficientllm.errors import UsageError
-from efficientllm.export.card import Card
 from efficientllm.export.gguf_tensors import (
     K_QUANTS,
     WRITTEN,
@@ -35,8 +33,11 @@ from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import end_tokens, tokenizer_of
 from efficientllm.export.weights import Weights
+from efficientllm.files import appearing, write_atomically
 from efficientllm.models.space import head_dim_of
+from efficientllm.reporting.model_card import GGUF, MARK, Card, metadata_of
 from efficientllm.reporting.progress import track
+from efficientllm.sizes import format_count
 
 QUANTIZER = "llama-quantize"
 MARGIN = 1 << 20  # bytes that the metadata and the file system may take besides
@@ -77,18 +78,18 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     factors = rope_factors(config, architecture)
     tokenizer = tokenizer_of(request.subject.folder, say)
     vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
-    card = Card(request.subject, config, sum(_count(each) for each in stored), request.licence)
+    card = request.subject.card(config, sum(_count(each) for each in stored), request.licence)
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
         say(note)
 
-    with _appearing(out, stored, architecture, request.disk_mend) as writer:
+    with _written(out, stored, architecture, request.disk_mend) as writer:
         _describe(writer, card)
         _hyperparameters(writer, config, architecture)
         _tokenizer(writer, vocabulary)
         writer.add_file_type(WRITTEN[written][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _write(writer, weights, stored, architecture, None if factors is None else factors.numpy())
-    card.write_beside(out, written, architecture, say)
+    _write_card(card, out, GGUF(out.name, written, architecture), say)
     if kind in K_QUANTS:
         result = out.with_name(f"{out.stem.removesuffix('-f16')}-{kind}.gguf")
         command = shlex.join([QUANTIZER, str(out), str(result), kind.upper()])
@@ -97,31 +98,24 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
 
 
 @contextmanager
-def _appearing(out: Path, stored: list[Stored], architecture: str, mend: str) -> Iterator[gguf.GGUFWriter]:
+def _written(out: Path, stored: list[Stored], architecture: str, mend: str) -> Iterator[gguf.GGUFWriter]:
     """A writer beside `out`, whose file takes that name once it is whole and on the disk.
 
     Raises UsageError where the disk refuses; after that, or any other exception, nothing of it is left.
     """
-    partial, writer = None, None
+    writer = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out, stored)
-        partial = partial_of_this_process(out)
-        writer = gguf.GGUFWriter(partial, architecture)
-        yield writer
-        writer.close()  # the last bytes leave the buffer here, and a full disk refuses them
-        flush(partial)
-        partial.replace(out)
-        flush(out.parent)
+        with appearing(out, folder=False, alone=False) as partial:
+            _check_space(out, stored)
+            writer = gguf.GGUFWriter(partial, architecture)
+            yield writer
+            writer.close()  # the last bytes leave the buffer here, and a full disk refuses them
     except OSError as error:
         raise UsageError(f"cannot write {out} ({error}); {mend}") from error
     finally:
         with suppress(OSError):
             if writer is not None:
                 writer.close()
-        with suppress(OSError):
-            if partial is not None:
-                partial.unlink(missing_ok=True)
 
 
 def _destination(request: GGUFRequest, written: str) -> Path:
@@ -169,7 +163,7 @@ def _describe(writer: gguf.GGUFWriter, card: Card) -> None:
     writer.add_type("model")
     writer.add_name(card.title)
     writer.add_description(card.summary)
-    writer.add_size_label(card.size)
+    writer.add_size_label(format_count(card.parameters))
     writer.add_tags(card.tags)
     if card.licence:
         writer.add_license(card.licence)
@@ -179,6 +173,16 @@ def _describe(writer: gguf.GGUFWriter, card: Card) -> None:
     if card.base_model:
         writer.add_base_model_organization(0, card.base_model.split("/")[0])
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{card.base_model}")
+
+
+def _write_card(card: Card, file: Path, about: GGUF, say: Callable[[str], None]) -> None:
+    """NAME.md beside NAME.gguf, unless one lies there that no export has written. Not README.md: several files, of
+    several types or models, lie in one folder."""
+    path = file.with_name(f"{file.name.removesuffix('.gguf')}.md")
+    if path.exists() and MARK not in (metadata_of(path).get("tags") or ()):
+        say(f"{path} is left as it is, since no export has written it; the file's own metadata says what it is")
+        return
+    write_atomically(path, card.text(about).encode())
 
 
 def _context_length(config: PretrainedConfig) -> int:

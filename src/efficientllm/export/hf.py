@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from efficientllm.checkpoint.export import refuse_foreign, save_tokenizer
-from efficientllm.checkpoint.files import appearing
 from efficientllm.errors import UsageError
-from efficientllm.export.card import README, Card
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import tokenizer_of
 from efficientllm.export.weights import INDEX, Weights
+from efficientllm.files import appearing
 from efficientllm.models.generation import savable
 from efficientllm.models.loading import load_generation_config
+from efficientllm.reporting.model_card import README
 from efficientllm.reporting.progress import track
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,14 +84,18 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     weights = Weights(subject.folder)
     tokenizer = tokenizer_of(subject.folder, say)
     parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
-    card = Card(subject, weights.config, parameters, request.licence)
+    own = subject.folder / README  # a model of no run keeps the card that it has, in whatever encoding
+    if subject.facts is None and own.is_file():
+        card = own.read_text(encoding="utf-8", errors="replace")
+    else:
+        card = subject.card(weights.config, parameters, request.licence).text()
     generation = load_generation_config(str(subject.folder), say)
     try:
         with appearing(out, alone=False) as partial:
             _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
             _write_configs(weights.config, generation, partial, DTYPES[request.dtype])
             save_tokenizer(tokenizer, partial)
-            (partial / README).write_text(card.text(), encoding="utf-8")
+            (partial / README).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
     return out

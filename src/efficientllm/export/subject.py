@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from efficientllm import __version__
 from efficientllm.errors import UsageError
+from efficientllm.files import read_json
 from efficientllm.models.loading import located
+from efficientllm.models.space import head_dim_of
 from efficientllm.reporting.journal import read_journal
+from efficientllm.reporting.model_card import Card, license_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,20 @@ class Subject:
     home: Path
     facts: dict[str, Any] | None = None
     results: Any = None
+
+    def card(self, config: PretrainedConfig, parameters: int, licence: str | None = None) -> Card:
+        """What an export says of its model. licence: as the user states it; else as the model's or its source's own
+        card does, None where nobody does."""
+        source = (self.facts or {}).get("source", {}).get("path")
+        licence = licence or license_of(self.folder) or (license_of(source) if source else None)
+        versions = {"efficientllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
+        shape = (
+            f"a {config.model_type} of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads} of "
+            f"{head_dim_of(config)}, {config.intermediate_size} FFN channels, a vocabulary of {config.vocab_size:,}"
+        )
+        run = versions | self.facts if self.facts else None
+        return Card(parameters, run, licence, self.results, self.name, shape)
 
 
 def subject_of(path: Path) -> Subject:
@@ -120,11 +142,6 @@ def _results(folder: Path) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none. Raises UsageError where it is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is damaged ({error}); restore it, or export the model folder beside it") from error
+    """A JSON object; None where there is none, or something else."""
+    content = read_json(file, "restore it, or export the model folder beside it")
     return content if isinstance(content, dict) else None

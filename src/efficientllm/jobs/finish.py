@@ -21,7 +21,7 @@ from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
-from efficientllm.models.memory import peak_resident
+from efficientllm.models.process_memory import peak_resident
 from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run

@@ -77,7 +77,7 @@ class Job:
 
 
 class _Nowhere(io.StringIO):
-    """A stream that forgets."""
+    """A stream that drops whatever is written to it."""
 
     def write(self, text: str) -> int:
         return len(text)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.checkpoint.export import export_model
-from efficientllm.checkpoint.files import appearing
 from efficientllm.checkpoint.store import checkpoints, disk_errors, save
 from efficientllm.config import Recipe, dump_recipe, load_recipe
 from efficientllm.errors import UsageError
+from efficientllm.files import appearing
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate

@@ -19,7 +19,7 @@ from efficientllm.jobs.ladder import leave_rung
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
-from efficientllm.models.memory import memory_in_a_sentence
+from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation

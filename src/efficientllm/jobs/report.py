@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from efficientllm.config import Recipe
+from efficientllm.files import write_atomically
 from efficientllm.jobs.samples import write_samples
-from efficientllm.reporting.journal import write_atomically
-from efficientllm.reporting.plot_style import save_figure
-from efficientllm.reporting.report_page import page, svg
-from efficientllm.reporting.report_plots import figures
+from efficientllm.reporting.plot_style import inline_svg, save_figure
+from efficientllm.reporting.plots import figures
+from efficientllm.reporting.report_page import page
 from efficientllm.reporting.run_record import RunRecord, read_run
 
 PAGE, PLOTS = "report.html", "report"
@@ -52,7 +52,7 @@ def _draw(records: Sequence[RunRecord], folder: Path, notes: list[str]) -> dict[
             figure = make()
             if figure is None:
                 continue
-            drawn[name] = (caption, svg(figure, name))
+            drawn[name] = (caption, inline_svg(figure, name))
         except Exception as error:
             notes.append(f"the figure of {name} is left out: {error or type(error).__name__}")
             continue

@@ -8,11 +8,10 @@ model/             the result                    summary.json       what came of
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ import yaml
 
 from efficientllm.config import Recipe, dump_recipe
 from efficientllm.errors import UsageError
-from efficientllm.reporting.journal import Journal, write_atomically
+from efficientllm.files import locked, read_json, write_atomically, write_json
+from efficientllm.reporting.journal import Journal
 
 # Keys that say how a run is kept, shown, fitted into memory or computed, not what it is to learn; they may change when
 # it is resumed (with other bits, but the same run), the correction's solver among them. Of the run section only
@@ -77,19 +77,18 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps other processes off this folder. Raises UsageError when one is at work in it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
-        except OSError as error:
+
+        def busy() -> None:
             raise UsageError(
-                f"cannot write to run folder {self.path} ({error.strerror}); choose another run.dir"
-            ) from error
-        with file:
+                f"another process is working on run folder {self.path}; wait for it, or choose another run.dir"
+            )
+
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(self.path / ".lock", busy))
             except OSError as error:
                 raise UsageError(
-                    f"another process is working on run folder {self.path}; wait for it, or choose another run.dir"
+                    f"cannot write to run folder {self.path} ({error.strerror}); choose another run.dir"
                 ) from error
             yield
 
@@ -129,18 +128,12 @@ class RunFolder:
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """A JSON file of the run folder; None where there is none. Raises UsageError where it is damaged."""
-        if not path.is_file():
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{path} is damaged; restore it, or choose another run.dir (a summary.json may simply be deleted)"
-            ) from error
+        mend = "restore it, or choose another run.dir (a summary.json may simply be deleted)"
+        content: dict[str, Any] | None = read_json(path, mend)
         return content
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(path, content)
 
 
 def fingerprint(recipe: Recipe) -> str:

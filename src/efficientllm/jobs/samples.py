@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.config import Recipe
 from efficientllm.evaluation.validation import spread
+from efficientllm.files import write_json
 from efficientllm.jobs.job import choose_device, prepare
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model
-from efficientllm.reporting.journal import write_atomically
 from efficientllm.reporting.progress import track
 
 SAMPLES = 3
@@ -34,11 +33,11 @@ def write_samples(path: Path, say: Callable[[str], None]) -> None:
     except Exception as error:  # the report that asked for them is about more than these
         say(f"no sample generations for {path}: {error}")
         return
-    write_atomically(out, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out, content, ascii_only=False)
 
 
 def samples(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """prompt, source, result: texts. A random start has nothing to say, and a source that has gone says nothing."""
+    """prompt, source, result: texts; source is None where the run began from random weights."""
     job = prepare(recipe, folder, lambda message: None)
     corpus = max(job.validation, key=len)
     room = min(PROMPT_TOKENS, recipe.data.sequence_length // 2)

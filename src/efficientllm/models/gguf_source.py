@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from efficientllm.cache import cache_root, file_digest, only_one, publish, temporary
+from efficientllm.cache import cache_root, file_digest
 from efficientllm.errors import UsageError
+from efficientllm.files import appearing, locked
 from efficientllm.models.gguf_config import ROPE_FREQUENCIES, Tensors, config_of
 from efficientllm.models.gguf_vocabulary import end_ids, special_ids, write_tokenizer
 from efficientllm.models.space import space_of
@@ -46,7 +47,7 @@ def folder_of(file: Path, what: str) -> Path:
         digest = file_digest(file, root / "digests")
         folder = root / "gguf" / f"{digest[:32]}-{_FORMAT}"
         if not _is_whole(folder):
-            with only_one(folder, lambda: _say(f"{file}: another process dequantises it; waiting")):
+            with locked(folder.with_suffix(".lock"), lambda: _say(f"{file}: another process dequantises it; waiting")):
                 if not _is_whole(folder):
                     _make(file, digest, folder, what)
     except (OSError, SafetensorError) as error:
@@ -67,9 +68,7 @@ def _say(message: str) -> None:
 
 def _make(file: Path, digest: str, folder: Path, what: str) -> None:
     fields, tensors = _read(file, what)
-    with temporary(folder) as partial:
-        done = partial / "done"
-        done.mkdir()
+    with appearing(folder, alone=False, keep=_is_whole) as done:
         try:
             config = config_of(fields, tensors)
             _say(f"{file}: {_types(tensors)} weights are dequantised to fp32, once, in {folder}")
@@ -82,7 +81,6 @@ def _make(file: Path, digest: str, folder: Path, what: str) -> None:
         _generation(fields).save_pretrained(done)
         if file_digest(file, cache_root() / "digests") != digest:
             raise UsageError(f"{what} '{file}' changed while it was read; run again once it is complete")
-        publish(done, folder, _is_whole)
 
 
 def _types(tensors: Tensors) -> str:

@@ -25,7 +25,6 @@ from efficientllm.errors import UsageError
 from efficientllm.models.space import head_dim_of
 from efficientllm.pruning.costs import TABLE_AXES, TableCost
 from efficientllm.pruning.groups import Widths
-from efficientllm.pruning.monotone import smoothed
 
 FORMAT = 1
 MOST_ERROR = 0.1  # median over the shapes held out: a table that is further off is said to be
@@ -82,6 +81,8 @@ class LatencyTable:
 
     def cost(self) -> TableCost:
         """The table as a cost, smoothed so that it never falls when a width grows."""
+        from efficientllm.models.latency_fit import smoothed  # and with it scipy, which no other run needs
+
         shape = [len(levels) for levels in self.grid]
         values = torch.tensor(self.seconds, dtype=torch.float64).view(shape)
         content = json.dumps([asdict(self.measured_on), self.grid, self.seconds])

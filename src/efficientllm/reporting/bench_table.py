@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from efficientllm.reporting.eval_table import markdown
+from efficientllm.reporting.tables import markdown
 from efficientllm.sizes import format_bytes, format_count
 
 NOT_HERE = "not measurable here"

@@ -12,10 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from efficientllm.reporting.journal import read_journal
-from efficientllm.reporting.plot_style import FONT_SIZE, RUN_COLOURS, count_label, save_figure
-
-LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
-COLUMNS = 3  # of the legend
+from efficientllm.reporting.plot_style import (
+    FONT_SIZE,
+    count_label,
+    dress,
+    legend_below,
+    run_style,
+    save_figure,
+)
 
 Curve = npt.NDArray[np.float64]
 
@@ -28,38 +32,26 @@ def plot_comparison(arms: Mapping[str, Sequence[Path | str]], out: Path | str, *
     the worst final loss of an arm plus half the range of final losses, since early losses of fresh models would flatten
     the rest.
     """
-    rows = -(-len(arms) // COLUMNS)
-    figure = Figure(figsize=(9, 9 + 0.25 * rows), layout="constrained")
+    figure = Figure(figsize=(9, 9), layout="constrained")
     figure.suptitle(title, fontsize=FONT_SIZE + 2, fontweight="bold")
     upper, lower = figure.subplots(2, 1)
     finals = [_draw(upper, arms, "tokens"), _draw(lower, arms, "flops")][0]
     for axes, label in ((upper, "training tokens"), (lower, "training FLOPs")):
-        axes.set_xlabel(label, fontsize=FONT_SIZE)
-        axes.set_ylabel("validation loss (nats per token)", fontsize=FONT_SIZE)
-        axes.grid(True, alpha=0.12)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        dress(axes, label, "validation loss (nats per token)")
         if finals:
             low, high = min(finals), max(finals)
             room = max(0.5 * (high - low), 0.05)
             axes.set_ylim(low - 0.2 * room, high + room)
         axes.set_xlim(left=0)
     upper.xaxis.set_major_formatter(FuncFormatter(count_label))
-    figure.legend(
-        *upper.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=COLUMNS,
-        handlelength=4,  # long enough for two dashes
-        fontsize=FONT_SIZE - 1,
-        frameon=False,
-    )
+    legend_below(figure, *upper.get_legend_handles_labels())
     return save_figure(figure, Path(out))
 
 
 def _draw(axes: Axes, arms: Mapping[str, Sequence[Path | str]], key: str) -> list[float]:
     finals = []
     for index, (name, folders) in enumerate(arms.items()):
-        colour, line = RUN_COLOURS[index % len(RUN_COLOURS)], LINES[index // len(RUN_COLOURS) % len(LINES)]
+        colour, line, _ = run_style(index)
         curves = [curve for folder in folders if len(curve := _curve(Path(folder), key))]
         missing = len(folders) - len(curves)
         label = name if not missing else f"{name} (without {missing} of {len(folders)} seeds: never validated)"

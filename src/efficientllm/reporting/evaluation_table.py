@@ -1,48 +1,38 @@
-"""What `efficientllm eval` has measured, as rows, and how, as a sentence: for model cards and reports."""
+"""What `efficientllm eval` has measured, as rows: of several models in the terminal, of one in its card and report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from efficientllm.reporting.run_forms import is_number
-
-Row = tuple[str, str, str, str]
+Figure = tuple[float, str, float | None]  # value, name of the metric, standard error
 
 
-def evaluation_rows(results: Any) -> list[Row]:
-    """(task, metric, value, standard error) for every number found.
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one task; error: its standard error, where it is known."""
 
-    Read are {task: number}, {task: {metric: number}} and lm-evaluation-harness's {"results": {...}} with its "acc,none"
-    and standard errors.
-    """
-    tasks = results.get("results", results.get("tasks", results)) if isinstance(results, Mapping) else None
-    if not isinstance(tasks, Mapping):
-        return []
-    return [row for task, values in tasks.items() for row in _rows(str(task), values)]
+    task: str
+    metric: str
+    value: float
+    error: float | None
 
 
-def _rows(task: str, values: Any) -> Iterator[Row]:
-    if is_number(values):
-        yield task, "", f"{values:.4f}", ""
-    elif isinstance(values, Mapping):
-        for metric, value in values.items():
-            name, _, variant = str(metric).partition(",")
-            if not is_number(value) or name.endswith("_stderr") or isinstance(value, int):
-                continue
-            error = values.get(f"{name}_stderr,{variant}" if variant else f"{name}_stderr")
-            yield task, name, f"{value:.4f}", f"{error:.4f}" if is_number(error) and error == error else ""
-
-
-def evaluation_table(results: Any) -> str | None:
-    """The rows in Markdown; None where no number is found."""
-    rows = evaluation_rows(results)
-    if not rows:
-        return None
-    shown = [(task, metric, f"{value} +- {error}" if error else value) for task, metric, value, error in rows]
-    return "\n".join(
-        ["| task | metric | value |", "| --- | --- | ---: |", *(f"| {' | '.join(row)} |" for row in shown)]
-    )
+def measured(results: Any) -> list[Measured]:
+    """Of {"results": {task: {"acc,none": 0.6, "acc_stderr,none": 0.1}}}, as lm-evaluation-harness and this package
+    write it; none of anything else."""
+    found = []
+    tasks = results.get("results") if isinstance(results, Mapping) else None
+    for task, values in tasks.items() if isinstance(tasks, Mapping) else ():
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            name, _, variant = str(key).partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr,{variant}")
+                known = isinstance(error, float) and math.isfinite(error)
+                found.append(Measured(str(task), name, value, error if known else None))
+    return found
 
 
 def evaluation_way(results: Any) -> str:
@@ -57,7 +47,7 @@ def evaluation_way(results: Any) -> str:
         parts.append("zero-shot" if shots == 0 else f"{shots} examples in the prompt")
     if "limit" in results:
         parts.append(records_asked(results))
-    if _has_errors(results):
+    if any(each.error is not None for each in measured(results)):
         parts.append("+- is the standard error")
     return "; ".join(parts)
 
@@ -70,5 +60,52 @@ def records_asked(results: Mapping[str, Any]) -> str:
     return "all records" if limit is None else f"only the first {limit} records of each task"
 
 
-def _has_errors(results: Any) -> bool:
-    return any(error for *_, error in evaluation_rows(results))
+def eval_rows(
+    models: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str],
+    paper: Mapping[str, Mapping[str, float]],
+    figure: Callable[[Mapping[str, float]], Figure],
+) -> Iterator[list[str]]:
+    """Header, then one row a model: accuracy in percent, its standard error, n where it is normalised by length or a;
+    another metric as it is, with its name. `figure` chooses among the metrics of a task.
+
+    models: name -> {"results": task -> {metric: value}, "mean": ...}. columns: task -> title. The paper's rows come
+    last, where a task of theirs was asked for.
+    """
+    yield ["model", *columns.values(), "Avg of 7"]
+    for name, found in models.items():
+        mean = found.get("mean")
+        cells = [_cell(figure(found["results"][task])) if task in found["results"] else "-" for task in columns]
+        yield [name, *cells, "-" if mean is None else f"{100 * mean:.2f}"]
+    if any(task in figures for figures in paper.values() for task in columns):
+        for name, figures in paper.items():
+            cells = [f"{figures[task]:.2f}" if task in figures else "-" for task in columns]
+            seven = [value for task, value in figures.items() if task != "mmlu"]
+            yield [f"paper: {name}", *cells, f"{sum(seven) / len(seven):.2f}"]
+
+
+def difference_rows(
+    models: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str],
+    difference: Callable[[Any, Any], tuple[float, float] | None],
+) -> Iterator[list[str]]:
+    """Header, then a row for every model but the first: accuracy minus the first's in points, paired by record, and
+    the standard error. Nothing where there is no pair. models: name -> {"right": task -> its records}."""
+    first, *others = models
+    rows = []
+    for name in others:
+        pairs = [
+            difference(*(models[each].get("right", {}).get(task, {}) for each in (name, first))) for task in columns
+        ]
+        rows.append([name, *("-" if pair is None else f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.1f}" for pair in pairs)])
+    if any(cell != "-" for row in rows for cell in row[1:]):
+        yield [f"minus {first}, by record", *columns.values()]
+        yield from rows
+
+
+def _cell(shown: Figure) -> str:
+    value, metric, error = shown
+    letter = {"acc_norm": "n", "acc": "a"}.get(metric)
+    scale, form = (100, (".2f", ".1f")) if letter else (1, (".4g", ".2g"))
+    spread = "" if error is None or error != error else f" ± {scale * error:{form[1]}}"
+    return f"{scale * value:{form[0]}}{spread} {letter or metric}"

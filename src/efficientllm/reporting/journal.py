@@ -6,13 +6,12 @@ and a reader in another language must not choke on a diverged run.
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from efficientllm.errors import UsageError
+from efficientllm.files import flush, refused, write_atomically
 
 
 class Journal:
@@ -44,7 +43,7 @@ class Journal:
             self._tail_is_whole = True
         except OSError as error:
             self._tail_is_whole = False
-            raise _refused(self.path, error) from error
+            raise refused(self.path, error) from error
 
     def rewind(self, step: int) -> None:
         """Drop every record whose "step" is greater than `step`, and a torn last line; keep the rest bit for bit.
@@ -61,10 +60,9 @@ class Journal:
         """Force what was appended to the disk; call it before a checkpoint that stands for these records."""
         try:
             if self._writes and self.path.exists():
-                with self.path.open("rb") as file:
-                    os.fsync(file.fileno())
+                flush(self.path)
         except OSError as error:
-            raise _refused(self.path, error) from error
+            raise refused(self.path, error) from error
 
     def _rewrite(self, step: int | None) -> None:
         if not self.path.exists():
@@ -87,37 +85,6 @@ def read_journal(path: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(path)
     return [record for _, record in _lines(path)] if path.exists() else []
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Make `path` hold `content`, whole or not at all: temporary file in the same folder, fsync, rename.
-
-    One writer per path: the temporary name is fixed, so what a killed process left is overwritten by the next try.
-    Raises UsageError when the disk refuses; `path` is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _refused(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _refused(path: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot write {path} ({error.strerror or error}): make room or mend its permissions, then run the same "
-        "command again"
-    )
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -160,14 +127,3 @@ def without_nonfinite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nonfinite(item) for item in value]
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows cannot open a folder and does without."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

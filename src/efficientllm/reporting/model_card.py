@@ -1,25 +1,32 @@
-"""The model card: a README.md beside the result that says what it is, how it was made and what it cannot do."""
+"""The model card: a text beside a model that says what it is, how it was made and what it cannot do.
+
+README.md in a model folder, NAME.md beside NAME.gguf. Its block of metadata is what the hub reads
+(https://huggingface.co/docs/hub/model-cards); what is not known is left out.
+"""
+
+from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import metadata_load
 
-from efficientllm.reporting.card_metadata import (
-    base_model,
-    described_data,
-    kind_of,
-    last_component,
-    metadata,
-    title_of,
-)
-from efficientllm.reporting.evaluation_table import evaluation_table, evaluation_way
-from efficientllm.reporting.journal import write_atomically
+from efficientllm.files import write_atomically
+from efficientllm.reporting.card_sources import datasets_of, described_data, hub_id, title_of, without_absolute_paths
+from efficientllm.reporting.evaluation_table import evaluation_way, measured
+from efficientllm.reporting.tables import markdown
+from efficientllm.reporting.templates import rendered
 from efficientllm.sizes import format_count
 
+README = "README.md"
+MARK = "efficientllm"  # the tag by which a card of ours is known
 WIDTH_NAMES = {
     "layers": "layers",
     "hidden": "hidden size",
@@ -27,148 +34,194 @@ WIDTH_NAMES = {
     "kv_heads": "key/value heads",
     "intermediate": "FFN channels",
 }
-
-_TEMPLATE = """\
----
-{front}---
-
-# {title}
-
-{origin}
-
-{table}
-
-Losses are nats per token on the validation text of this run; perplexity is their exponential.
-{evaluation}
-## How to load it
-
-{usage}
-
-## How it was made
-
-{tokens} training tokens, {events} pruning events and {compactions} compactions in {duration},
-with efficientllm {efficientllm}, torch {torch} and transformers {transformers}.
-{data} The recipe:
-
-{fence}yaml
-{recipe}
-{fence}
-
-## Limits
-
-- {comparison} Other text, tasks and languages were not measured.
-{limits}- The licence of the source and the terms of the training text apply to it; this card grants nothing.
-"""
-
-
-TRANSFORMERS_USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-It is an ordinary transformers model: no code of its own, every layer of the same shape, nothing masked."""
 _ORIGINS = {
-    "pruned": "{result_count} parameters, made from {source_name} ({source_count} parameters) by pruning-aware "
-    "pretraining: the\nleast salient structure was removed a little at a time while the model kept training.",
-    "trained": "{result_count} parameters: {source_name}, trained on. Nothing was pruned.",
-    "random": "{result_count} parameters in the shape of {source_name}, trained from random weights. Nothing was "
-    "pruned.",
+    "pruned": "made from {source} ({count} parameters) by pruning-aware\npretraining: the least salient structure was "
+    "removed a little at a time while the model kept training.",
+    "trained": "made from {source} by training on. Nothing was pruned.",
+    "random": "in the shape of {source}, trained from random weights. Nothing was pruned.",
 }
 _TITLES = {
     "pruned": "{name}, pruned to {count}",
     "trained": "{name}, trained on",
     "random": "{name}'s shape, from scratch",
 }
-_INHERITS = """\
-- It predicts text as its source does: it inherits what the source got wrong, its biases and its context length,
-  and it is not tuned to follow instructions or to refuse unless the source was and the training text kept that up.
-"""
-_SMALLER = "- It is smaller than its source and knows less. Check what it says.\n"
+_SUMMARIES = {
+    "pruned": "pruned while it kept training, from",
+    "trained": "trained on from",
+    "random": "trained from random weights in the shape of",
+}
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """What the card of a GGUF file says of it."""
+
+    file: str
+    kind: str
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model of `parameters` weights.
+
+    run: the facts of summary.json, None for a model of no run here: "source" and "result" ("path", "parameters",
+    "widths", "validation_loss" in nats or None), "tokens", "events", "compactions", "seconds", the versions
+    "efficientllm", "torch", "transformers", and "recipe" (YAML); source may have "on_disk" (see hub_id).
+    licence: one of the hub's identifiers. evaluation: see `measured`. name, shape: of a model of no run, its own name
+    and a sentence on its shape.
+    """
+
+    parameters: int
+    run: Mapping[str, Any] | None = None
+    licence: str | None = None
+    evaluation: Any = None
+    name: str = ""
+    shape: str = ""
+
+    @cached_property
+    def kind(self) -> str | None:
+        """What a run has made: "pruned", "trained" (from its source's weights) or "random" (from none)."""
+        if self.run is None:
+            return None
+        if self.run["result"]["parameters"] < self.run["source"]["parameters"]:
+            return "pruned"
+        return "random" if self.run["source"].get("init") == "random" else "trained"
+
+    @property
+    def title(self) -> str:
+        """The card's heading, such as "SmolLM-1.7B, pruned to 469.1M"."""
+        if self.run is None or self.kind is None:
+            return self.name
+        return _TITLES[self.kind].format(
+            name=title_of(self.run["source"]), count=format_count(self.run["result"]["parameters"])
+        )
+
+    @property
+    def base_model(self) -> str | None:
+        """The source's repository on the hub; None where it is a folder."""
+        return hub_id(str(self.run["source"]["path"]), self.run["source"].get("on_disk")) if self.run else None
+
+    @property
+    def source_name(self) -> str | None:
+        """Hub id of the model that this one was made from, or its name."""
+        return self.base_model or title_of(self.run["source"]) if self.run else None
+
+    @property
+    def tags(self) -> list[str]:
+        return [MARK, "pruned"] if self.kind == "pruned" else [MARK]
+
+    @property
+    def summary(self) -> str:
+        """One sentence: what it is and where it comes from."""
+        if self.run is None or self.kind is None:
+            return f"{format_count(self.parameters)} parameters, exported with efficientllm"
+        source, tokens = format_count(self.run["source"]["parameters"]), format_count(self.run["tokens"])
+        made = f"{_SUMMARIES[self.kind]} {self.source_name} ({source})"
+        return f"{format_count(self.parameters)} parameters, {made} over {tokens} tokens with efficientllm"
+
+    @cached_property
+    def recipe(self) -> Any:
+        return yaml.safe_load(str((self.run or {}).get("recipe", "")))
+
+    @property
+    def on_disk(self) -> Any:
+        return self.run["source"].get("on_disk") if self.run else None
+
+    def metadata(self, gguf: GGUF | None = None) -> str:
+        """The block that the hub reads, in YAML."""
+        results = [
+            EvalResult("text-generation", each.task, each.task, each.metric, each.value)
+            for each in measured(self.evaluation)
+        ]
+        return str(
+            ModelCardData(
+                library_name="gguf" if gguf else "transformers",
+                pipeline_tag="text-generation",
+                tags=[*self.tags, *(["gguf"] if gguf else [])],
+                base_model=self.base_model,
+                license=self.licence,
+                datasets=datasets_of(self.recipe, self.on_disk) or None,
+                model_name=self.title if results else None,
+                eval_results=results or None,
+            ).to_yaml()
+        )
+
+    def text(self, gguf: GGUF | None = None) -> str:
+        """The whole card. Absolute paths are shown by their last component: the card is published, the machine's
+        folders are not."""
+        front = {"metadata": self.metadata(gguf), "title": self.title, "gguf": gguf, "run": self.run}
+        if self.run is None or self.kind is None:
+            origin = f"{self.parameters:,} parameters: {self.shape}. Exported with efficientllm from the model folder\n"
+            return rendered(
+                "model_card.md", origin=f"{origin}`{self.name}`; nothing else is known of it here.", **front
+            )
+        source, result = self.run["source"], self.run["result"]
+        base = self.base_model
+        link = f"[{base}](https://huggingface.co/{base})" if base else f"`{title_of(source)}`"
+        origin = _ORIGINS[self.kind].format(source=link, count=format_count(source["parameters"]))
+        recipe = without_absolute_paths(str(self.run["recipe"])).strip("\n")
+        return rendered(
+            "model_card.md",
+            origin=f"{format_count(result['parameters'])} parameters, {origin}",
+            table=markdown(_table(source, result)),
+            way=evaluation_way(self.evaluation),
+            measured=_measured(self.evaluation),
+            tokens=format_count(self.run["tokens"]),
+            duration=_duration(self.run["seconds"]),
+            data=described_data(self.recipe, self.on_disk),
+            recipe=recipe,
+            fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),  # longer than any in it
+            comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
+            kind=self.kind,
+            **front,
+        )
 
 
 def write_model_card(folder: Path | str, facts: Mapping[str, Any]) -> Path:
-    """Write README.md into `folder` from the facts of summary.json and return its path."""
-    path = Path(folder) / "README.md"
-    write_atomically(path, model_card(facts).encode())
+    """Writes README.md into `folder` from the facts of summary.json and returns its path."""
+    path = Path(folder) / README
+    card = Card(facts["result"]["parameters"], facts, evaluation=facts.get("evaluation"))
+    write_atomically(path, card.text().encode())
     return path
 
 
-def model_card(
-    facts: Mapping[str, Any], *, usage: str = TRANSFORMERS_USAGE, extra: Mapping[str, Any] | None = None
-) -> str:
-    """The text of a card: `usage` under "How to load it", `extra` over its metadata.
-
-    `facts` has "source" and "result" ("path", "parameters", "widths", "validation_loss" in nats or None), "tokens",
-    "events", "compactions", "seconds", the versions "efficientllm", "torch", "transformers", and "recipe" (YAML);
-    it may have "license" and "evaluation" (see evaluation_rows), and source "on_disk" (see hub_id).
-    Absolute paths are shown by their last component: the card is published, the machine's folders are not.
-    """
-    source, result = facts["source"], facts["result"]
-    base, kind = base_model(source), kind_of(facts)
-    names = {
-        "result_count": format_count(result["parameters"]),
-        "source_name": f"[{base}](https://huggingface.co/{base})" if base else f"`{title_of(source)}`",
-        "source_count": format_count(source["parameters"]),
-    }
-    recipe = _without_absolute_paths(str(facts["recipe"])).strip("\n")
-    return _TEMPLATE.format(
-        front=yaml.safe_dump(metadata(facts) | dict(extra or {}), sort_keys=False),
-        title=card_title(facts),
-        origin=_ORIGINS[kind].format(**names),
-        limits=(_INHERITS if kind != "random" else "") + (_SMALLER if kind == "pruned" else ""),
-        table=_table(source, result),
-        evaluation=_evaluation(facts.get("evaluation")),
-        usage=usage,
-        tokens=format_count(facts["tokens"]),
-        events=facts["events"],
-        compactions=facts["compactions"],
-        duration=_duration(facts["seconds"]),
-        efficientllm=facts["efficientllm"],
-        torch=facts["torch"],
-        transformers=facts["transformers"],
-        data=described_data(facts),
-        fence=_fence(recipe),
-        recipe=recipe,
-        comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
-    )
+def metadata_of(file: Path) -> dict[str, Any]:
+    """The metadata of a card that somebody else may have written; nothing where it has none that can be read."""
+    try:
+        return metadata_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
-def card_title(facts: Mapping[str, Any]) -> str:
-    """The card's heading, such as "SmolLM-1.7B, pruned to 469.1M"."""
-    count = format_count(facts["result"]["parameters"])
-    return _TITLES[kind_of(facts)].format(name=title_of(facts["source"]), count=count)
+def license_of(folder: Path | str) -> str | None:
+    """The licence that a model folder's own README.md states; None where it states none."""
+    found = metadata_of(Path(folder) / README).get("license")
+    return found if isinstance(found, str) else None
 
 
-def _evaluation(results: Any) -> str:
-    table = evaluation_table(results)
-    if table is None:
-        return ""
-    way = evaluation_way(results)
-    return f"\nMeasured with `efficientllm eval`{f' ({way})' if way else ''}:\n\n{table}\n"
+def _measured(evaluation: Any) -> str:
+    rows = [
+        [each.task, each.metric, f"{each.value:.4f}" + ("" if each.error is None else f" +- {each.error:.4f}")]
+        for each in measured(evaluation)
+    ]
+    return markdown([["task", "metric", "value"], *rows]) if rows else ""
 
 
-def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[str]]:
     share = result["parameters"] / source["parameters"]
-    rows: list[tuple[str, ...]] = [
-        ("", "source", "compact"),
-        ("---", "---:", "---:"),
-        ("parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"),
+    rows = [
+        ["", "source", "compact"],
+        ["parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"],
     ]
     for key, name in WIDTH_NAMES.items():
         if key in result["widths"]:
-            rows.append((name, str(source["widths"].get(key, "")), str(result["widths"][key])))
+            rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
     losses = source.get("validation_loss"), result.get("validation_loss")
-    rows.append(("validation loss", *(_number(loss, loss) for loss in losses)))
-    rows.append(("perplexity", *(_number(loss, _perplexity(loss)) for loss in losses)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(min(loss, 700.0))  # beyond it a double overflows
+    rows.append(["validation loss", *(_number(loss, loss) for loss in losses)])
+    perplexities = [math.exp(min(loss or 0.0, 700.0)) for loss in losses]  # beyond it a double overflows
+    rows.append(["perplexity", *(_number(loss, value) for loss, value in zip(losses, perplexities, strict=True))])
+    return rows
 
 
 def _number(loss: float | None, value: float | None) -> str:
@@ -184,30 +237,6 @@ def _comparison(source: float | None, result: float | None) -> str:
         return "Its loss is not a finite number: the run diverged, do not use it."
     way = "worse" if result > source else "better"
     return f"On the validation text it is {abs(result - source):.3f} nats per token {way} than the source."
-
-
-def _without_absolute_paths(recipe: str) -> str:
-    """Replace each absolute path that is a value of the recipe by its last component; the layout stays."""
-    paths = {text for text in _strings(yaml.safe_load(recipe)) if re.match(r"[/~\\]|[A-Za-z]:[/\\]", text)}
-    for path in sorted(paths, key=len, reverse=True):  # a folder must not be cut out of the paths inside it
-        recipe = recipe.replace(path, last_component(path))
-    return recipe
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _fence(text: str) -> str:
-    """Return a run of backticks longer than any in `text`."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def _duration(seconds: float) -> str:

@@ -1,8 +1,12 @@
-"""What the pictures of a run share: colours, how axes are dressed, and how a figure becomes a file."""
+"""What all pictures share: colours, series of numbers, dressed axes and legends, a figure as a file or as inline SVG.
+
+Drawn with matplotlib's object interface, which needs no display and leaves pyplot's global state alone.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from efficientllm.reporting.journal import write_atomically
+from efficientllm.files import write_atomically
 from efficientllm.sizes import format_count
-
-Record = Mapping[str, Any]
 
 # Okabe and Ito's palette: told apart with any colour vision; line styles tell them apart in grey
 TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
@@ -29,21 +31,25 @@ TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
 LOSS_COLOUR = "#000000"
 VALIDATION_COLOUR = "#56B4E9"
 SIZE_COLOUR = "#E69F00"
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PHASE_COLOUR = "#F3F3F3"
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+RUN_LINES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+RUN_MARKERS = ("o", "s", "^", "D")
 FONT_SIZE = 10
 DOTS_PER_INCH = 130
+LINE_OF_LEGEND = 0.21  # inches
+ROOM_OF_LEGEND = 90  # characters side by side under a plot
 
 
-def series(records: Iterable[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens, values) of the records that have a number under `key`; a diverged loss is recorded as null."""
-    pairs = [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
-    return columns(pairs)
+def run_style(index: int) -> tuple[str, Any, str]:
+    """Colour, line style and marker of a run: the colours first, and then again in another line."""
+    again = index // len(RUN_COLOURS) % len(RUN_LINES)
+    return RUN_COLOURS[index % len(RUN_COLOURS)], RUN_LINES[again], RUN_MARKERS[again]
 
 
-def positive(pairs: Iterable[tuple[float, float | None]]) -> tuple[np.ndarray, np.ndarray]:
-    """Keep what a logarithmic axis can show."""
-    return columns([(tokens, value) for tokens, value in pairs if value is not None and value > 0.0])
+def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, values) of the records that have a number under `key`; a diverged loss is recorded as null."""
+    return columns([(record["tokens"], record[key]) for record in records if record.get(key) is not None])
 
 
 def columns(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +58,7 @@ def columns(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the centred mean over about a fiftieth of the run (at least three steps), cut short at its ends."""
+    """The centred mean over about a fiftieth of the run (at least three steps), cut short at its ends."""
     at = np.arange(len(values))
     reach = len(values) // 100 + 1
     first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
@@ -61,40 +67,52 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def limit_to(axes: Axes, values: Sequence[float]) -> None:
-    """Fit the axis to `values`, so that one spike of the raw loss does not flatten everything else."""
+    """Fits the axis to `values`, so that one spike of the raw loss does not flatten everything else."""
     if len(values):
         low, high = min(values), max(values)
         margin = 0.06 * (high - low) or 0.05
         axes.set_ylim(low - margin, high + margin)
 
 
-def dress(axes: Axes, title: str, ylabel: str, *, pad: float = 22) -> None:
-    """Dress `axes`; `pad` (points) is the room between title and panel, where `legend_above` puts its row."""
-    axes.set_title(title, loc="left", fontsize=FONT_SIZE + 1, pad=pad)
-    axes.xaxis.set_major_formatter(FuncFormatter(count_label))
+def panel(height: float = 3.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def dress(axes: Axes, xlabel: str, ylabel: str, *, title: str = "", pad: float = 6) -> None:
+    """pad: points between title and panel, where `legend_above` puts its row."""
+    axes.set_xlabel(xlabel, fontsize=FONT_SIZE)
     axes.set_ylabel(ylabel, fontsize=FONT_SIZE)
+    axes.set_title(title, loc="left", fontsize=FONT_SIZE, pad=pad)
     axes.tick_params(which="both", labelsize=FONT_SIZE - 1)
-    axes.grid(True, color="#000000", alpha=0.1, linewidth=0.7)
+    axes.grid(True, color="#000000", alpha=0.12, linewidth=0.7)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines["top"].set_visible(False)
 
 
-def legend_above(axes: Axes, handles: list[Any] | None = None) -> None:
-    """Put the legend in a row between title and panel, where it hides no data."""
-    handles = handles if handles is not None else axes.get_legend_handles_labels()[0]
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        ncols=max(len(handles), 1),
-        frameon=False,
-        fontsize=FONT_SIZE - 1.5,
-        handlelength=1.8,
-        columnspacing=1.2,
-        borderaxespad=0.1,
-        borderpad=0.2,
-    )
+def tokens_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(count_label))
+    axes.set_xlim(left=0)
+
+
+def legend_above(axes: Axes, handles: Sequence[Any]) -> None:
+    """A legend in a row between title and panel, where it hides no data."""
+    style: dict[str, Any] = {"handlelength": 1.8, "columnspacing": 1.2, "borderaxespad": 0.1, "borderpad": 0.2}
+    style |= {
+        "ncols": max(len(handles), 1),
+        "frameon": False,
+        "fontsize": FONT_SIZE - (1.5 if len(handles) < 5 else 2.5),
+    }
+    legend = axes.legend(handles=list(handles), loc="lower left", bbox_to_anchor=(0.0, 1.0), **style)
+    legend.set_in_layout(False)  # a long one must not make the panel narrower
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend below the axes, for which the figure grows by as much."""
+    ncols = max(1, min(len(labels), ROOM_OF_LEGEND // (max(map(len, labels), default=0) + 6)))
+    figure.set_figheight(figure.get_figheight() + LINE_OF_LEGEND * -(-len(labels) // ncols))
+    style: dict[str, Any] = {"fontsize": FONT_SIZE - 1.5, "frameon": False, "ncols": ncols}
+    figure.legend(list(handles), list(labels), loc="outside lower center", **style)
 
 
 def count_label(value: float, _position: int | None = None) -> str:
@@ -102,7 +120,7 @@ def count_label(value: float, _position: int | None = None) -> str:
 
 
 def save_figure(figure: Figure, out: Path) -> Path:
-    """Render to memory first: a picture is never half-written; the same records give the same bytes."""
+    """Renders to memory first: a picture is never half-written; the same records give the same bytes."""
     kind = "svg" if out.suffix.lower() == ".svg" else "png"
     content = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
@@ -110,3 +128,14 @@ def save_figure(figure: Figure, out: Path) -> Path:
         figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
     write_atomically(out, content.getvalue())
     return out
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """SVG for an HTML page; ids carry the figure's name, so that figures of a page do not take each other's shapes."""
+    content = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(content, format="svg", metadata={"Date": None}, transparent=False)
+    text = content.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from efficientllm.reporting.plot_style import FONT_SIZE, TYPE_STYLES, save_figure
+from efficientllm.reporting.plot_style import FONT_SIZE, TYPE_STYLES, dress, save_figure
 
 COLUMNS = 4
 
@@ -33,12 +33,8 @@ def plot_probe(units: Sequence[Mapping[str, Any]], criteria: Sequence[str], out:
                 axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3.5, alpha=0.75, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_title(name, fontsize=FONT_SIZE, loc="left")
+        dress(axes, "score", "" if place % COLUMNS else "true loss increase, nats", title=name)
         axes.tick_params(which="both", labelsize=FONT_SIZE - 3)
-        axes.grid(True, color="#000000", alpha=0.1, linewidth=0.7)
-        if place % COLUMNS == 0:
-            axes.set_ylabel("true loss increase, nats", fontsize=FONT_SIZE - 1)
-        axes.set_xlabel("score", fontsize=FONT_SIZE - 1)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=FONT_SIZE)
     return save_figure(figure, out)

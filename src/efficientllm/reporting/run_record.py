@@ -7,15 +7,15 @@ from pathlib import Path
 
 from efficientllm.errors import UsageError
 from efficientllm.reporting.run_forms import (
+    BENCH,
+    COMPACTION,
+    EVALUATION,
+    EVENT,
+    METRICS,
+    MODEL,
+    SAMPLES,
+    SUMMARY,
     Record,
-    are_samples,
-    is_bench,
-    is_compaction,
-    is_evaluation,
-    is_event,
-    is_metrics,
-    is_model,
-    is_summary,
     read_facts,
     read_lines,
 )
@@ -50,8 +50,8 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
             f"{path} is no run folder: it has neither config.yaml nor metrics.jsonl; name the run.dir of a run"
         )
     notes: list[str] = []
-    metrics = read_lines(path / "metrics.jsonl", is_metrics, notes)
-    summary = read_facts(path / "summary.json", is_summary, notes)
+    metrics = read_lines(path / "metrics.jsonl", METRICS, notes)
+    summary = read_facts(path / "summary.json", SUMMARY, notes)
     if not metrics and not notes:
         notes.append("no step has been recorded yet")
     elif not (path / "summary.json").is_file():
@@ -60,14 +60,14 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         path=path,
         name=name or path.resolve().name,
         metrics=metrics,
-        events=read_lines(path / "events.jsonl", is_event, notes),
-        compactions=read_lines(path / "compactions.jsonl", is_compaction, notes),
-        source=read_facts(path / "source.json", is_model, notes) or (summary or {}).get("source"),
+        events=read_lines(path / "events.jsonl", EVENT, notes),
+        compactions=read_lines(path / "compactions.jsonl", COMPACTION, notes),
+        source=read_facts(path / "source.json", MODEL, notes) or (summary or {}).get("source"),
         summary=summary,
         recipe=_text(path / "config.yaml"),
-        samples=read_facts(path / "samples.json", are_samples, notes) or [],
-        evaluation=read_facts(path / "eval" / "results.json", is_evaluation, notes),
-        bench=[each for file in sorted((path / "bench").glob("*.json")) if (each := read_facts(file, is_bench, notes))],
+        samples=read_facts(path / "samples.json", SAMPLES, notes) or [],
+        evaluation=read_facts(path / "eval" / "results.json", EVALUATION, notes),
+        bench=[each for file in sorted((path / "bench").glob("*.json")) if (each := read_facts(file, BENCH, notes))],
         notes=notes,
     )
 

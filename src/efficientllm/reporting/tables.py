@@ -54,6 +54,13 @@ def flops_sentence(parts: Mapping[str, float | None]) -> str:
     return f"{total:.3g} FLOPs ({shares})"
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
 KeyRow = tuple[str, str, str, tuple[str, ...]]  # dotted name, default, meaning, choices
 
 

@@ -6,14 +6,13 @@ A tracker that fails under way (a network that is down) is dropped with one sent
 from __future__ import annotations
 
 import importlib.util
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from efficientllm.errors import UsageError
-from efficientllm.reporting.journal import write_atomically
+from efficientllm.files import read_json, write_json
 
 IDS = "trackers.json"
 
@@ -124,7 +123,7 @@ class Trackers:
         self._open.clear()
 
     def _guarded(self, name: str, act: Callable[[], object]) -> None:
-        """A tracker is a guest: whatever it raises ends its visit, not the run."""
+        """An error of a tracker closes that tracker, with one sentence; the run goes on."""
         try:
             act()
         except Exception as error:
@@ -159,11 +158,8 @@ def _identity(folder: Path, name: str, make: Callable[[], str]) -> str:
 
 
 def _remember(folder: Path, name: str, identity: str) -> None:
-    write_atomically(folder / IDS, (json.dumps(_known(folder) | {name: identity}) + "\n").encode())
+    write_json(folder / IDS, _known(folder) | {name: identity})
 
 
 def _known(folder: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((folder / IDS).read_text()))
-    except FileNotFoundError:
-        return {}
+    return dict(read_json(folder / IDS) or {})

@@ -1,8 +1,8 @@
-"""Noisy measurements over a grid of widths, made never to fall when a width grows.
+"""Noisy latencies over a grid of widths, made never to fall when a width grows.
 
 Where latency is a sum of products of widths, as the time of matrix products is, its few coefficients are fitted to
 all measurements at once, and none of them may be negative; where it is not, each value is moved between its
-neighbours.
+neighbours. (scipy's isotonic regression orders one dimension; a grid of widths has five.)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 # Median relative residual of a good fit: below it, what is left is taken for noise. A machine with other programs on it
@@ -43,7 +44,8 @@ def fitted(grid: Sequence[Sequence[int]], values: Tensor) -> Tensor:
 
     Every set of widths is a product, the empty one a constant: between the grid's shapes such a function is what
     interpolation makes of it. Widths count from the grid's least ones, where a sum of products of whole widths is
-    one too. Least squares of relative errors. A dimension of one width has no part in it.
+    one too. Least squares of relative errors (Lawson and Hanson's, scipy.optimize.nnls). A dimension of one width has
+    no part in it.
     """
     axes = [
         torch.tensor([(each - levels[0]) / max(1, levels[-1] - levels[0]) for each in levels], dtype=torch.float64)
@@ -54,32 +56,5 @@ def fitted(grid: Sequence[Sequence[int]], values: Tensor) -> Tensor:
     sets = [chosen for number in range(len(moving) + 1) for chosen in combinations(moving, number)]
     ones = torch.ones(values.numel(), dtype=torch.float64)
     products_PC = torch.stack([torch.stack([ones, *chosen]).prod(0) for chosen in sets], 1)
-    seconds_P = values.flatten()
-    coefficients = nonnegative_least_squares(products_PC / seconds_P[:, None], ones)
-    return (products_PC @ coefficients).view_as(values)
-
-
-def nonnegative_least_squares(a_PC: Tensor, b_P: Tensor) -> Tensor:
-    """The x >= 0 that minimises ||a x - b||, by active sets (Lawson and Hanson, Solving Least Squares Problems, 1974,
-    chapter 23). fp64."""
-    x = torch.zeros(a_PC.shape[1], dtype=a_PC.dtype)
-    free = torch.zeros_like(x, dtype=torch.bool)
-    small = 1e-10 * float((a_PC.T @ b_P).abs().max())
-    for _ in range(3 * len(x)):
-        downhill = (a_PC.T @ (b_P - a_PC @ x)).masked_fill(free, -torch.inf)
-        if float(downhill.max()) <= small:
-            break
-        free[downhill.argmax()] = True
-        while True:
-            solved = torch.zeros_like(x)
-            solved[free] = torch.linalg.lstsq(a_PC[:, free], b_P[:, None], driver="gelsd").solution[:, 0]
-            blocked = free & (solved <= 0)
-            if not bool(blocked.any()):
-                x = solved
-                break
-            step = (x / (x - solved))[blocked].min().nan_to_num(0.0)
-            x = (x + step * (solved - x)).clamp(min=0.0)
-            free &= ~(blocked & (x <= 1e-14 * x.max()))
-            if not bool(free.any()):
-                break
-    return x
+    coefficients, _ = nnls((products_PC / values.flatten()[:, None]).numpy(), ones.numpy())
+    return (products_PC @ torch.from_numpy(coefficients)).view_as(values)

@@ -1,45 +1,15 @@
-"""The block of metadata at the top of a model card, which the hub reads, and what else a card says of its origin.
-
-The keys are those of https://huggingface.co/docs/hub/model-cards; what is not known is left out.
-"""
+"""Names of models and texts as a published card may show them: hub ids, else the last component of a path."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The block of a run's card. `facts` as for write_model_card; "license" is one of the hub's identifiers."""
-    recipe = yaml.safe_load(str(facts.get("recipe", ""))) or {}
-    data = recipe.get("data") if isinstance(recipe, Mapping) else None
-    known = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["efficientllm", *(["pruned"] if kind_of(facts) == "pruned" else [])],
-        "base_model": base_model(facts["source"]),
-        "license": facts.get("license"),
-        "datasets": _datasets(data, facts["source"].get("on_disk")),
-    }
-    return {key: value for key, value in known.items() if value}
-
-
-def kind_of(facts: Mapping[str, Any]) -> str:
-    """What a run has made: "pruned", "trained" (from its source's weights) or "random" (from none)."""
-    if facts["result"]["parameters"] < facts["source"]["parameters"]:
-        return "pruned"
-    return "random" if facts["source"].get("init") == "random" else "trained"
-
-
-def base_model(source: Mapping[str, Any]) -> str | None:
-    """The source's repository on the hub; None where it is a folder."""
-    return hub_id(str(source["path"]), source.get("on_disk"))
 
 
 def hub_id(path: str, on_disk: Any = None) -> str | None:
@@ -64,38 +34,24 @@ def last_component(path: str) -> str:
     return name if name not in ("", ".", "..", "~") else "source"
 
 
-def license_of(folder: Path | str) -> str | None:
-    """The licence that a model folder's own README.md states in its metadata; None where it states none."""
-    try:
-        block = re.match(r"---\r?\n(.*?)\r?\n---", (Path(folder) / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        stated = yaml.safe_load(block[1]) if block else None
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    found = stated.get("license") if isinstance(stated, Mapping) else None
-    return found if isinstance(found, str) else None
-
-
-def _datasets(data: Any, on_disk: Any) -> list[str]:
+def datasets_of(recipe: Any, on_disk: Any) -> list[str]:
     """Hub ids among the recipe's training sources, each once."""
-    ids = (hub_id(path, on_disk) for path, _ in _sources(data, "train") if not Path(path).suffix)
+    ids = (hub_id(path, on_disk) for path, _ in _sources(recipe, "train") if not Path(path).suffix)
     return list(dict.fromkeys(found for found in ids if found))
 
 
-def described_data(facts: Mapping[str, Any]) -> str:
+def described_data(recipe: Any, on_disk: Any) -> str:
     """The texts in a sentence, such as "Trained on `HuggingFaceTB/cosmopedia` (70%) and `notes.txt` (30%)"."""
-    recipe = yaml.safe_load(str(facts.get("recipe", ""))) or {}
-    data = recipe.get("data") if isinstance(recipe, Mapping) else None
-    train, validation = (
-        _names(_sources(data, part), facts["source"].get("on_disk")) for part in ("train", "validation")
-    )
+    train, validation = (_names(_sources(recipe, part), on_disk) for part in ("train", "validation"))
     if not train:
         return ""
     held_out = f"validated on {validation}" if validation else "validated on documents of it that were held out"
     return f"Trained on {train}; {held_out}."
 
 
-def _sources(data: Any, part: str) -> list[tuple[str, float]]:
+def _sources(recipe: Any, part: str) -> list[tuple[str, float]]:
     """(path or hub id, weight) of each source."""
+    data = recipe.get("data") if isinstance(recipe, Mapping) else None
     sources = data.get(part) if isinstance(data, Mapping) else None
     found = []
     for source in sources if isinstance(sources, list) else [sources]:
@@ -113,3 +69,19 @@ def _names(sources: list[tuple[str, float]], on_disk: Any) -> str:
         for path, weight in sources
     ]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def without_absolute_paths(recipe: str) -> str:
+    """Replaces each absolute path that is a value of the recipe by its last component; the layout stays."""
+    paths = {text for text in _strings(yaml.safe_load(recipe)) if re.match(r"[/~\\]|[A-Za-z]:[/\\]", text)}
+    for path in sorted(paths, key=len, reverse=True):  # a folder must not be cut out of the paths inside it
+        recipe = recipe.replace(path, last_component(path))
+    return recipe
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)

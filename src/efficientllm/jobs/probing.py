@@ -19,10 +19,11 @@ from efficientllm.data.sampling import BatchStream
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.probe import Scores, criteria_scores, gradient, judge
 from efficientllm.evaluation.removal import Unit, loss_increases, passes, sample_units
+from efficientllm.files import write_atomically
 from efficientllm.jobs.job import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
-from efficientllm.reporting.journal import without_nonfinite, write_atomically
+from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.probe_plot import plot_probe
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.training.gradient import Precision

@@ -11,8 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.history import fallen_at
-from efficientllm.reporting.plot_style import FONT_SIZE, count_label
-from efficientllm.reporting.report_style import dress_panel, label_of
+from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
 from efficientllm.reporting.run_record import RunRecord
 
 WIDTH_LABELS = {"intermediate": "FFN", "kv_heads": "KV heads"}
@@ -39,8 +38,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
                 axes.text(x, share, str(stage[width]), ha="center", va="bottom", fontsize=FONT_SIZE - 3, clip_on=True)
         axes.set_xticks(range(len(names)), [WIDTH_LABELS.get(width, width) for width in names])
         axes.set_ylim(0, 1.45)
-        axes.set_title(run.name, fontsize=FONT_SIZE, loc="left")
-        dress_panel(axes, "", "share of the source's")
+        dress(axes, "", "share of the source's", title=run.name)
         axes.legend(fontsize=FONT_SIZE - 1.5, frameon=False, ncols=4, loc="upper right")
     return figure
 
@@ -71,7 +69,7 @@ def units(runs: Sequence[RunRecord]) -> Figure | None:
         shown = np.ma.masked_invalid(table)
         axes.set_facecolor("#9A9A9A")
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="plasma_r", norm=Normalize(0, last))
-        axes.set_title(label_of(runs, run, kind), fontsize=FONT_SIZE, loc="left")
+        axes.set_title(kind if len(runs) == 1 else f"{run.name}: {kind}", fontsize=FONT_SIZE, loc="left")
         axes.set_ylabel(UNIT_ROWS[kind], fontsize=FONT_SIZE - 1)
         axes.set_xlabel("unit of the source", fontsize=FONT_SIZE - 1)
         axes.tick_params(labelsize=FONT_SIZE - 2)

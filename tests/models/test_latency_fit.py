@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientllm.pruning.monotone import fitted, never_falling, nonnegative_least_squares, smoothed
+from efficientllm.models.latency_fit import fitted, never_falling, smoothed
 
 GRID = ((4,), (16, 56, 96), (1, 3, 6), (1,), (8, 150, 288))
 
@@ -61,18 +61,21 @@ def test_what_is_no_sum_of_products_is_not_fitted() -> None:
     assert torch.equal(smoothed(GRID, steps), steps)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 10**6))
-def test_nonnegative_least_squares_meets_its_conditions(columns: int, more: int, seed: int) -> None:
-    """x >= 0; the gradient vanishes where x > 0 and points outwards where x = 0: so x is the minimum."""
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(columns + more, columns, generator=generator, dtype=torch.float64)
-    b = torch.randn(columns + more, generator=generator, dtype=torch.float64)
-    x = nonnegative_least_squares(a, b)
-    gradient = a.T @ (a @ x - b)
-    assert bool((x >= 0).all())
-    assert bool((gradient >= -1e-7).all())
-    assert bool((gradient[x > 0].abs() < 1e-7).all())
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.0, 0.5))
+def test_the_fit_is_the_nearest_without_a_negative_coefficient(seed: int, noise: float) -> None:
+    """Relative residuals of the best fit have no product along which they could still shrink."""
+    draw = random.Random(seed)
+    values = latency().apply_(lambda value: value * (1 + noise * draw.random()))
+    residual = ((values - fitted(GRID, values)) / values).flatten()
+    moving = [dim for dim, levels in enumerate(GRID) if len(levels) > 1]
+    for chosen in (some for number in range(4) for some in combinations(moving, number)):
+        product = torch.ones_like(values)
+        for dim in chosen:
+            levels = torch.tensor(GRID[dim], dtype=torch.float64)
+            shape = [-1 if each == dim else 1 for each in range(values.ndim)]
+            product = product * ((levels - levels[0]) / (levels[-1] - levels[0])).view(shape)
+        assert float((product / values).flatten() @ residual) < 1e-6 * float((product / values).norm())
 
 
 @settings(max_examples=30, deadline=None)
