@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -51,8 +53,12 @@ def test_the_same_run_by_other_means(
     assert losses(folder)[-1] == pytest.approx(losses(finished)[-1], abs=0.2)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_a_compiled_run_starts_and_is_compiled_again_after_a_compaction(world: World, finished: Path) -> None:
+def test_a_compiled_run_starts_and_is_compiled_again_after_a_compaction(
+    world: World, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, differentiated and guarded as ever; only the C++ of inductor takes minutes and is left to its name."""
+    backend = os.environ.get("COMPILE_BACKEND", "aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     prune = {"target": "90%", "types": ["ffn"], "end": "50%", "compact_at": 1.0}
     recipe = world.write("compile", train={"compile": True, "tokens": 3 * 256}, prune=prune)
     assert call("prune", recipe) == 0
@@ -194,8 +200,6 @@ def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
 def test_out_of_memory_names_the_mend(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
     from efficientllm.training import loop
 
     def refuse(*_: object, **__: object) -> None:
