@@ -176,7 +176,7 @@ def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None
         ({"ladder": ["60%", "80%"]}, "put the largest first"),
         ({"ladder": ["40%"]}, "put the largest first"),
         ({"order": "ffn-first"}, "give prune.target as widths"),
-        ({"ladder": ["50.01%"]}, "choose sizes further apart"),
+        ({"ladder": ["50.2%"], "align": 16}, "choose sizes further apart"),
         ({"mode": "iterative", "end": None, "start": "99%"}, "raise train.tokens"),
         ({"mode": "one-shot"}, "prune.end has no effect with prune.mode one-shot"),
         ({"saliency": "wandda"}, "did you mean 'wanda'"),
