@@ -24,7 +24,8 @@ from efficientllm.jobs.prune import run
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import parse_count
 
 SIZE = DemoSize(validation_tokens=262_144)

@@ -37,7 +37,7 @@ from efficientllm.models.latency_table import load_table
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of, widths_of
 from efficientllm.pruning.costs import Cost, KVCache, Params
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.bench_table import table_page
 from efficientllm.sizes import parse_count
 

@@ -26,16 +26,16 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
+from efficientllm.checkpoint.files import appearing
 from real_peers import PEERS, prune_by_peer
 
-from efficientllm.checkpoint.files import appearing
 from efficientllm.config import Recipe
 from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count, parse_count, parse_fraction
 from efficientllm.training.gradient import Precision, row_losses
 

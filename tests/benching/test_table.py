@@ -15,7 +15,7 @@ from efficientllm.benching.table import TableRequest, grid_of, held_out_shapes, 
 from efficientllm.cli import main
 from efficientllm.models.latency_table import load_table
 from efficientllm.pruning.costs import TABLE_AXES
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
 SETTINGS = Settings(9, 4, (1,), 3, "transformers", "cpu", "float32", 1)

@@ -10,8 +10,8 @@ from efficientllm.config import Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.training.planning import cost_of
 
 LOOP = {

@@ -11,7 +11,7 @@ from efficientllm.comparison.structure import kept_units, overlaps
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.prune import run
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
 
 

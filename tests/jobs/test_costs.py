@@ -18,7 +18,7 @@ from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_o
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import KVCache
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 ) -> None:
     from efficientllm.models.loading import load_model, load_tokenizer
     from efficientllm.models.space import build, narrowed_config, space_of
-    from efficientllm.pruning.groups import Widths
+    from efficientllm.pruning.widths import Widths
 
     (saved,) = checkpoints(world.folder / "runs" / "ruined" / "checkpoints")
     other = world.folder / "other"

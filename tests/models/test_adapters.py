@@ -9,7 +9,7 @@ from conftest import tiny_config, tiny_model
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
 from efficientllm.models.space import narrowed_config, space_of
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 def test_llama_becomes_mistral_only_where_llama_refuses_the_shape() -> None:

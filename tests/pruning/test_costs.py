@@ -27,10 +27,11 @@ from efficientllm.pruning.costs import (
     shape_at,
 )
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Event, Live, Space, Widths
+from efficientllm.pruning.groups import Event, Live, Space
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage
 from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.widths import Widths
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52
 LEAST, MOST = Widths(1, 8, 1, 1, 8), Widths(3, 96, 24, 6, 200)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from efficientllm.pruning.dimensions import DIMENSIONS, Dimension, add_dimension
-from efficientllm.pruning.groups import Cut, Live, ParamSpec, Space, Widths
+from efficientllm.pruning.groups import Cut, Live, ParamSpec, Space
 from efficientllm.pruning.saliency import AxisSums
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.pruning.widths import Widths
 
 WIDTHS = Widths(2, 6, 4, 2, 5, lanes=3, cells=4)
 SPACE = Space(

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import build, check_space, narrowed_config, space_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Cut, Live, Widths
+from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_state
+from efficientllm.pruning.widths import Widths
 from reference.groups_fp64 import group_masks
 
 

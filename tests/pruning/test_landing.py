@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from conftest import tiny_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import ParamSpec, Space, Widths
+from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.widths import Widths
 
 
 def space_with(widths: Widths, head_dim: int = 8, vocabulary: int = 100) -> Space:

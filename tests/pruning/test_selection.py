@@ -10,10 +10,11 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Cut, Live, Space, Widths
+from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
 from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.widths import Widths
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 def group_masks(

@@ -14,9 +14,10 @@ from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import Params
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.shapes import Floors, proportional_widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.training.planning import options_and_landings
 from efficientllm.training.targets import alignment_of, floors_of
 

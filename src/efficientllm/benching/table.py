@@ -31,8 +31,8 @@ from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_o
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
 from efficientllm.pruning.costs import TABLE_AXES, shape_at
-from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.landing import Alignment
+from efficientllm.pruning.widths import Widths
 
 SEED = 0  # of the shapes held out
 IN_A_ROW = 5  # sequences of a turn, after one that does not count

@@ -39,7 +39,7 @@ def plan(
     from efficientllm.models.loading import load_config
     from efficientllm.planning.gpus import gpu_named
     from efficientllm.planning.plan import plan_of
-    from efficientllm.pruning.groups import Widths
+    from efficientllm.pruning.widths import Widths
     from efficientllm.sizes import format_bytes
 
     loaded = load_recipe(recipe, overrides or [])

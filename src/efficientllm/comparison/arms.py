@@ -22,8 +22,9 @@ from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.pruning.costs import Cost, Params
 from efficientllm.pruning.criteria import criterion
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.pruning.widths import Widths
 
 DEFAULT_ARMS = (
     "loop",

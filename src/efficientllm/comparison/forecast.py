@@ -11,7 +11,7 @@ from efficientllm.comparison.work import Comparison
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.pruning.costs import Cost
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count
 from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.planning import pruning_plan

@@ -23,7 +23,7 @@ from efficientllm.comparison.work import ArmResult, Comparison, summary_of
 from efficientllm.config import dump_recipe
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import EvalRequest
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
 
 LN2 = math.log(2)

@@ -8,8 +8,8 @@ from typing import Any
 
 from efficientllm.comparison.statistics import chance_jaccard, jaccard
 from efficientllm.errors import UsageError
-from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.history import fallen_at
+from efficientllm.pruning.widths import Widths
 
 KeptUnits = dict[str, list[frozenset[int]]]  # type -> one set of source indices a row (layer; query: a KV group of it)
 

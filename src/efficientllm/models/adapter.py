@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from transformers import PretrainedConfig
 
 from efficientllm.errors import UsageError
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 Refusal = tuple[str, str]  # a fact, as a clause of its own, and how a sentence about pruning goes on after it
 

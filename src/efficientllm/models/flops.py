@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficientllm.pruning.dimensions import FFN, HIDDEN
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.widths import Widths
 
 BACKWARD_LINEAR = 2.0  # gradients of the inputs and of the weights, each as large as the forward product
 BACKWARD_ATTENTION = 2.5

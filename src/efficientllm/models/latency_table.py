@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from efficientllm.errors import UsageError
 from efficientllm.models.space import head_dim_of
 from efficientllm.pruning.costs import TABLE_AXES, TableCost
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 FORMAT = 1
 MOST_ERROR = 0.1  # median over the shapes held out: a table that is further off is said to be

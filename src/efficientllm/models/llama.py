@@ -8,7 +8,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from efficientllm.models import mistral
 from efficientllm.models.layer import LAYER_AXES
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 class Llama:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import MistralConfig, PretrainedConfig
 
 from efficientllm.models.layer import LAYER_AXES
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 class Mistral:

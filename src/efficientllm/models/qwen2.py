@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen2Config
 
 from efficientllm.models.layer import LAYER_AXES, QKV_BIAS_AXES
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 class Qwen2:

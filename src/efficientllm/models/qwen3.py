@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from efficientllm.models.layer import LAYER_AXES, QKV_BIAS_AXES
 from efficientllm.pruning.dimensions import HIDDEN
-from efficientllm.pruning.groups import Widths
+from efficientllm.pruning.widths import Widths
 
 
 class Qwen3:

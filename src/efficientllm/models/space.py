@@ -13,7 +13,8 @@ from efficientllm.errors import UsageError
 from efficientllm.models.adapter import adapter_for
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.pruning.dimensions import HIDDEN
-from efficientllm.pruning.groups import ParamSpec, Space, Widths
+from efficientllm.pruning.groups import ParamSpec, Space
+from efficientllm.pruning.widths import Widths
 
 
 def head_dim_of(config: PretrainedConfig) -> int:

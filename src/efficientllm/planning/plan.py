@@ -12,9 +12,10 @@ from efficientllm.models.flops import forward_flops, teacher_flops, training_flo
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.walk import StepFlops, Walk, Walker
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
+from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
 from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan

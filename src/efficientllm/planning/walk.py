@@ -18,10 +18,11 @@ from efficientllm.pruning.calibration import CALIBRATION_SHARE, Calibration
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.dimensions import ATTENTION, ATTENTION_QUERY, FFN_TYPE, PRUNING_TYPES, STEM
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import landed, rung_after
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.selection import most_left
+from efficientllm.pruning.widths import Widths
 from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
 

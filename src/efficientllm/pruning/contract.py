@@ -9,8 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from efficientllm.pruning.correction import Corrections, SolverOptions
-from efficientllm.pruning.groups import Event, Widths
+from efficientllm.pruning.groups import Event
 from efficientllm.pruning.ledger import Ledger
+from efficientllm.pruning.widths import Widths
 
 Moments = Callable[[str], Mapping[str, Tensor]]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.widths import Widths
 
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.

@@ -14,7 +14,7 @@ from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
-from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space, Widths
+from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space
 from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.saliency import reader_specs
@@ -22,6 +22,7 @@ from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage, next_bundles, next_on_path
 from efficientllm.pruning.shards import Alone, Reduction, fill
 from efficientllm.pruning.slices import dead_slices, group_slices
+from efficientllm.pruning.widths import Widths
 
 
 class PruningEngine:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Cut, Live, Widths
+from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.surgery import choose_kept, cut_live
+from efficientllm.pruning.widths import Widths
 
 KEPT = torch.inf
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from efficientllm.pruning.costs import AXIS_TYPES, Cost, Params, place_of, shape_at
 from efficientllm.pruning.dimensions import of_type
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.widths import Widths
 
 OUT_OF_REACH = torch.iinfo(torch.int64).max
 

@@ -25,8 +25,9 @@ from efficientllm.pruning.dimensions import (
     STEM,
     of_type,
 )
-from efficientllm.pruning.groups import Cut, Event, Live, Widths
+from efficientllm.pruning.groups import Cut, Event, Live
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.widths import Widths
 
 
 class Ranking:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from efficientllm.pruning.dimensions import of_type
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.widths import Widths
 
 
 @dataclass(frozen=True)

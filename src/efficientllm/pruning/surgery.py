@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS, of_type
-from efficientllm.pruning.groups import Live, ParamSpec, Space, Widths, mask_shapes
+from efficientllm.pruning.groups import Live, ParamSpec, Space, mask_shapes
 from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
+from efficientllm.pruning.widths import Widths
 
 MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "momentum_buffer": -1.0}
 

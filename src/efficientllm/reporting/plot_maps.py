@@ -9,8 +9,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from efficientllm.pruning.groups import Widths
 from efficientllm.pruning.history import fallen_at
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
 from efficientllm.reporting.run_record import RunRecord
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import body
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shards import local
+from efficientllm.pruning.widths import Widths
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
     Precision,

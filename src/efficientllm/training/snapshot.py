@@ -14,9 +14,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PruningEngine
-from efficientllm.pruning.groups import Live, Widths
+from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.pruning.widths import Widths
 
 # What a run counts; Snapshot and TrainState have a field of each name.
 COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")

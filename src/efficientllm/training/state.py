@@ -22,11 +22,12 @@ from efficientllm.distributed.ranks import ALONE, Ranks
 from efficientllm.models.parts import blocks
 from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
+from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, shaped_moments
 from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, cut, fill_model, snapshot_of

@@ -7,9 +7,10 @@ from itertools import pairwise
 from efficientllm.config import CostTarget, PruneConfig, WidthTarget
 from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost, place_of, shape_at
 from efficientllm.pruning.dimensions import of_type
-from efficientllm.pruning.groups import Space, Widths
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Alignment, amount
 from efficientllm.pruning.shapes import Floors, proportional_widths, third_of
+from efficientllm.pruning.widths import Widths
 
 
 def target_of(prune: PruneConfig, space: Space, cost: Cost) -> float | Widths:

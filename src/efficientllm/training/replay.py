@@ -1,0 +1,56 @@
+"""The last forward call of a model in somebody else's loop, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Replay:
+    """Runs the model's last forward call again: what the pruner measures and refreshes on.
+
+    Keeps references to that call's inputs, and its autocast, until the next one. Used where the caller gives no loss
+    function.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._replaying = False
+        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._replaying and module.training:
+            # A count of labels in a larger batch would rescale the loss of this call alone.
+            self._call = args, {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+            device = self._model.device.type
+            self._autocast = nullcontext
+            if torch.is_autocast_enabled(device):
+                self._autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+
+    def __call__(self) -> Tensor:
+        if self._call is None:
+            raise ValueError("pruner.step() was called before any forward pass in training mode; train a step first")
+        args, kwargs = self._call
+        self._replaying = True
+        try:
+            with self._autocast():
+                loss = getattr(self._model(*args, **kwargs), "loss", None)
+        finally:
+            self._replaying = False
+        if loss is None:
+            raise ValueError(
+                "the model's forward call returns no loss; pass labels to it, or loss_fn=lambda: <loss of the current "
+                "batch> to Pruner"
+            )
+        return loss
+
+    def remove(self) -> None:
+        self._hook.remove()
