@@ -11,7 +11,7 @@ import pytest
 
 from conftest import World, tiny_model
 from efficientllm.cli import main
-from efficientllm.comparison import runner, worker
+from efficientllm.comparison import report, runner, worker
 from efficientllm.comparison.arms import parse_arms
 from efficientllm.comparison.budget import CLOSE, close
 from efficientllm.comparison.work import Comparison
@@ -36,6 +36,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(runner._Children, "call", work)
     monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)  # signals of a run want the main thread
     return ran
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither curves nor the report of runs, which take longer than runs of a few steps."""
+    monkeypatch.setattr(report, "plot_comparison", lambda *_, **__: None)
+    monkeypatch.setattr(report, "write_report", lambda *_, **__: Path("report.html"))
 
 
 class Inline:
@@ -89,7 +96,7 @@ def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[s
 
 
 def test_another_best_rate_of_the_loop_gives_its_followers_runs_of_their_own(
-    world: World, in_process: list[str]
+    world: World, in_process: list[str], undrawn: None
 ) -> None:
     """In one folder, with other rates: the loop's shape, and so the source of scratch, come from another run."""
     out = world.folder / "regridded"
@@ -117,7 +124,7 @@ def test_another_best_rate_of_the_loop_gives_its_followers_runs_of_their_own(
 
 
 def test_an_arm_that_fails_leaves_the_others(
-    world: World, in_process: list[str], capsys: pytest.CaptureFixture[str]
+    world: World, in_process: list[str], undrawn: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = world.folder / "failing"
     tiny_model("llama-gqa").save_pretrained(world.folder / "foreign")
@@ -133,7 +140,7 @@ def test_an_arm_that_fails_leaves_the_others(
 
 
 def test_results_are_measured_on_tasks_too(
-    world: World, in_process: list[str], listed_tasks: None, tmp_path: Path
+    world: World, in_process: list[str], undrawn: None, listed_tasks: None, tmp_path: Path
 ) -> None:
     file = tmp_path / "aps/super_glue/boolq/validation.jsonl"
     file.parent.mkdir(parents=True)
@@ -155,7 +162,7 @@ def test_results_are_measured_on_tasks_too(
     assert "piqa" not in arms["dense"]["tasks"]
 
 
-def test_a_run_has_a_process_of_its_own(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_a_process_of_its_own(world: World, undrawn: None, capfd: pytest.CaptureFixture[str]) -> None:
     path = world.write("alone", prune={"correction": "none"}, train={"tokens": 6 * 256})
     out = world.folder / "alone"
     assert call("compare", path, "--arms", "loop", "--seeds", "1", "--lr-grid", "1", "--out", out) == 0
