@@ -20,7 +20,7 @@ def test_kept_units_are_those_of_the_result(world: World) -> None:
     recipe = world.recipe(
         "rest",
         train={"lr": 1e-12, "weight_decay": 0.0, "tokens": 8 * 256},
-        prune={"target": widths, "correction": "none", "compact_at": 0.02},
+        prune={"target": widths, "correction": "none", "curve": "linear", "compact_at": 0.02},
     )
     summary = run(Recipe.model_validate(recipe), lambda line: None)
     folder = world.folder / "runs" / "rest"

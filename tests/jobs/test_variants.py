@@ -45,12 +45,12 @@ def losses(folder: Path) -> list[float]:
 def test_the_same_run_by_other_means(
     world: World, finished: Path, name: str, train: dict[str, Any], tolerance: float
 ) -> None:
-    """First the same loss; at the end, after compactions, about the same quality."""
+    """First the same loss; at the end, after compactions, no worse: other last bits may lead to another shape."""
     assert call("prune", world.write(name, train=train)) == 0
     folder = world.folder / "runs" / name
     assert losses(folder)[0] == pytest.approx(losses(finished)[0], abs=tolerance)
     assert read_journal(folder / "compactions.jsonl")
-    assert losses(folder)[-1] == pytest.approx(losses(finished)[-1], abs=0.2)
+    assert losses(folder)[-1] < losses(finished)[-1] + 0.2
 
 
 def test_a_compiled_run_starts_and_is_compiled_again_after_a_compaction(

@@ -95,10 +95,11 @@ class Looks:
         inputs = probe.inputs([spec.name for spec in readers])  # of which `names` are some
         chosen, reduction = self.criterion, self._reduction
         self._take(input_scores(self._space, chosen, readers, self._params, inputs, self._device, reduction))
-        distinct = {id(inputs[spec.name]): inputs[spec.name].shape for spec in readers}
-        report.flops.looks += sum(
-            chosen.statistic_flops(tokens * reduction.processes, width) for tokens, width in distinct.values()
-        )
+        distinct = {id(inputs[spec.name]): inputs[spec.name] for spec in readers}.values()
+        # Processes may hold other numbers of rows, so that theirs are added up.
+        own = torch.tensor(len(next(iter(distinct))), device=self._device)
+        tokens = int(reduction.over_batch(own))
+        report.flops.looks += sum(chosen.statistic_flops(tokens, each.shape[1]) for each in distinct)
         return inputs
 
     def _take(self, scores: Mapping[str, Tensor]) -> None:
