@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 from conftest import World, tiny_model  # noqa: E402
+from efficientllm.benching.subjects import config_of  # noqa: E402
 from efficientllm.cache import only_one  # noqa: E402
 from efficientllm.cli import main  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
@@ -164,6 +166,9 @@ def test_the_folder_is_ordinary_and_made_once(make: Any, cache: Path, capsys: py
     assert capsys.readouterr().err == ""
     assert subject_of(again).folder == folder
     assert subject_of(again).name == "again"
+    assert config_of(str(again), SimpleNamespace(context=64)).hidden_size == 40  # as bench takes it
+    with pytest.raises(UsageError, match="takes 64 positions at most"):
+        config_of(str(again), SimpleNamespace(context=65, prompt=60, generate=5))
     other, _ = make(seed=1)
     assert located(str(other), "source") != str(folder)
 
