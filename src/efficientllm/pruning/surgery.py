@@ -8,7 +8,7 @@ moments scaled by 1/a and 1/a^2, as its gradient is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,9 @@ class Kept:
                 entries = (entries[:, None] * before[DIMENSIONS[name].width] + units).flatten()
         return (entries[:, None] * head_dim + torch.arange(head_dim)).flatten() if dimension.per_head else entries
 
-    def gather(self, table: Tensor, dimension: str) -> Tensor:
-        """What stays of a tensor indexed by the units of a dimension and of those that it lies within."""
-        for place, name in enumerate(DIMENSIONS[dimension].chain):
+    def gather(self, table: Tensor, chain: Sequence[str]) -> Tensor:
+        """What stays of a tensor that is indexed by the units of these dimensions, each within the one before it."""
+        for place, name in enumerate(chain):
             units = self.units[name].to(table.device)
             units = units.view(units.shape + (1,) * (table.ndim - place - 1))
             table = table.gather(place, units.expand(*units.shape[: place + 1], *table.shape[place + 1 :]))
@@ -62,18 +62,14 @@ def choose_kept(live: Live, widths: Widths) -> Kept:
     """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
     units: dict[str, Tensor] = {}
     for name, mask in sorted(live.tensors().items(), key=lambda each: len(DIMENSIONS[each[0]].chain)):
-        rows = mask
-        for place, outer in enumerate(DIMENSIONS[name].outer):
-            kept = units[outer]
-            kept = kept.view(kept.shape + (1,) * (rows.ndim - place - 1))
-            rows = rows.gather(place, kept.expand(*kept.shape[: place + 1], *rows.shape[place + 1 :]))
+        rows = Kept(units).gather(mask, DIMENSIONS[name].outer)
         units[name] = _first(rows, widths[DIMENSIONS[name].width])
     return Kept(units)
 
 
 def cut_live(live: Live, kept: Kept) -> Live:
     """The live mask in the new widths; padding stays dead."""
-    return Live({name: kept.gather(mask, name) for name, mask in live.tensors().items()})
+    return Live({name: kept.gather(mask, DIMENSIONS[name].chain) for name, mask in live.tensors().items()})
 
 
 def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space) -> Tensor:
@@ -151,7 +147,7 @@ def cut_scores(scores: Mapping[str, Tensor], kept: Kept, before: Widths) -> dict
     """Saliency averages (rows, units) of every pruning type at the new widths."""
     shapes, cut = dict(mask_shapes(before)), {}
     for name, score in scores.items():
-        dimension = of_type(name).name
-        left = kept.gather(score.view(shapes[dimension]), dimension)
+        dimension = of_type(name)
+        left = kept.gather(score.view(shapes[dimension.name]), dimension.chain)
         cut[name] = left.flatten(0, -2) if left.ndim > 1 else left[None]
     return cut
