@@ -30,7 +30,7 @@ from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.schedule import CURVES
 from efficientllm.pruning.selection import ORDERS
-from efficientllm.sizes import Amount, Position
+from efficientllm.sizes import Amount
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 BASE = """
@@ -81,7 +81,7 @@ def test_sizes_and_places_are_typed(load: Load) -> None:
     assert recipe.prune is not None
     assert recipe.prune.target == 469_000_000
     assert recipe.prune.start.tokens(recipe.train.tokens) == 2_000_000
-    assert recipe.prune.end == Position(0.15)
+    assert recipe.prune.end == "auto"
     assert recipe.prune.bound == 0.05
     assert recipe.prune.align == AlignConfig(hidden=64, intermediate=1)
     assert recipe.prune.floors.intermediate is None
@@ -292,12 +292,15 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
             "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem' or 'depth', not 'fnn'",
         ),
         ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
-        ("train.warmup=15%", "pruning starts at the end of train.warmup (15%), which must come before prune.end (15%)"),
+        (
+            "train.warmup=50%",
+            "pruning starts at the end of train.warmup (50%), which must come before prune.end (30M tokens)",
+        ),
         (
             "distill.weight=1",
             "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher",
         ),
-        ("prune.start=20%", "prune.start (20%) must come before prune.end (15%)"),
+        ("prune.start=60%", "prune.start (60%) must come before prune.end (30M tokens)"),
         ("prune.end=70M", "prune.end (70M) lies beyond train.tokens (60M): lower it"),
         ("prune.end=110%", "prune.end: '110%' is no place in a run: write a share of it such as 15% or 0.15"),
         ("run.checkpoint_every=0", "run.checkpoint_every: an interval cannot be zero: write one such as 10% or 5M"),
@@ -311,6 +314,18 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
 )
 def test_bad_values_are_refused_in_one_sentence(load: Load, override: str, message: str) -> None:
     assert refusal(load, override).startswith(message)
+
+
+def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
+    def end(*overrides: str) -> int:
+        return load("train.warmup=0", "train.batch_tokens=512K", *overrides).pruning_ends
+
+    batch = 516_096  # 504 rows: whole micro-batches
+    assert end("train.tokens=1B") == 150_000_000
+    assert end("train.tokens=60M") == 20 * batch
+    assert end("train.tokens=60M", "train.warmup=1M") == 20 * batch + 1_000_000
+    assert end("train.tokens=8M") == 4_000_000
+    assert end("train.tokens=8M", "prune.end=15%") == 1_200_000
 
 
 @pytest.mark.parametrize(

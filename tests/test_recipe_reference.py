@@ -26,7 +26,7 @@ def test_every_key_is_there_with_what_it_is_without_being_set() -> None:
         assert [name for name in keys if name.removeprefix(section) in fields and name.startswith(section)]
         assert not [name for name in fields if section + name not in keys]
     assert keys["source"].default == keys["prune.target"].default == "required"
-    assert keys["prune.end"].default == "15%"
+    assert keys["prune.end"].default == "auto"
     assert keys["prune.calibration_batches"].default == "8"  # without effect beside other defaults, yet it has one
     assert keys["prune.curve"].choices == ("linear", "cubic", "cosine", "exponential")
     assert keys["data.train[].weight"].default == "1.0"

@@ -11,7 +11,6 @@ from efficientllm.config.fields import (
     AutoPlace,
     Count,
     Momentum,
-    Place,
     Real,
     Section,
     Share,
@@ -21,7 +20,7 @@ from efficientllm.config.fields import (
 )
 from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
 from efficientllm.errors import UsageError
-from efficientllm.sizes import Position, parse_count
+from efficientllm.sizes import parse_count
 
 
 class AlignConfig(Section):
@@ -108,7 +107,11 @@ class PruneConfig(Section):
         description="Where pruning starts; auto: at the end of warm-up, with mode one-shot or iterative at once, since "
         "their warm-up follows pruning",
     )
-    end: Place = Field(default=Position(0.15), description="Where the target is reached")
+    end: AutoPlace = Field(
+        default="auto",
+        description="Where the target is reached; auto: after 15 % of the run, but no fewer than 20 steps, as far as "
+        "half of the run allows",
+    )
     every: Count | None = Field(
         default=None, description="The paper's N: one event every N batches until the target, in place of end"
     )

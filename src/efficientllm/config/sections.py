@@ -27,6 +27,8 @@ from efficientllm.config.prune import PruneConfig
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count
 
+SPAN, SPAN_STEPS = Position(0.15), 20  # what prune.end auto gives the loop to prune in
+
 
 class TrainConfig(Section):
     """The training loop: how long, how fast, in what precision."""
@@ -192,6 +194,18 @@ class Recipe(Section):
         automatic = self.train.warmup if self.prune.mode == "loop" else Position(0.0)
         return (automatic if self.prune.start == "auto" else self.prune.start).tokens(self.train.tokens)
 
+    @property
+    def pruning_ends(self) -> int:
+        """Tokens at which the target is due, for the loop over a span. Within a few steps nothing would train while it
+        is pruned, which is what the loop is for (docs/method.md, "Schedule")."""
+        assert self.prune is not None
+        total = self.train.tokens
+        if self.prune.end != "auto":
+            return self.prune.end.tokens(total)
+        length = self.data.sequence_length
+        steps = SPAN_STEPS * self.train.batch_rows(length) * length
+        return max(SPAN.tokens(total), min(self.pruning_starts + steps, total // 2))
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_sentence(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -237,12 +251,13 @@ class Recipe(Section):
         if self.prune is None:
             return self
         start, end, total = self.prune.start, self.prune.end, self.train.tokens
-        if self.prune.every is not None or self.prune.mode != "loop":
-            end = Position(1.0)
-        if end.tokens(total) > total:
+        whole = self.prune.every is not None or self.prune.mode != "loop" or end == Position(1.0)
+        ends = total if whole else self.pruning_ends
+        if ends > total:
             raise UsageError(f"prune.end ({end}) lies beyond train.tokens ({exact_count(total)}): lower it")
-        if self.pruning_starts >= end.tokens(total):
-            last = "the end of the run" if end == Position(1.0) else f"prune.end ({end})"
+        if self.pruning_starts >= ends:
+            named = f"{exact_count(ends)} tokens" if end == "auto" else end
+            last = "the end of the run" if whole else f"prune.end ({named})"
             if start == "auto":
                 raise UsageError(
                     f"pruning starts at the end of train.warmup ({self.train.warmup}), which must come before {last}: "

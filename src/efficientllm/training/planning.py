@@ -167,7 +167,7 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landi
         return SpanSchedule(start, start, source, target)
     if prune.every is not None:
         return EverySchedule(start, prune.every * batch)
-    end = prune.end.tokens(train.tokens)
+    end = recipe.pruning_ends
     if rungs:
         _within(end + rungs * batch, train.tokens, f"prune.ladder needs {rungs} batches after prune.end")
     return SpanSchedule(start, end, source, target, prune.curve)
