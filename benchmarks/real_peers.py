@@ -38,6 +38,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.errors import UsageError
+from efficientllm.models.loading import located
 
 WIDTHS = (
     "hidden_size",
@@ -153,25 +154,26 @@ def smallest(steps: int, fits: Callable[[int], bool], loads: Callable[[int], boo
 
 
 def prune_by_peer(name: str, source: Path, target: int, out: Path) -> dict[str, Any]:
-    """Writes `source` (a Llama-like folder), pruned by the peer to at most `target` parameters, to `out`; says how.
+    """Writes `source` (a Llama-like folder or GGUF file), pruned by the peer to at most `target` parameters, to `out`; says how.
 
     The ratios tried are those between one FFN channel and the next. seconds: of all of it, the search too.
     UsageError: the peer is not installed, or no ratio leads to the target.
     """
     began, prune = time.perf_counter(), PEERS[name]
     package(name)
-    config = AutoConfig.from_pretrained(source)
+    folder = located(str(source), "source")
+    config = AutoConfig.from_pretrained(folder)
     steps = config.intermediate_size
     tried = cache(lambda step: trial(prune, config, (step + 0.5) / steps))
     step = smallest(steps, lambda step: tried(step)[0] <= target, lambda step: tried(step)[1])
     if step is None:
         raise UsageError(f"{name} cannot prune {source} to {target} parameters or fewer: give a larger target")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     how = prune(model, (step + 0.5) / steps)
     parameters = parameters_of(model)
     assert parameters == tried(step)[0], "the peer's widths depend on the weights, so that one layer cannot tell them"
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     return {
         "name": name,
         "version": version(name),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efficientllm.models.parts import HEAD_WEIGHT, body
+from efficientllm.pruning.dimensions import HIDDEN
+from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.saliency import reader_specs
+
+Watch = Callable[[int], AbstractContextManager[object]]
 
 
 class Inputs(Mapping[str, Tensor]):
@@ -91,6 +97,49 @@ def captured_inputs(
                 hook = module.register_forward_pre_hook(hook_of(name))
             handles.append(hook)
         yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[Watch]:
+    """While it lasts, backward passes add to `gates`. Yields what is to be entered around the forward pass of every
+    micro-batch that counts; what is computed again in a backward pass does not count twice.
+
+    The inputs of all linear layers stay in memory until the backward pass is over, with activation checkpointing too.
+    """
+    entered, last = False, None
+
+    def watch(axis: str, layer: int | None, inputs: Tensor) -> None:
+        nonlocal last
+        # q, k and v are given one tensor, one after the other; its gradient is the sum of theirs.
+        if entered and inputs is not last and inputs.requires_grad:
+            last, kept = inputs, inputs.detach()
+            inputs.register_hook(lambda gradient: gates.add(axis, layer, kept, gradient))
+
+    @contextmanager
+    def counted(_row: int) -> Iterator[None]:
+        nonlocal entered, last
+        gates.close()
+        entered = True
+        try:
+            yield
+        finally:
+            entered, last = False, None
+
+    def hook_of(axis: str, layer: int | None) -> Any:
+        return lambda module, args: watch(axis, layer, args[0])
+
+    # The head reads the last hidden states, tied or not, also where a chunked loss bypasses its module.
+    head = body(model).register_forward_hook(lambda module, args, out: watch(HIDDEN, None, out[0]))
+    handles = [head]
+    try:
+        for spec in reader_specs(space):
+            if spec.name != HEAD_WEIGHT:
+                module = model.get_submodule(spec.name.removesuffix(".weight"))
+                handles.append(module.register_forward_pre_hook(hook_of(str(spec.axes[1]), spec.layer)))
+        yield counted
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,84 @@
+"""Gate Fisher against gates that are there: one a unit and token, closed by autograd in fp64."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from conftest import tiny_model
+from efficientllm.models.space import space_of
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.gates import GateSums
+from efficientllm.training.capture import watched_gates
+
+IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+def mean_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Over all tokens of the rows, the last of each included in the count, as a look's mean is meant."""
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum") / IDS.numel()
+
+
+def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
+    """Half the mean over tokens of (dL/dc_t)^2, c_t a gate of the unit at token t and L the loss summed over tokens."""
+    model = tiny_model(family).double()
+    widths, gate = space_of(model.config).widths, torch.ones(IDS.shape, dtype=torch.float64, requires_grad=True)
+    hd, group = model.config.head_dim, widths.queries_per_kv
+    whole = slice(None)
+    with ExitStack() as hooks:
+
+        def close(module: torch.nn.Module, part: slice) -> None:
+            def gated(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                chosen = torch.zeros(args[0].shape[-1], dtype=torch.float64)
+                chosen[part] = 1.0
+                return (args[0] * (1.0 + (gate[..., None] - 1.0) * chosen), *args[1:])
+
+            hooks.callback(module.register_forward_pre_hook(gated).remove)
+
+        for number, layer in enumerate(model.model.layers):
+            if pruning_type == "stem":
+                readers = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+                for module in (*readers, layer.mlp.gate_proj, layer.mlp.up_proj):
+                    close(module, slice(unit, unit + 1))
+            elif pruning_type == "depth" and number == unit:
+                close(layer.self_attn.o_proj, whole)
+                close(layer.mlp.down_proj, whole)
+            elif pruning_type == "ffn" and number == row:
+                close(layer.mlp.down_proj, slice(unit, unit + 1))
+            elif pruning_type == "attention" and number == row:
+                close(layer.self_attn.o_proj, slice(unit * group * hd, (unit + 1) * group * hd))
+            elif pruning_type == "attention_query" and number == row // widths.kv_heads:
+                head = row % widths.kv_heads * group + unit
+                close(layer.self_attn.o_proj, slice(head * hd, (head + 1) * hd))
+        if pruning_type == "stem":
+            close(model.lm_head, slice(unit, unit + 1))
+        (gradient,) = torch.autograd.grad(mean_loss(model, IDS) * IDS.numel(), gate)
+    return float(gradient.square().mean() / 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_equal_the_reference(family: str, checkpointing: bool) -> None:
+    model = tiny_model(family)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    gates = GateSums(space_of(model.config), torch.device("cpu"))
+    with watched_gates(model, space_of(model.config), gates) as watch:
+        for first in (0, 2, 4):
+            with watch(first):
+                loss = mean_loss(model, IDS[first : first + 2])
+            loss.backward()
+        mean_loss(model, IDS[:1]).backward()  # one that does not count
+    scores = gates.scores()
+    for pruning_type in PRUNING_TYPES:
+        rows, units = scores[pruning_type].shape
+        for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
+            want = reference(family, pruning_type, row, unit)
+            assert float(scores[pruning_type][row, unit]) == pytest.approx(want, rel=1e-3)
+    assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks
