@@ -154,7 +154,9 @@ def smallest(steps: int, fits: Callable[[int], bool], loads: Callable[[int], boo
 
 
 def prune_by_peer(name: str, source: Path, target: int, out: Path) -> dict[str, Any]:
-    """Writes `source` (a Llama-like folder or GGUF file), pruned by the peer to at most `target` parameters, to `out`; says how.
+    """Writes `source` (a Llama-like folder or GGUF file), pruned by the peer to at most `target` parameters, to `out`.
+
+    Returns how that was done.
 
     The ratios tried are those between one FFN channel and the next. seconds: of all of it, the search too.
     UsageError: the peer is not installed, or no ratio leads to the target.

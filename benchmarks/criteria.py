@@ -1,0 +1,127 @@
+"""Which criterion chooses best: the least salient share of one type removed at once, corrected, by each of them.
+
+    python benchmarks/criteria.py MODEL --train TEXT [TEXT ...] --validation TEXT [TEXT ...]
+        [--rows 8] [--length 512] [--shares ffn=1/3 attention_query=1/3 stem=1/10] [--plain]
+
+All criteria see the same rows of the training text, and so does the second-order correction of what is left (--plain:
+without it). The loss increase is measured on rows of the validation text, in nats. predicted: the sum of the scores,
+which for a criterion in nats should be as large. One look of few rows at once: what a run does next is another matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from efficientllm.config import DataConfig
+from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.models.loading import load_model, load_tokenizer
+from efficientllm.models.space import space_of
+from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
+from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.groups import Cut, Live, Space
+from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.slices import group_slices
+from efficientllm.training.capture import captured_inputs, watched_gates
+from efficientllm.training.gradient import Precision, mean_loss, summed_loss
+
+CPU = Precision("cpu", bf16=False)
+MICRO_BATCH = 2
+Scores = dict[str, Mapping[str, Tensor]]  # criterion -> type -> (rows, units)
+
+
+def rows_of(corpora: list[Corpus], rows: int) -> Tensor:
+    """As many rows of each corpus, spread evenly over it, (rows, length)."""
+    parts = []
+    for place, corpus in enumerate(corpora):
+        number = rows // len(corpora) + (place < rows % len(corpora))
+        parts.append(corpus.take([len(corpus) * each // number for each in range(number)]))
+    return torch.cat(parts)
+
+
+def look(model: torch.nn.Module, space: Space, rows: Tensor) -> tuple[Scores, Mapping[str, Tensor]]:
+    """Scores of every unit by every criterion from one pass, and the inputs of all linear layers."""
+    params, device, readers = dict(model.named_parameters()), torch.device("cpu"), reader_specs(space)
+    gates = GateSums(space, device)
+    with captured_inputs(model, [spec.name for spec in readers]) as inputs, watched_gates(model, space, gates) as watch:
+        for first, part in enumerate(rows.split(MICRO_BATCH)):
+            with watch(first):
+                loss = summed_loss(model, part, CPU) / rows.numel()
+            loss.backward()
+    weights = [(spec, params[spec.name].detach(), params[spec.name].grad) for spec in space.params]
+    scores: Scores = {}
+    with torch.no_grad():
+        for name, each in CRITERIA.items():
+            if each.needs in ("gradient", "weights"):
+                held = [(spec, weight, grad) for spec, weight, grad in weights if grad is not None]
+                scores[name] = unit_scores(space, each, held, device)
+            elif each.needs == "inputs":
+                scores[name] = input_scores(space, each, readers, params, inputs, device)
+            elif each.needs == "nothing":
+                scores[name] = drawn_scores(space, 0)
+    scores["gate-fisher"] = gates.scores()
+    for weight in params.values():
+        weight.grad = None
+    return scores, inputs
+
+
+@torch.no_grad()
+def increase(
+    model: torch.nn.Module, space: Space, cuts: list[Cut], inputs: Mapping[str, Tensor] | None, held: Tensor
+) -> float:
+    """Loss without these units; inputs: what the rest is corrected on. Every weight is put back."""
+    params, live = dict(model.named_parameters()), Live.full(space.widths)
+    for cut in cuts:
+        live.remove(cut)
+    readers = list(losing_readers(space, cuts, live))
+    touched = {reader.name for reader in readers} | {part.name for part in group_slices(space, cuts)}
+    saved = {name: params[name].clone() for name in touched}
+    if inputs is not None:
+        correct(params, readers, inputs, SolverOptions())
+    for part in group_slices(space, cuts):
+        params[part.name].index_fill_(part.dim, part.indices, 0.0)
+    loss = mean_loss(model, held.split(MICRO_BATCH), CPU)
+    for name, weight in saved.items():
+        params[name].copy_(weight)
+    return loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--train", required=True, nargs="+")
+    parser.add_argument("--validation", required=True, nargs="+")
+    parser.add_argument("--rows", type=int, default=8, help="of the training text, and of the validation text")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--shares", nargs="+", default=["ffn=1/3", "attention_query=1/3", "stem=1/10"])
+    parser.add_argument("--plain", action="store_true", help="without correction")
+    arguments = parser.parse_args()
+    data = {"train": arguments.train, "validation": arguments.validation, "sequence_length": arguments.length}
+    train, validation = load_corpora(DataConfig.model_validate(data), load_tokenizer(arguments.model))
+    model = load_model(arguments.model).eval()
+    space = space_of(model.config)
+    held = rows_of(validation, arguments.rows)
+    scores, inputs = look(model, space, rows_of(train, arguments.rows))
+    with torch.no_grad():
+        base = mean_loss(model, held.split(MICRO_BATCH), CPU)
+    print(
+        f"loss as it is: {base:.3f}\n\n| removed | criterion | loss increase | predicted |\n| --- | --- | --- | --- |"
+    )
+    for wanted in arguments.shares:
+        pruning_type, share = wanted.split("=")
+        for name, by_type in scores.items():
+            values, order = by_type[pruning_type].double().sort(dim=1, stable=True)
+            number = max(1, round(Fraction(share) * order.shape[1]))
+            cuts = [Cut(pruning_type, units) for units in order[:, :number].T]
+            change = increase(model, space, cuts, None if arguments.plain else inputs, held) - base
+            predicted = float(values[:, :number].sum())
+            print(f"| {share} of {pruning_type} | {name} | {change:.3f} | {predicted:.3g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
