@@ -49,6 +49,7 @@ FREE = {"target": None}  # stands for --target, in the arms below
 ARMS: dict[str, dict[str, Any] | None] = {
     "loop": FREE,
     "loop, FFN only": FREE | {"types": ["ffn"]},
+    "loop, flap": FREE | {"saliency": "flap"},
     "one-shot": FREE | {"mode": "one-shot"},
     "one-shot, loop's shape": {"mode": "one-shot", "target": "loop"},
     "proportional widths": {"target": "proportional"},
