@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PruningEngine
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.capture import Inputs, captured_inputs
+from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
+from efficientllm.training.gradient import unwatched
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import shaped_moments
 from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
@@ -164,11 +166,16 @@ class Pruner:
 
         return loss
 
-    def gradient(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+    def gates(self) -> None:
+        """For the engine: the passes of somebody's loop are not watched."""
+        return None
+
+    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
         """For the engine: the gradient of the current batch at the current weights, in .grad; inputs on the way."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._capturing(names) as inputs:
-            with inputs.taken(0):
+        watching = watched_gates(self.model, self.engine.space, gates) if gates is not None else nullcontext(unwatched)
+        with self._capturing(names) as inputs, watching as watch:
+            with inputs.taken(0), watch(0):
                 loss = self._current_loss()
             loss.backward()
         return inputs

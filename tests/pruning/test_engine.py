@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,17 +13,19 @@ from torch import nn
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
+from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
-from efficientllm.pruning.criteria import inverse_hessian_diagonal
+from efficientllm.pruning.criteria import criteria_of, inverse_hessian_diagonal
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shapes import Floors
 from efficientllm.pruning.slices import group_slices
-from efficientllm.training.capture import Inputs, captured_inputs
+from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
 
 
 class Loop:
@@ -60,10 +63,18 @@ class Loop:
     def measure(self) -> Callable[[], float]:
         return self.loss
 
-    def gradient(self, names: Sequence[str]) -> Inputs:
+    def gates(self) -> None:
+        return None
+
+    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Inputs:
         self.optimizer.zero_grad()
-        with captured_inputs(self.model, names) as inputs:
-            self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        watching = (
+            watched_gates(self.model, self.pruner.space, gates) if gates else nullcontext(lambda row: nullcontext())
+        )
+        with captured_inputs(self.model, names) as inputs, watching as watch:
+            with watch(0):
+                loss = self.model(input_ids=self.ids, labels=self.ids).loss
+            loss.backward()
         self.refreshes += 1
         return inputs
 
@@ -238,8 +249,35 @@ def test_calibration_measures_the_true_loss_increase() -> None:
     assert event.saliency == pytest.approx(max(measured, 1e-3 * raw), rel=1e-3)
 
 
-def test_state_resumes_bit_for_bit() -> None:
-    one, two = Loop("qwen2-gqa-tied"), Loop("qwen2-gqa-tied")
+MIXED = {"stem": "gate-fisher", "ffn": "flap", "attention": "wanda"}  # and the default for query heads
+
+
+def test_every_type_is_looked_at_by_its_own_criterion() -> None:
+    mixed = Loop("llama-gqa", saliency=MIXED)
+    mixed.train_step(0.0)  # before the schedule wants anything: one look that costs nothing
+    assert mixed.pruner.looks.average.sums.keys() == {"attention_query"}
+    mixed.ids = torch.arange(48).reshape(4, 12)
+    mixed.pruner.looks.before_bundle(mixed, [], 1, PruneReport())
+    found = mixed.pruner.looks.average.values()
+    for pruning_type, name in MIXED.items():
+        alone = Loop("llama-gqa", saliency=name)
+        for weight, other in zip(alone.params.values(), mixed.params.values(), strict=True):
+            weight.data.copy_(other)
+        alone.ids = mixed.ids
+        alone.pruner.looks.before_bundle(alone, [], 1, PruneReport())
+        torch.testing.assert_close(found[pruning_type], alone.pruner.looks.average.values()[pruning_type])
+
+
+def test_an_unknown_type_or_criterion_in_the_mapping_is_named() -> None:
+    with pytest.raises(ValueError, match="'fnn' is no pruning type here"):
+        criteria_of({"fnn": "flap"}, DEFAULT_TYPES)
+    with pytest.raises(ValueError, match="'flapp'; did you mean 'flap'"):
+        criteria_of({"ffn": "flapp"}, DEFAULT_TYPES)
+
+
+@pytest.mark.parametrize("saliency", ["taylor-element", "gate-fisher", MIXED])
+def test_state_resumes_bit_for_bit(saliency: str | dict[str, str]) -> None:
+    one, two = Loop("qwen2-gqa-tied", saliency=saliency), Loop("qwen2-gqa-tied", saliency=saliency)
     for step in range(1, 5):
         one.train_step(float(step))
         two.train_step(float(step))
@@ -278,8 +316,8 @@ def test_a_gradient_that_is_no_number_is_left_out_and_counted() -> None:
     loop = Loop("llama-gqa", share=0.9, span=1.0, bound=0.02)
     gradient = loop.gradient
 
-    def overflowing(names: Sequence[str]) -> Inputs:
-        inputs = gradient(names)
+    def overflowing(names: Sequence[str], gates: GateSums | None = None) -> Inputs:
+        inputs = gradient(names, gates)
         if loop.refreshes == 1:
             next(iter(loop.params.values())).grad.fill_(float("nan"))
         return inputs

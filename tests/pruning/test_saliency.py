@@ -96,8 +96,9 @@ def test_looks_of_unequal_size_count_alike() -> None:
         average = MovingAverage()
         average.update({"ffn": first}, 0.5)
         average.update({"ffn": size * second}, 0.5)
-        assert average.nats == pytest.approx((0.5 * 3.0 + size * 4.0) / 1.5)
-        assert float(average.values()["ffn"].sum()) == pytest.approx(average.nats)
-        shares.append(average.values()["ffn"] / average.nats)
+        unit = average.units["ffn"]
+        assert unit == pytest.approx((0.5 * 3.0 + size * 4.0) / 1.5)
+        assert float(average.values()["ffn"].sum()) == pytest.approx(unit)
+        shares.append(average.values()["ffn"] / unit)
     torch.testing.assert_close(*shares)
     torch.testing.assert_close(shares[0], (0.5 * first / 3.0 + second / 4.0) / 1.5)

@@ -178,7 +178,7 @@ def test_ratios_that_have_settled_are_left_alone() -> None:
 
 def test_predictions_are_shares_of_a_look() -> None:
     """A look on fewer tokens predicts three times as much for everything: measured increases stay comparable."""
-    calibration = Calibration(scale=2.0)
+    calibration = Calibration(units={"ffn": 2.0})
     calibration.update("ffn", 0.5, 0.1)
-    calibration.scale = 6.0
+    calibration.units = {"ffn": 6.0}
     assert 0.3 * calibration.ratio("ffn") == pytest.approx(0.5)

@@ -36,13 +36,13 @@ class Calibration:
     Both sums are averaged before they are divided: a ratio of averages stands noise that an average of ratios
     does not. They share their weights, so the ratio needs no correction for their start at zero.
 
-    scale: nats that a prediction is counted in, the looks' own (MovingAverage.nats). It changes with the size of the
-    looks; predictions are kept as shares of it. moved: by what share of itself the last measurement has moved a type's
-    ratio; parameters: of the model at that measurement.
+    units: what predictions of a type are counted in, the looks' own (MovingAverage.units). It changes with the size of
+    the looks; predictions are kept as shares of it. moved: by what share of itself the last measurement has moved a
+    type's ratio; parameters: of the model at that measurement.
     """
 
     smoothing: float = 0.5
-    scale: float = 1.0
+    units: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
@@ -54,7 +54,10 @@ class Calibration:
         assert math.isfinite(measured)
         assert math.isfinite(predicted)
         known, before = pruning_type in self.predicted, self.ratio(pruning_type)
-        for record, value in ((self.measured, measured), (self.predicted, predicted / self.scale)):
+        for record, value in (
+            (self.measured, measured),
+            (self.predicted, predicted / self.units.get(pruning_type, 1.0)),
+        ):
             old = record.get(pruning_type, 0.0)
             record[pruning_type] = self.smoothing * old + (1.0 - self.smoothing) * value
         after = self.ratio(pruning_type)
@@ -64,7 +67,7 @@ class Calibration:
 
     def ratio(self, pruning_type: str) -> float:
         """Factor that turns predicted into measured loss increase; 1 before the first measurement."""
-        predicted = self.predicted.get(pruning_type, 0.0) * self.scale
+        predicted = self.predicted.get(pruning_type, 0.0) * self.units.get(pruning_type, 1.0)
         if predicted <= 0.0:
             return 1.0
         return max(self.measured[pruning_type] / predicted, LEAST_RATIO)

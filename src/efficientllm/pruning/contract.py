@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from efficientllm.pruning.correction import Corrections, SolverOptions
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Event
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.widths import Widths
@@ -20,9 +21,14 @@ class Probe(Protocol):
     """What pruning may ask of the loop it lives in. Every look reads other rows than those before it, where the loop
     can: rows that training has not seen, and will still see."""
 
-    def gradient(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
         """Puts a fresh gradient at the current weights into .grad, without a weight update. Returns the inputs of the
-        linear layers with these weights that it has met on the way, as `inputs` does."""
+        linear layers with these weights that it has met on the way, as `inputs` does. gates: takes in those of this
+        process's rows."""
+        ...
+
+    def gates(self) -> GateSums | None:
+        """Those of this process's rows in the step's own pass, once; None where it was not watched."""
         ...
 
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -41,16 +47,16 @@ class Probe(Protocol):
 class PrunerOptions:
     """The method's dials; docs/results/ablations.md for the defaults.
 
-    types: pruning types that may be chosen. saliency: name of the criterion. decay: share of the old in its average
-    once `bound` of the parameters has fallen. calibrated: compare types by measured loss, not by raw scores. bound:
-    largest share of the live parameters removed between two looks (one larger event falls alone, after a look of its
-    own). correction: the second-order update of what is left; None leaves it out. order: "saliency", or a pruning path
-    (selection.py) towards one fixed shape. gathers: looks that are taken before the first event of a step where
-    training has taken none (weights at rest). seed: of the criterion `random`.
+    types: pruning types that may be chosen. saliency: name of the criterion, or one for each type (criteria_of).
+    decay: share of the old in its average once `bound` of the parameters has fallen. calibrated: compare types by
+    measured loss, not by raw scores. bound: largest share of the live parameters removed between two looks (one larger
+    event falls alone, after a look of its own). correction: the second-order update of what is left; None leaves it
+    out. order: "saliency", or a pruning path (selection.py) towards one fixed shape. gathers: looks that are taken
+    before the first event of a step where training has taken none (weights at rest). seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
-    saliency: str = "taylor-element"
+    saliency: str | Mapping[str, str] = "taylor-element"
     decay: float = 0.5
     calibrated: bool = True
     bound: float = 0.05

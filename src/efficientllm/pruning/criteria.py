@@ -3,26 +3,29 @@
 Notation: L the loss, w a weight, g = dL/dw (of the mean loss over the batch); X the inputs
 (tokens x inputs) of a linear layer W (outputs x inputs).
 
-Two kinds. An *element* criterion scores every weight; a unit's saliency is the sum over its group. A *column* criterion
-scores every input of a linear layer that reads the unit (down_proj for FFN channels, o_proj for heads; q, k, v,
-gate, up and an untied LM head for the stem); a unit's saliency is the sum over the columns that it feeds. The papers
-of the latter score FFN channels and heads; the stem is our extension by the same rule.
+Three kinds. An *element* criterion scores every weight; a unit's saliency is the sum over its group. A *column*
+criterion scores every input of a linear layer that reads the unit (down_proj for FFN channels, o_proj for heads; q, k,
+v, gate, up and an untied LM head for the stem); a unit's saliency is the sum over the columns that it feeds. The papers
+of the latter score FFN channels and heads; the stem is our extension by the same rule. Gate Fisher scores units as such
+(gates.py).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.dimensions import of_type
+
 ElementScore = Callable[[Tensor, Tensor], Tensor]
 InputStatistic = Callable[[Tensor], Tensor]
 ColumnScore = Callable[[Tensor, Tensor], Tensor]
-Needs = Literal["gradient", "weights", "inputs", "nothing"]
+Needs = Literal["gradient", "gates", "weights", "inputs", "nothing"]
 
 DAMPING = 0.01  # of the OBS Hessian, as a share of its mean diagonal (SparseGPT's own value)
 
@@ -136,6 +139,7 @@ def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
     return weight.square().sum(0) * inverse
 
 
+DEFAULT = "taylor-element"
 LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of correction_tokens at each look"
 CRITERIA = {
     criterion.name: criterion
@@ -145,6 +149,7 @@ CRITERIA = {
             "taylor-vector", "gradient", LLM_PRUNER, "|sum g w|", "free with training", element=taylor, signed=True
         ),
         Criterion("fisher", "gradient", "arXiv 1906.10771", "sum (g w)^2", "free with training", element=fisher),
+        Criterion("gate-fisher", "gates", "arXiv 2204.09656", "mean of (x dL/dx)^2 / 2", "free with training"),
         Criterion("magnitude", "weights", "arXiv 1608.08710", "sum w^2", "free", element=magnitude),
         Criterion("wanda", "inputs", "arXiv 2306.11695", "sum |W_j| ||X_j||", PASS, statistic=input_norm, column=wanda),
         Criterion("flap", "inputs", "arXiv 2312.11983", "Var(X_j) ||W_j||^2", PASS, statistic=fluctuation, column=flap),
@@ -175,3 +180,14 @@ def criterion(name: str) -> Criterion:
         )
     near = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no saliency criterion '{name}'; did you mean '{near}'? (known: {', '.join(CRITERIA)})")
+
+
+def criteria_of(saliency: str | Mapping[str, str], types: Sequence[str]) -> dict[str, Criterion]:
+    """The criterion of each of the types: one for all, or by type, where DEFAULT serves those that are not named.
+
+    Raises ValueError for a name that is unknown, and for a type that is no pruning type.
+    """
+    if isinstance(saliency, str):
+        return dict.fromkeys(types, criterion(saliency))
+    named = {of_type(name).type: criterion(each) for name, each in saliency.items()}
+    return {name: named.get(name) or criterion(DEFAULT) for name in types}

@@ -13,6 +13,7 @@ from torch import Tensor
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
+from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space
 from efficientllm.pruning.landing import Landing, landed, rung_after
@@ -56,7 +57,7 @@ class PruningEngine:
             space,
             params,
             self._reduction,
-            saliency=options.saliency,
+            criteria=criteria_of(options.saliency, options.types),
             decay=options.decay,
             seed=options.seed,
         )
@@ -93,8 +94,8 @@ class PruningEngine:
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping, every step."""
         self.clear_dead()
-        if not self.finished and self.looks.criterion.needs == "gradient":
-            self.looks.take_gradient()
+        if not self.finished:
+            self.looks.observe()
 
     def clear_dead(self) -> None:
         """Clears the gradient of dead query heads: with its query at zero such a head attends evenly, so the columns of
@@ -118,11 +119,11 @@ class PruningEngine:
             names = self.reads()
             gathers = 1 if report.events else self.options.gathers
             inputs = self.looks.before_bundle(probe, names, gathers, report)
-            if not self.looks.average.sums:
+            if not self.looks.complete:
                 break
             if names and inputs is None:
                 inputs = probe.inputs(names)
-            self.calibration.scale = self.looks.average.nats
+            self.calibration.units = self.looks.average.units
             ranking = Ranking(self.looks.average.values(), self.live)
             if self.options.compares_types:
                 self._calibrate(ranking, probe, inputs, report)
@@ -145,7 +146,7 @@ class PruningEngine:
         """The linear layers whose inputs a bundle may want to see: all for a criterion that looks at them, else those
         of the types that may fall, where they are corrected."""
         readers = reader_specs(self.space)
-        if self.looks.criterion.needs == "inputs":
+        if "inputs" in self.looks.needs:
             return [spec.name for spec in readers]
         if not self.options.correction:
             return []

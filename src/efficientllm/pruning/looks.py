@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.contract import Probe, PruneReport
-from efficientllm.pruning.criteria import criterion
+from efficientllm.pruning.criteria import Criterion
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.saliency import (
     MovingAverage,
@@ -31,9 +32,10 @@ PREFIX = "saliency."  # of scores among a run's tensors
 
 
 class Looks:
-    """Looks at a fixed set of tensors. params, reduction: as of PruningEngine.
+    """Looks at a fixed set of tensors, at every type by its own criterion. params, reduction: as of PruningEngine.
 
-    fresh: a look has been taken since the last event. fallen: since then, in units of `bound`.
+    needs: what the criteria look at (Criterion.needs). fallen: what has fallen since the last look at each of these, in
+    units of `bound`.
     """
 
     def __init__(
@@ -42,81 +44,119 @@ class Looks:
         params: Mapping[str, Tensor],
         reduction: Reduction,
         *,
-        saliency: str,
+        criteria: Mapping[str, Criterion],
         decay: float,
         seed: int,
     ) -> None:
         self._space, self._params, self._reduction = space, params, reduction
-        self._decay, self._seed = decay, seed
+        self._criteria, self._decay, self._seed = criteria, decay, seed
         self._device = next(iter(params.values())).device
-        self.criterion = criterion(saliency)
+        self.needs = frozenset(each.needs for each in criteria.values())
         self.average = MovingAverage()
-        self.fallen = 0.0
-        self.fresh = False
+        self.fallen: dict[str, float] = dict.fromkeys(sorted(self.needs), 0.0)
+        self._fresh: set[str] = set()  # needs of which a look has been taken since the last event
         self.nonfinite = 0  # looks left out since the last step()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every type has scores."""
+        return self.average.sums.keys() >= self._criteria.keys()
 
     def removed(self, share: float) -> None:
         """A bundle has fallen, of so many times `bound`."""
-        self.fallen += share
-        self.fresh = False
+        self.fallen = {need: fallen + share for need, fallen in self.fallen.items()}
+        self._fresh.clear()
 
-    def take_gradient(self) -> None:
-        """A look at the gradients now in .grad."""
-        if all(weight.grad is None for weight in self._params.values()):
-            raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
-        self._take(unit_scores(self._space, self.criterion, self._weights(), self._device, self._reduction))
+    def observe(self) -> None:
+        """A look at the gradients now in .grad, where a criterion wants them."""
+        if "gradient" in self.needs:
+            if all(weight.grad is None for weight in self._params.values()):
+                raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
+            self._take("gradient")
 
     def before_bundle(
         self, probe: Probe, names: list[str], gathers: int, report: PruneReport
     ) -> Mapping[str, Tensor] | None:
-        """Looks anew where none is fresh, `gathers` times where that needs a pass. names: linear layers whose inputs
-        are wanted; returned where a look has met them."""
-        needs, inputs = self.criterion.needs, None
-        if needs == "weights":
-            self._take(unit_scores(self._space, self.criterion, self._weights(), self._device, self._reduction))
-        elif needs == "nothing" and not self.average.sums:
-            drawn = drawn_scores(self._space, self._seed)
-            self._take({name: score.to(self._device) for name, score in drawn.items()})
-        elif needs in ("gradient", "inputs") and not self.fresh:
-            look = self._gradient if needs == "gradient" else self._inputs
+        """Looks anew at whatever has not been looked at since the last event, `gathers` times where that needs a pass.
+        names: linear layers whose inputs are wanted; returned where a look has met them."""
+        inputs: Mapping[str, Tensor] | None = None
+        for need in ("weights", "nothing"):
+            if need in self.needs and (need == "weights" or need not in self._fresh):
+                self._take(need)
+        if "gates" in self.needs and "gates" not in self._fresh:
+            own = probe.gates()
+            if own is not None:
+                self._take("gates", gates=own)
+        if self._stale("gradient", "gates"):
             for left in reversed(range(gathers)):
-                inputs = look(probe, names if left == 0 else [], report)
+                inputs = self._pass(probe, names if left == 0 else [])
                 report.refreshes += 1
+        if self._stale("inputs"):
+            readers = [spec.name for spec in reader_specs(self._space)]
+            met = inputs is not None and inputs.keys() >= set(readers)
+            for _ in range(1 if met else gathers):
+                inputs = inputs if met else probe.inputs(readers)
+                assert inputs is not None
+                self._take("inputs", inputs=inputs)
+                report.flops.looks += self._statistic_flops(inputs)
+                report.refreshes += not met
         return inputs
 
-    def _gradient(self, probe: Probe, names: list[str], report: PruneReport) -> Mapping[str, Tensor]:
+    def _stale(self, *needs: str) -> bool:
+        return any(need in self.needs and need not in self._fresh for need in needs)
+
+    def _pass(self, probe: Probe, names: list[str]) -> Mapping[str, Tensor]:
+        """A look at a gradient of its own, in .grad and at the gates."""
+        gates = GateSums(self._space, self._device) if "gates" in self.needs else None
         with torch.enable_grad():
-            inputs = probe.gradient(names)
-        self.take_gradient()
+            inputs = probe.gradient(names, gates)
+        self.observe()
+        if gates is not None:
+            self._take("gates", gates=gates)
         return inputs
 
-    def _inputs(self, probe: Probe, names: list[str], report: PruneReport) -> Mapping[str, Tensor]:
-        readers = reader_specs(self._space)
-        inputs = probe.inputs([spec.name for spec in readers])  # of which `names` are some
-        chosen, reduction = self.criterion, self._reduction
-        self._take(input_scores(self._space, chosen, readers, self._params, inputs, self._device, reduction))
-        distinct = {id(inputs[spec.name]): inputs[spec.name] for spec in readers}.values()
+    def _take(self, need: str, *, gates: GateSums | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:
+        """Scores of the types whose criteria need this, into their average."""
+        keep = self._decay ** max(self.fallen[need], 1.0 / MEMORY)
+        for chosen in {each.name: each for each in self._criteria.values() if each.needs == need}.values():
+            scores = self._scores(chosen, gates, inputs)
+            own = {name: scores[name] for name, each in self._criteria.items() if each.name == chosen.name}
+            if all_finite(own):
+                self.average.update(own, keep)
+                self.fallen[need] = 0.0
+                self._fresh.add(need)
+            else:  # in the average it would stay for good
+                self.nonfinite += 1
+
+    def _scores(
+        self, chosen: Criterion, gates: GateSums | None, inputs: Mapping[str, Tensor] | None
+    ) -> Mapping[str, Tensor]:
+        """Of every unit of every type, fp32 (rows, units)."""
+        if gates is not None:
+            return gates.scores(self._reduction)
+        if inputs is not None:
+            readers = reader_specs(self._space)
+            return input_scores(self._space, chosen, readers, self._params, inputs, self._device, self._reduction)
+        if chosen.needs == "nothing":
+            return {name: score.to(self._device) for name, score in drawn_scores(self._space, self._seed).items()}
+        return unit_scores(self._space, chosen, self._weights(chosen), self._device, self._reduction)
+
+    def _statistic_flops(self, inputs: Mapping[str, Tensor]) -> float:
+        """Of the matrix products in the criteria that look at inputs, over all processes."""
+        distinct = {id(inputs[spec.name]): inputs[spec.name] for spec in reader_specs(self._space)}.values()
         # Processes may hold other numbers of rows, so that theirs are added up.
-        own = torch.tensor(len(next(iter(distinct))), device=self._device)
-        tokens = int(reduction.over_batch(own))
-        report.flops.looks += sum(chosen.statistic_flops(tokens, each.shape[1]) for each in distinct)
-        return inputs
+        tokens = int(self._reduction.over_batch(torch.tensor(len(next(iter(distinct))), device=self._device)))
+        chosen = {each.name: each for each in self._criteria.values() if each.needs == "inputs"}.values()
+        return sum(criterion.statistic_flops(tokens, each.shape[1]) for criterion in chosen for each in distinct)
 
-    def _take(self, scores: Mapping[str, Tensor]) -> None:
-        if not all_finite(scores):  # in the average it would stay for good
-            self.nonfinite += 1
-            return
-        self.average.update(scores, self._decay ** max(self.fallen, 1.0 / MEMORY))
-        self.fallen, self.fresh = 0.0, True
-
-    def _weights(self) -> Iterator[tuple[ParamSpec, Tensor, Tensor]]:
+    def _weights(self, chosen: Criterion) -> Iterator[tuple[ParamSpec, Tensor, Tensor]]:
         """(spec, w, g) of every weight, without those that want a gradient.
 
         Sharded weights come as they are; whoever reads them takes the local part.
         """
         for spec in self._space.params:
             weight = self._params[spec.name]
-            gradient = weight.grad if self.criterion.needs == "gradient" else weight
+            gradient = weight.grad if chosen.needs == "gradient" else weight
             if gradient is not None:
                 yield spec, weight.detach(), gradient
 
@@ -124,15 +164,16 @@ class Looks:
         """As PruningEngine.state."""
         average = self.average
         tensors = {f"{PREFIX}{name}": total for name, total in average.sums.items()}
-        return tensors, {"saliency_weight": average.weight, "saliency_scale": average.scale, "fallen": self.fallen}
+        facts = {"saliency_weight": average.weight, "saliency_scale": average.scale, "fallen": self.fallen}
+        return tensors, {name: dict(each) for name, each in facts.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
         """As PruningEngine.load_state. False where an earlier version has left scores in another unit: the next look
         takes them anew, and what was measured against them is worth nothing."""
-        if "saliency_scale" not in facts:
+        if not isinstance(facts.get("saliency_scale"), Mapping):
             return False
-        self.average.weight, self.average.scale = facts["saliency_weight"], facts["saliency_scale"]
-        self.fallen = facts["fallen"]
+        self.average.weight, self.average.scale = dict(facts["saliency_weight"]), dict(facts["saliency_scale"])
+        self.fallen = dict(facts["fallen"])
         self.average.sums = {
             name.removeprefix(PREFIX): total.to(self._device, copy=True)
             for name, total in tensors.items()

@@ -151,31 +151,34 @@ def all_finite(scores: Mapping[str, Tensor]) -> bool:
 
 
 class MovingAverage:
-    """Exponential moving average of looks, each divided by its own sum first: |g w| of a mean over more tokens is
-    smaller, and so looks of unequal size would weigh unequally.
+    """Exponential moving average of looks at every type, each divided by its own sum first: |g w| of a mean over more
+    tokens is smaller, and so looks of unequal size would weigh unequally.
 
     sums: shares of the looks' sums, by type (rows, units), and scale: the sums themselves, both weighted and added up;
-    weight: of all looks together.
+    weight: of all looks together. All by type, since types may be looked at by different criteria at different times.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.scale = self.weight = 0.0
+        self.scale: dict[str, float] = {}
+        self.weight: dict[str, float] = {}
 
     def update(self, scores: Mapping[str, Tensor], keep: float) -> None:
-        """keep: share of its weight that each earlier look keeps."""
-        total = float(sum(score.sum(dtype=torch.float64) for score in scores.values())) or 1.0
+        """keep: share of its weight that each earlier look at these types keeps."""
         for name, score in scores.items():
+            total = float(score.sum(dtype=torch.float64)) or 1.0
             old, share = self.sums.get(name), score / total
             self.sums[name] = share if old is None else old.mul_(keep).add_(share)
-        self.weight = keep * self.weight + 1.0
-        self.scale = keep * self.scale + total
+            self.weight[name] = keep * self.weight.get(name, 0.0) + 1.0
+            self.scale[name] = keep * self.scale.get(name, 0.0) + total
 
     @property
-    def nats(self) -> float:
-        """What a share of 1 is worth: the looks' average sum, in the criterion's own unit (nats for taylor's)."""
-        return self.scale / self.weight
+    def units(self) -> dict[str, float]:
+        """What a share of 1 is worth, by type: the looks' average sum, in the criterion's own unit (nats for
+        taylor's)."""
+        return {name: self.scale[name] / self.weight[name] for name in self.sums}
 
     def values(self) -> dict[str, Tensor]:
         """The averages in the criterion's own unit, on the CPU; an empty dict before the first update."""
-        return {name: (total * (self.nats / self.weight)).cpu() for name, total in self.sums.items()}
+        worth = self.units
+        return {name: (total * (worth[name] / self.weight[name])).cpu() for name, total in self.sums.items()}

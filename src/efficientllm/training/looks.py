@@ -7,7 +7,7 @@ is skipped by that. Looks are plain next-token loss: a teacher is never asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import body
-from efficientllm.pruning.criteria import criterion
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.saliency import reader_specs
-from efficientllm.training.capture import Inputs, captured_inputs
+from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.gradient import (
     Precision,
@@ -96,22 +96,31 @@ class BatchLooks:
         self._rows = LookRows.of(plan, *shape, state.ranks.world)
         self._read = 0  # rows to come that this step's looks have read
         self._captured: Inputs | None = None  # of the step's own pass
+        self._gates: GateSums | None = None
 
     @contextmanager
     def captures(self, position: int) -> Iterator[Watch]:
-        """Around the step's own gradient: keeps the inputs that an event at this position will want to see."""
+        """Around the step's own gradient: keeps the inputs and gates that an event at this position will want to
+        see."""
         pruner = self._state.pruner
-        names = pruner.reads() if pruner and not self._plan.at_rest and pruner.due(position) else []
-        with self._capturing(names, self._shape[0]) as (watch, self._captured):
+        due = pruner is not None and not self._plan.at_rest and pruner.due(position)
+        names = pruner.reads() if pruner and due else []
+        if pruner and due and "gates" in pruner.looks.needs and not self._train.compile:
+            self._gates = GateSums(self._state.space, next(self._state.model.parameters()).device)
+        with self._capturing(names, self._shape[0], self._gates) as (watch, self._captured):
             yield watch
 
-    def gradient(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+    def gates(self) -> GateSums | None:
+        own, self._gates = self._gates, None
+        return own
+
+    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
         state, ranks = self._state, self._state.ranks
         rows, length = self._rows.gradient, self._shape[1]
         own = self._next_rows(rows)
         state.optimizer.zero_grad(set_to_none=True)
         loss_of = partial(summed_loss, state.model, precision=self._precision, chunked=self._chunked)
-        with self._capturing(names, rows) as (watch, inputs):
+        with self._capturing(names, rows, gates) as (watch, inputs):
             accumulate_gradient(loss_of, own, self._train.micro_batch, state.run, ranks, rows=rows, watch=watch)
         state.refresh_tokens += rows * length
         again = self._train.gradient_checkpointing
@@ -137,7 +146,7 @@ class BatchLooks:
                     state.run(partial(forward, input_ids=part))
         ranks.beat()
         flops = forward_flops(state.space, rows, self._shape[1]).base
-        if criterion(self._plan.options.saliency).needs == "inputs":
+        if state.pruner and "inputs" in state.pruner.looks.needs:
             state.flops.looks += flops
         else:
             state.flops.correction += flops
@@ -172,16 +181,32 @@ class BatchLooks:
         return self._batches.batch(self._state.step + step, part).to(device)
 
     @contextmanager
-    def _capturing(self, names: Sequence[str], rows: int) -> Iterator[tuple[Watch, Inputs | None]]:
-        """Hooks for a gradient over so many rows, of which as many are kept as the correction wants, evenly spread;
-        none where blocks are compiled, which do not see them and would have to run slowly for a whole pass."""
-        if not names or self._train.compile:
-            yield unwatched, None
-            return
-        every = max(1, rows // self._rows.correction)
-        first = self._state.ranks.share(rows).start
-        with captured_inputs(self._state.model, names, every=every, waits=True) as inputs:
-            yield (lambda row: inputs.taken(first + row)), inputs
+    def _capturing(
+        self, names: Sequence[str], rows: int, gates: GateSums | None
+    ) -> Iterator[tuple[Watch, Inputs | None]]:
+        """Hooks for a gradient over so many rows, of which as many are kept as the correction wants, evenly spread.
+        Blocks that are compiled do not see them: inputs are then not kept here (a pass for their sake sees more), and
+        gates are watched with the blocks run slowly."""
+        first, inputs = self._state.ranks.share(rows).start, None
+        with ExitStack() as hooks:
+            watches: list[Watch] = []
+            if names and not self._train.compile:
+                every = max(1, rows // self._rows.correction)
+                inputs = hooks.enter_context(captured_inputs(self._state.model, names, every=every, waits=True))
+                watches.append(lambda row: inputs.taken(first + row))
+            if gates is not None:
+                watches.append(hooks.enter_context(watched_gates(self._state.model, self._state.space, gates)))
+                if self._train.compile:
+                    hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            yield (partial(_all, watches), inputs)
+
+
+@contextmanager
+def _all(watches: Sequence[Watch], row: int) -> Iterator[None]:
+    with ExitStack() as entered:
+        for watch in watches:
+            entered.enter_context(watch(row))
+        yield
 
 
 def is_chunked(state: TrainState, train: TrainConfig, length: int) -> bool:
