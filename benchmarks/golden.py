@@ -5,8 +5,8 @@
 
 loop: the defaults on a tied Llama with grouped queries. distilled: a Qwen3 that is pruned at once, with a ladder and
 its source as teacher. ranks: the loop on two processes (gloo, CPU), every weight in two shards. A digest is of name,
-dtype, shape and bytes of every tensor of a model folder. The last bits of a run hang on the CPU and on torch: files of two
-machines say nothing about each other, so that none is kept in the repository.
+dtype, shape and bytes of every tensor of a model folder. The last bits of a run hang on the CPU and on torch: files of
+two machines say nothing about each other, so that none is kept in the repository.
 """
 
 from __future__ import annotations
