@@ -168,7 +168,8 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     if arguments.compare:
         said = differences(json.loads(arguments.compare.read_text()), found)
-        print(*said, sep="\n", file=sys.stderr)
+        for sentence in said:
+            print(sentence, file=sys.stderr)
         sys.exit(1 if said else 0)
 
 
