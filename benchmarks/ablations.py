@@ -36,7 +36,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "loop": {},
     "no correction": {"correction": "none"},
     "raw selection": {"selection": "raw"},
-    "calibration on 2,048 tokens": {"calibration_tokens": 2048},
     "one-shot, loop's shape": {"mode": "one-shot"} | SHAPE,
     "one-shot, loop's shape, no correction": {"mode": "one-shot", "correction": "none"} | SHAPE,
     "one-shot, own shape": {"mode": "one-shot"},
@@ -49,7 +48,6 @@ ARMS: dict[str, dict[str, Any]] = {
     **{f"span {share}": {"end": share} for share in ("10%", "25%", "50%", "80%")},
     "curve linear": {"curve": "linear"},
     "curve exponential": {"curve": "exponential"},
-    "low rate while pruning": {"lr": 0.1},
     "depth as a fourth type": {"types": ["attention", "ffn", "stem", "depth"]},
     **{f"criterion {name}": {"saliency": name} for name in CRITERIA if name != "taylor-element"},
 }

@@ -57,7 +57,7 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     torch.manual_seed(0)
     model = build(CONFIG)
     space = space_of(model.config)
-    prune = PruneConfig.model_validate({"target": "92%", "correction": correction, "align": 1, "compact_at": 1.0})
+    prune = PruneConfig.model_validate({"target": "92%", "correction": correction, "align": 1})
     options, landings = options_and_landings(prune, space)
     tokens = STEPS * ROWS * LENGTH
     schedule = SpanSchedule(0, tokens, space.num_params(), landings[-1].target, "linear")

@@ -88,7 +88,6 @@ class Settings:
     min_lr: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
     grad_clip: float = 1.0
     compile: bool = False
     gradient_checkpointing: bool = False

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,8 +56,10 @@ def source() -> LlamaConfig:
     )
 
 
-def run(steps: int, prune: dict[str, object] | None) -> tuple[TrainState, Iterator[StepRecord]]:
-    """A run on the source shape, and its steps."""
+def run(
+    steps: int, prune: dict[str, object] | None, *, compacts: bool = True
+) -> tuple[TrainState, Iterator[StepRecord]]:
+    """A run that begins at the source shape, and its steps. compacts: before its end too."""
     train = {"tokens": steps * BATCH, "batch_tokens": BATCH, "micro_batch": BATCH // SEQUENCE, "lr": 1e-3}
     recipe = Recipe.model_validate(
         {
@@ -70,6 +73,7 @@ def run(steps: int, prune: dict[str, object] | None) -> tuple[TrainState, Iterat
     torch.manual_seed(0)
     model = build(source())
     plan = pruning_plan(recipe, model.config)
+    plan = plan if plan is None or compacts else replace(plan, compact_at=1.0)
     state = start(model, recipe.train, plan)
     precision = Precision.choose("fp32", torch.device("cpu"))
     records = train_steps(state, RandomBatches(), recipe.train, plan, steps=steps, precision=precision)
@@ -90,13 +94,13 @@ def summary(ratios: list[float]) -> dict[str, float]:
 
 def step_overhead(steps: int) -> dict[str, object]:
     """Saliency every step and one event every step, shapes held fixed, against a plain step."""
-    events = {"target": "30%", "every": 1, "compact_at": 1.0}
+    events = {"target": "30%", "every": 1}
     plain_events = events | {"correction": "none"}
     runs = {
         "plain": run(steps, None),
-        "raw": run(steps, plain_events | {"selection": "raw"}),
-        "calibrated": run(steps, plain_events),
-        "corrected": run(steps, events | {"correction": "second-order"}),
+        "raw": run(steps, plain_events | {"selection": "raw"}, compacts=False),
+        "calibrated": run(steps, plain_events, compacts=False),
+        "corrected": run(steps, events | {"correction": "second-order"}, compacts=False),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     calibrations = 0

@@ -9,25 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientllm.config import (
-    AlignConfig,
+    GONE,
     CostTarget,
+    DataConfig,
     DataSource,
-    LatencyOnConfig,
+    DistillConfig,
+    Fact,
     PruneConfig,
     Recipe,
+    RunConfig,
     TrainConfig,
     WidthTarget,
     dump_recipe,
     load_recipe,
+    without_gone,
 )
-from efficientllm.config import prune as config_prune
 from efficientllm.config.fields import Section
+from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
-from efficientllm.models.latency_table import DTYPES
 from efficientllm.pruning.costs import KVCache, Params, TableCost
-from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
+from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.schedule import CURVES
 from efficientllm.pruning.selection import ORDERS
 from efficientllm.sizes import Amount
@@ -75,7 +77,7 @@ def test_published_recipes_are_all_there() -> None:
 
 
 def test_sizes_and_places_are_typed(load: Load) -> None:
-    recipe = load("prune.start=2M", "data.cache_dir=null", "train.lr=1e-3", "prune.align.hidden=64")
+    recipe = load("prune.start=2M", "data.cache_dir=null", "train.lr=1e-3", "prune.align=64")
     assert recipe.train.tokens == 60_000_000
     assert recipe.train.lr == 1e-3  # PyYAML reads 1e-3 as text
     assert recipe.prune is not None
@@ -83,7 +85,7 @@ def test_sizes_and_places_are_typed(load: Load) -> None:
     assert recipe.prune.start.tokens(recipe.train.tokens) == 2_000_000
     assert recipe.prune.end == "auto"
     assert recipe.prune.bound == 0.05
-    assert recipe.prune.align == AlignConfig(hidden=64, intermediate=1)
+    assert recipe.prune.align == 64
     assert recipe.prune.floors.intermediate is None
 
 
@@ -127,18 +129,36 @@ def test_targets_in_another_cost(load: Load, cost: str, target: str, amount: Amo
 @pytest.mark.parametrize(
     ("value", "source"),
     [
-        ("a.txt", DataSource(path="a.txt")),
-        ("org/data:en:train", DataSource(path="org/data", name="en", split="train")),
-        ("org/data::train[:5%]", DataSource(path="org/data", split="train[:5%]")),
-        ("{path: org/data:en, weight: 2}", DataSource(path="org/data", name="en", weight=2)),
-        ("C:/text/a.txt", DataSource(path="C:/text/a.txt")),
-        ("hf://datasets/x", DataSource(path="hf://datasets/x")),
-        ("./a:b.txt", DataSource(path="./a:b.txt")),
+        ("a.txt", ("a.txt", None, None)),
+        ("org/data:en:train", ("org/data", "en", "train")),
+        ("org/data::train[:5%]", ("org/data", None, "train[:5%]")),
+        ("{path: org/data:en, weight: 2}", ("org/data", "en", None)),
+        ("C:/text/a.txt", ("C:/text/a.txt", None, None)),
+        ("hf://datasets/x", ("hf://datasets/x", None, None)),
+        ("./a:b.txt", ("./a:b.txt", None, None)),
     ],
 )
-def test_sources_are_paths_or_hub_ids(load: Load, value: str, source: DataSource) -> None:
+def test_sources_are_paths_or_hub_ids(load: Load, value: str, source: tuple[str | None, ...]) -> None:
     quoted = value if value.startswith("{") else f"'{value}'"
-    assert load(f"data.train={value}").data.train == load(f"data.train=[{quoted}]").data.train == (source,)
+    (found,) = load(f"data.train={value}").data.train
+    assert load(f"data.train=[{quoted}]").data.train == (found,)
+    assert (found.place, found.name, found.split) == source
+
+
+@pytest.mark.parametrize(
+    ("value", "held_out", "sources"),
+    [
+        ("1%", 0.01, ()),
+        ("0.02", 0.02, ()),
+        ("null", 0.005, ()),
+        ("b.txt", None, ("b.txt",)),
+        ("[b.txt, {path: 1%}]", None, ("b.txt", "1%")),
+    ],
+)
+def test_validation_is_a_share_or_sources(load: Load, value: str, held_out: float, sources: tuple[str, ...]) -> None:
+    data = load(f"data.validation={value}").data
+    assert data.held_out == held_out
+    assert data.validation_sources == tuple(DataSource(path=path) for path in sources)
 
 
 def test_overrides_win_and_null_restores_the_default(load: Load) -> None:
@@ -200,7 +220,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     prune = {
         "target": draw(st.one_of(st.integers(2, 10**12), ratio, widths)),
         "types": draw(st.lists(st.sampled_from(["attention", "ffn", "stem"]), min_size=1, unique=True)),
-        "align": draw(st.one_of(st.just("auto"), st.integers(1, 512), st.just({"hidden": 64}))),
+        "align": draw(st.one_of(st.just("auto"), st.integers(1, 512))),
         "bound": draw(ratio),
         **draw(pace),
     }
@@ -226,7 +246,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
     dumped = yaml.safe_load(dump_recipe(load("prune.every=2", "train.schedule=cosine", "data.validation=b.txt")))
     assert dumped["train"]["tokens"] == "60M"
     assert dumped["train"]["weight_decay"] == 0.05
-    assert dumped["prune"]["compact_at"] == "4%"
+    assert dumped["prune"]["bound"] == "5%"
     assert dumped["run"]["checkpoint_every"] == "10%"
     assert not {"end", "curve"} & set(dumped["prune"])  # without effect
     assert "decay" not in dumped["train"]
@@ -240,7 +260,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("run.zzz=1", "run.zzz is not a recipe key: the keys here are dir, checkpoint_every, keep, "),
         ("data.train={pth: b}", "data.train[0].pth is not a recipe key: did you mean data.train[0].path?"),
         ("prune.target={hiden: 4}", "prune.target.hiden is not a recipe key: did you mean prune.target.hidden?"),
-        ("prune.align.hiden=3", "prune.align.hiden is not a recipe key: did you mean prune.align.hidden?"),
+        ("prune.floors.hiden=3", "prune.floors.hiden is not a recipe key: did you mean prune.floors.hidden?"),
         ("train.lr=null", "train.lr is missing: add it to the recipe"),
         ("train=null", "train is missing: add it to the recipe"),
         ("train=3", "train should be a mapping of keys to values, not 3"),
@@ -257,9 +277,14 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("train.device=gpu", "train.device: 'gpu' is no device: write auto, cpu, cuda, cuda:1, mps or xpu"),
         ("train.warmup=90%", "train.warmup (90%) and train.decay (20%) together are longer than the run"),
         ("data.train=[]", "data.train should have at least 1 item, not 0"),
-        ("data.train={path: org/d:n, name: m}", "data.train[0]: name stands in the path 'org/d:n' and as a key"),
+        (
+            "data.train={path: org/d:n, name: m}",
+            "data.train[0].name is gone: write it into the path, such as",
+        ),
+        ("data.validation={path: a, split: m}", "data.validation[0].split is gone: write it into the path"),
+        ("prune.align={hidden: 64}", "prune.align: give one multiple for both widths, such as prune.align=64"),
         ("data.sequence_length=4", "data.sequence_length should be greater than or equal to 8, not 4"),
-        ("data.validation_fraction=60%", "data.validation_fraction should be less than 0.5, not 0.6"),
+        ("data.validation=60%", "data.validation should be less than 0.5, not '60%'"),
         ("prune.target=100%", "prune.target: '100%' is no size to prune to: write a parameter count such as 469M"),
         ("prune.target={flop: 40%}", "prune.target.flop is not a recipe key: did you mean prune.target.flops?"),
         ("prune.target={flops: 120%}", "prune.target.flops: '120%' is no size to reach: write a ratio such as 50%"),
@@ -270,11 +295,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
             "prune.cost is flops, but prune.ladder[1] is in params",
         ),
         ("prune={target: 40%, ladder: [{flops: 80%}]}", "prune.ladder[0] is in flops, but prune.cost counts params"),
-        ("prune.latency_on={device: cpu}", "prune.latency_on has no effect with prune.cost params"),
-        (
-            "prune={target: {latency: 40%}, cost: latency, latency_table: t.json, latency_on: {device: tpu}}",
-            "prune.latency_on.device",
-        ),
+        ("prune.latency_table=t.json", "prune.latency_table has no effect with prune.cost params"),
         ("prune.target={flops: 40%}", "prune.target is in flops, but prune.cost counts params: set prune.cost: flops"),
         ("prune.cost=flops", "prune.cost is flops, but prune.target is in params: write it as {flops: 40%}"),
         ("prune.latency_table=a.json", "prune.latency_table has no effect with prune.cost params: remove it"),
@@ -286,7 +307,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.target={}", "prune.target names no width: give one or more of layers, hidden, heads"),
         ("prune.target.hidden=8", "override 'prune.target.hidden=8': prune.target has no keys in this recipe, so set"),
         ("prune.bound=2", "prune.bound: 2 is not a fraction: write a share such as 2% or 0.02"),
-        ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, a multiple such as 64"),
+        ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, or a multiple such as 64"),
         (
             "prune.types=[fnn]",
             "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem' or 'depth', not 'fnn'",
@@ -335,15 +356,12 @@ def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
         (["prune.every=1", "prune.curve=cubic"], "prune.curve has no effect beside prune.every"),
         (["prune.every=1", "prune.start=60M"], "prune.start (60M) must come before the end of the run"),
         (
-            ["prune.selection=raw", "prune.calibration_tokens=4K"],
-            "prune.calibration_tokens has no effect with prune.selection raw",
+            ["prune.mode=iterative", "prune.end=5%"],
+            "prune.end has no effect with prune.mode iterative, which sets",
         ),
+        (["prune.mode=one-shot", "prune.bound=5%"], "prune.bound has no effect with prune.mode one-shot"),
         (["train.schedule=cosine", "train.decay=10%"], "train.decay has no effect with train.schedule cosine"),
         (["train.schedule=constant", "train.min_lr=0"], "train.min_lr has no effect with train.schedule constant"),
-        (
-            ["data.validation=b.txt", "data.validation_fraction=1%"],
-            "data.validation_fraction has no effect beside data.validation",
-        ),
     ],
 )
 def test_options_without_effect_are_refused(load: Load, overrides: list[str], message: str) -> None:
@@ -396,14 +414,38 @@ def choices(field: str) -> tuple[str, ...]:
 
 
 def test_lists_of_words_are_those_of_the_pruning_room() -> None:
-    """config may not import pruning, and so has them a second time."""
+    """Words that a type checker is to know stand in config a second time."""
     assert choices("types") == PRUNING_TYPES
-    assert config_prune.DEFAULT_TYPES == DEFAULT_TYPES
-    assert {name for name, each in CRITERIA.items() if each.needs == "inputs"} == config_prune.INPUT_CRITERIA
     assert set(choices("curve")) == {*CURVES, "exponential"}
-    assert set(choices("order")) == {"saliency", "interleaved", *ORDERS}
+    assert set(choices("selection")) == {"calibrated", "raw", "interleaved", *ORDERS}
     costs = (Params, FlopsPerToken, KVCache, TableCost)
     assert choices("cost") == tuple(each.__dataclass_fields__["name"].default for each in costs)
     sizes = {name.replace("_", "-") for name in CostTarget.model_fields}
     assert sizes == {*choices("cost")} - {"params"}
-    assert get_args(get_args(LatencyOnConfig.model_fields["dtype"].annotation)[0]) == DTYPES
+
+
+@pytest.mark.parametrize("key", [key for key in GONE if "[]" not in key and not key.startswith("prune.align.")])
+def test_a_key_that_went_is_refused_with_what_to_do_instead(load: Load, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    fields: dict[str, type[Section]] = {"": Recipe, "data": DataConfig, "train": TrainConfig, "prune": PruneConfig}
+    assert name not in (fields | {"distill": DistillConfig, "run": RunConfig})[section].model_fields
+    assert refusal(load, f"{key}=1") == f"{key} is gone: {GONE[key].instead}"
+
+
+def test_what_an_older_version_has_dumped_loads_where_nothing_else_was_meant(load: Load) -> None:
+    text = dump_recipe(load("data.train=org/data:en:train", "prune.align=64", "data.validation=b.txt"))
+    old = yaml.safe_load(text)
+    old["source_tokens"] = None
+    old["data"] |= {"text_column": "text", "train": [{"path": "org/data", "name": "en", "split": "train"}]}
+    old["prune"] |= {"ema": 0.5, "compact_at": "4%", "align": {"hidden": 64, "intermediate": 64}, "order": "saliency"}
+    old["prune"] |= {"correction_damping": 0.3, "calibration_tokens": None}
+    old["run"]["log_every"] = 10
+    assert Recipe.model_validate(without_gone(old)) == load(text=text)
+    old["prune"]["ema"] = 0.9
+    with pytest.raises(UsageError, match=r"^prune\.ema is gone"):
+        Recipe.model_validate(without_gone(old))
+
+
+def test_facts_stand_in_the_definitions() -> None:
+    assert PruneConfig.having(Fact.ARM) == {"target", "cost", "ladder", "mode", "saliency", "correction"}
+    assert free_keys()["data"] == {"cache_dir", "workers"}

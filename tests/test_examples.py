@@ -129,7 +129,7 @@ def test_a_gguf_file_is_pruned_and_exported_and_what_is_done_is_left_alone(
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     write(world.folder / "source", "q8_0", out=tmp_path / "tiny.gguf")
     small = ["train.tokens=2048", "train.batch_tokens=256", "data.sequence_length=32", "data.workers=1"]
-    small += ["data.validation_fraction=0.1", "prune.floors={intermediate: 8}", "run.report=false"]
+    small += ["data.validation=0.1", "prune.floors={intermediate: 8}", "run.report=false"]
     options = ["--text", world.folder / "train.jsonl", "--dir", "made", "--source", "tiny.gguf", "--records", "0"]
     done = call(SMOLLM2, *options, "--estimate", "--set", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ ALLOWED = {
     "files": {"errors"},
     "cache": {"errors"},
     "models": {"errors", "files", "cache", "pruning"},
-    "config": {"errors", "sizes"},
+    "config": {"errors", "sizes", "pruning"},
     "data": {"errors", "files", "cache", "config"},
     "distributed": {"errors", "config", "pruning"},
     "training": {"errors", "config", "models", "pruning", "distributed"},

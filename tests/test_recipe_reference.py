@@ -27,9 +27,17 @@ def test_every_key_is_there_with_what_it_is_without_being_set() -> None:
         assert not [name for name in fields if section + name not in keys]
     assert keys["source"].default == keys["prune.target"].default == "required"
     assert keys["prune.end"].default == "auto"
-    assert keys["prune.calibration_batches"].default == "8"  # without effect beside other defaults, yet it has one
+    assert keys["prune.latency_table"].default == "null"  # without effect beside other defaults, yet it has one
+    assert keys["data.validation"].default == "0.5%"
     assert keys["prune.curve"].choices == ("linear", "cubic", "cosine", "exponential")
     assert keys["data.train[].weight"].default == "1.0"
+
+
+def test_there_are_at_most_75_keys() -> None:
+    """Counted is what can be given a value, wherever it stands; data.validation is data.train again."""
+    names = [key.name for key in recipe_keys()]
+    leaves = [name for name in names if not any(other.startswith((f"{name}.", f"{name}[].")) for other in names)]
+    assert len(leaves) <= 75
 
 
 def test_the_page_in_docs_is_current(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,7 @@ from efficientllm.training.snapshot import cut, model_of, snapshot_of
 from efficientllm.training.state import load_moments
 
 # Keys of the prune section that say how our own loop is run.
-RECIPE_ONLY = frozenset(
-    {"ladder", "mode", "calibration_batches", "calibration_tokens", "end", "every", "compact_at", "lr"}
-)
+RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every"})
 LossFunction = Callable[[], Tensor]
 
 
@@ -56,8 +54,8 @@ class Pruner:
     cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the
     target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
     default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
-    observe(). Further keywords are the recipe's prune keys: curve, saliency, ema, types, selection, bound, correction,
-    align, floors, cost, latency_table, latency_on. sequence_length: tokens at which cost "flops" counts. One process.
+    observe(). Further keywords are the recipe's prune keys: curve, saliency, types, selection, bound, correction,
+    align, floors, cost, latency_table. sequence_length: tokens at which cost "flops" counts. One process.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -101,7 +99,7 @@ class Pruner:
         self._options, landings = options_and_landings(options, space, cost=cost)
         self._landing = landings[-1]
         self._schedule = SpanSchedule(start, start + steps, cost(space.widths), self._landing.target, options.curve)
-        self._correction_tokens = correction_tokens(space, options.correction_tokens)
+        self._correction_tokens = correction_tokens(space, None)
         self._observed = False
         self._given_loss = loss_fn
         self._bind(space)

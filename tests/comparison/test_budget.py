@@ -80,8 +80,8 @@ def test_the_pipeline_charges_the_source_once(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(equal_flops, "run_work", run_work)
     monkeypatch.setattr(equal_flops, "batch_tokens", lambda recipe: 10)
-    monkeypatch.setattr(equal_flops, "source_flops", lambda recipe, space: 6000)
-    found = equal_flops.equal_flops(SimpleNamespace(recipe=None, space=None), equal, "pipeline", print)  # type: ignore[arg-type]
+    comparison = SimpleNamespace(recipe=None, space=None, source_flops=lambda: 6000)
+    found = equal_flops.equal_flops(comparison, equal, "pipeline", print)  # type: ignore[arg-type]
     assert list(found) == ["loop", "scratch", "scratch+distill"]
     tokens = {name: [run.summary["tokens"] for run in arm.runs.values() if run.summary] for name, arm in found.items()}
     assert tokens == {"loop": [1000], "scratch": [4000], "scratch+distill": [1000]}

@@ -178,7 +178,7 @@ def test_a_run_has_a_process_of_its_own(world: World, undrawn: None, capfd: pyte
         (["--seeds", "1,2,1"], "seed 1 is given twice"),
         (["--seeds", "x"], "neither a count"),
         (["--budget", "hours"], "'hours' is no budget"),
-        (["--budget", "pipeline"], "set source_tokens"),
+        (["--budget", "pipeline"], "give --source-tokens"),
         (["--lr-grid", "1,a"], "'a' is no number"),
         (["--lr-grid", "1,-1"], "positive multiples"),
         (["--tasks", "boolq", "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),

@@ -13,14 +13,16 @@ from efficientllm.errors import UsageError
 from efficientllm.jobs.prune import run
 from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
+from efficientllm.training import planning
 
 
-def test_kept_units_are_those_of_the_result(world: World) -> None:
+def test_kept_units_are_those_of_the_result(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "COMPACT_AT", 0.02)
     widths = {"hidden": 33, "heads": 1, "kv_heads": 1, "intermediate": 41}
     recipe = world.recipe(
         "rest",
         train={"lr": 1e-12, "weight_decay": 0.0, "tokens": 8 * 256},
-        prune={"target": widths, "correction": "none", "curve": "linear", "compact_at": 0.02},
+        prune={"target": widths, "correction": "none", "curve": "linear"},
     )
     summary = run(Recipe.model_validate(recipe), lambda line: None)
     folder = world.folder / "runs" / "rest"

@@ -121,7 +121,7 @@ def test_a_second_call_tokenises_nothing_and_a_change_does(
     assert len(calls) == 2
     assert tokens_in(changed) != tokens_in(first)
     load(tmp_path / "moved.jsonl", sequence_length=LENGTH + 1)
-    load(tmp_path / "moved.jsonl", validation_fraction=0.3)
+    load(tmp_path / "moved.jsonl", validation=0.3)
     assert len(calls) == 4
 
 
@@ -202,7 +202,7 @@ def test_two_processes_at_once_make_it_once(tmp_path: Path, load: Any) -> None:
 
 def test_held_out_documents_are_chosen_by_their_text_and_never_trained_on(tmp_path: Path, load: Any) -> None:
     texts = [story(number) for number in range(400)]
-    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl", texts), validation_fraction=0.1, sequence_length=8)
+    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl", texts), validation=0.1, sequence_length=8)
     assert train.documents + held.documents == 400
     assert 20 < held.documents < 70
     expected = {tuple(small_tokenizer().encode(text, add_special_tokens=False)) for text in texts}
@@ -213,14 +213,14 @@ def test_held_out_documents_are_chosen_by_their_text_and_never_trained_on(tmp_pa
 
     more = [story(number) for number in range(400, 500)]
     (_,), (held_of_more,) = load(
-        write_jsonl(tmp_path / "b.jsonl", more + texts[::-1]), validation_fraction=0.1, sequence_length=8
+        write_jsonl(tmp_path / "b.jsonl", more + texts[::-1]), validation=0.1, sequence_length=8
     )
     still_held = documents_in(held_of_more)
     assert len(documents[1] - still_held) <= 1  # what more text comes, what was held out stays so
 
 
 def test_a_small_fraction_still_holds_out_a_row_of_documents(tmp_path: Path, load: Any) -> None:
-    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl"), validation_fraction=1e-9)
+    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl"), validation=1e-9)
     assert len(held) >= 1
     assert held.tokens < train.tokens / 2
     assert train.documents + held.documents == 60
@@ -228,7 +228,7 @@ def test_a_small_fraction_still_holds_out_a_row_of_documents(tmp_path: Path, loa
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_of_a_single_text_the_last_rows_are_held_out(copies: int, tmp_path: Path, load: Any) -> None:
-    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl", ["\n".join(STORIES)] * copies), validation_fraction=0.1)
+    (train,), (held,) = load(write_jsonl(tmp_path / "a.jsonl", ["\n".join(STORIES)] * copies), validation=0.1)
     expected = stream_of(["\n".join(STORIES)] * copies)
     assert len(held) == round(0.1 * (len(expected) // LENGTH))
     assert tokens_in(train) + tokens_in(held) == expected[: (len(train) + len(held)) * LENGTH]
@@ -252,7 +252,7 @@ def test_a_hub_id_is_read_from_the_hub_without_its_code(tmp_path: Path, load: An
         return datasets.load_from_disk(make_saved(tmp_path))
 
     monkeypatch.setattr(sources, "load_dataset", from_hub)
-    (train,), _ = load({"path": "org/stories", "name": "en", "split": "train[:50%]"})
+    (train,), _ = load("org/stories:en:train[:50%]")
     assert set(calls[0][:3]) == {"org/stories", "en", "train[:50%]"}
     assert not any(options.get("trust_remote_code") for *_, options in calls)
     assert train.name == "org/stories:en:train[:50%]"

@@ -59,18 +59,22 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, Any, str]]:
     write_jsonl(folder / "mixed" / "a.jsonl")
     (folder / "mixed" / "b.txt").write_text("x")
     yield "mixed", str(folder / "mixed"), "mixes kinds of files, such as .*a.jsonl and .*b.txt; name each"
-    yield "split", {"path": str(folder / "mixed"), "split": "dev"}, "mixes kinds"
-    local = write_jsonl(folder / "fine.jsonl")
-    yield "local split", {"path": str(local), "split": "dev"}, "read from this machine, where name and split"
+    yield "split", "./mixed::dev", "'./mixed::dev' does not exist"
+    write_jsonl(folder / "local" / "fine.jsonl")
+    yield "local split", "local/fine.jsonl::dev", "read from this machine, where name and split .*; remove '::dev'"
     (folder / "dict").mkdir()
-    splits = {"path": make_saved_splits(folder / "dict"), "split": "dev"}
-    yield "saved split", splits, "has no split 'dev'; set split to one of: test, train"
+    make_saved_splits(folder / "dict")
+    yield "saved split", "dict/saved::dev", "has no split 'dev'; choose one of: test, train"
     pq.write_table(pa.table({"title": ["x"], "body": ["y"]}), folder / "columns.parquet")
-    yield "column", str(folder / "columns.parquet"), "no column 'text', but title, body; set data.text_column"
+    yield "column", str(folder / "columns.parquet"), "no column 'text', but title, body; set text_column of that source"
     (folder / "columns.jsonl").write_text('{"text": "x"}\n{"title": "x", "body": "y"}\n')
     yield "json column", str(folder / "columns.jsonl"), "columns.jsonl, line 2: no column 'text', but title, body"
     pq.write_table(pa.table({"text": [[1], [2]]}), folder / "lists.parquet")
-    yield "type", str(folder / "lists.parquet"), r"column 'text' holds list<.*>, not text; set data.text_column"
+    yield (
+        "type",
+        str(folder / "lists.parquet"),
+        r"column 'text' holds list<.*>, not text; set text_column of",
+    )
     (folder / "number.jsonl").write_text('{"text": 5}\n')
     yield "json type", str(folder / "number.jsonl"), "line 1: column 'text' holds int, not text"
     (folder / "strings.json").write_text('["a", "b"]')
@@ -102,7 +106,8 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, Any, str]]:
     yield "saved", str(torn), "saved' cannot be read .*replace the file"
 
 
-def test_bad_input_is_named_with_its_mend(tmp_path: Path, load: Any) -> None:
+def test_bad_input_is_named_with_its_mend(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for case, source, message in bad_inputs(tmp_path):
         with pytest.raises(UsageError) as caught:
             load(source)

@@ -6,10 +6,11 @@ A single process takes the same path by `play(case, ALONE, FOLDER)`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -58,6 +59,7 @@ class Batches:
         return torch.randint(0, 61, (ROWS, LENGTH), generator=generator)[part]
 
 
+@patch("efficientllm.training.optim.EPS", 1e-3)  # so that rounding moves no weight whose gradient is all but zero
 def play(case: Case, ranks: Ranks, folder: Path) -> None:
     """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""
     tokens = 8 * ROWS * LENGTH
@@ -69,14 +71,14 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
             "micro_batch": 2,
             "batch_tokens": ROWS * LENGTH,
             "warmup": 0,
-            "eps": 1e-3,
         }
     )
     choices = {"saliency": case.criterion, "correction": case.correction, "target": case.target, "align": 1}
-    choices |= {"correction_tolerance": 1e-6} if case.correction != "none" else {}  # exact: no stop that rounding moves
-    prune = PruneConfig.model_validate(choices | {"compact_at": 0.05, "bound": 0.02, "floors": {"intermediate": 4}})
+    prune = PruneConfig.model_validate(choices | {"bound": 0.02, "floors": {"intermediate": 4}})
     model = tiny_model(case.family)
     options, landings = options_and_landings(prune, space_of(model.config))
+    if options.correction is not None:  # exact: no stop that rounding moves
+        options = replace(options, correction=replace(options.correction, tolerance=1e-6))
     source = landings[-1].space.num_params()
     schedule = SpanSchedule(0, 6 * ROWS * LENGTH, source, landings[-1].target)
     plan = PruningPlan(
@@ -84,7 +86,7 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
         landings,
         schedule,
         options,
-        prune.compact_at,
+        compact_at=0.05,
         correction_tokens=5 * LENGTH,
         calibration_tokens=5 * LENGTH,
     )

@@ -20,9 +20,11 @@ from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.config import Recipe
+from efficientllm.jobs import prune as prune_job
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.models.loading import load_tokenizer
 from efficientllm.reporting.journal import read_journal
+from efficientllm.training import planning
 
 
 def call(*argv: str | Path) -> int:
@@ -59,7 +61,8 @@ def test_a_compiled_run_starts_and_is_compiled_again_after_a_compaction(
     """Traced, differentiated and guarded as ever; only the C++ of inductor takes minutes and is left to its name."""
     backend = os.environ.get("COMPILE_BACKEND", "aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    prune = {"target": "90%", "types": ["ffn"], "end": "50%", "compact_at": 1.0}
+    monkeypatch.setattr(planning, "COMPACT_AT", 1.0)
+    prune = {"target": "90%", "types": ["ffn"], "end": "50%"}
     recipe = world.write("compile", train={"compile": True, "tokens": 3 * 256}, prune=prune)
     assert call("prune", recipe) == 0
     folder = world.folder / "runs" / "compile"
@@ -100,12 +103,13 @@ def test_a_weighted_mixture_goes_on_with_the_same_batches(world: World, capsys: 
     assert losses(folder) == whole
 
 
-def test_sparse_log_covers_every_token_and_second(world: World) -> None:
-    run = {"log_every": 5, "validate_every": "100%"}
+def test_sparse_log_covers_every_token_and_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_job, "LINES", 3)
+    run = {"validate_every": "100%"}
     assert call("prune", world.write("sparse", run=run, train={"tokens": 12 * 256}, prune={"correction": "none"})) == 0
     records = read_journal(world.folder / "runs" / "sparse" / "metrics.jsonl")
     steps = [record["step"] for record in records]
-    assert {5, 10, 12} <= set(steps)
+    assert {4, 8, 12} <= set(steps)
     assert len(steps) < 12
     counted = [round(record["tokens_per_second"] * record["seconds"]) for record in records]
     assert sum(counted) == records[-1]["tokens"] == 12 * 256
@@ -188,7 +192,8 @@ def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
     (folder / "summary.json").unlink()
     shutil.rmtree(checkpoints(folder / "checkpoints")[-1])
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["prune"]["calibration_tokens"]  # as an older version, which had no such key, would have left it
+    del config["prune"]["selection"]  # as an older version, which had no such key, would have left it
+    config["prune"]["ema"] = 0.5  # or one that had a key which has gone since
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     recipe = world.write("freer")
     assert call("prune", recipe, "run.validation_tokens=64") == 2

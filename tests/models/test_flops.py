@@ -99,7 +99,7 @@ class RandomRows:
         ({"types": ["ffn", "stem"]}, True),
         ({"curve": "linear"}, False),
         ({"saliency": "wanda", "correction": "none", "selection": "raw"}, False),
-        ({"mode": "one-shot", "end": None, "bound": None, "calibration_batches": 2}, False),
+        ({"mode": "one-shot", "end": None, "bound": None}, False),
     ],
     ids=["loop", "distilled", "chunked", "inputs", "one-shot"],
 )

@@ -20,6 +20,7 @@ from efficientllm.models.space import build, space_of
 from efficientllm.planning.gpus import Gpu
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.plan import Plan, plan_of
+from efficientllm.training import planning
 
 
 def call(*argv: str | Path) -> int:
@@ -44,7 +45,7 @@ def test_plain_training_costs_what_was_planned(world: World) -> None:
 
 def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
     """Without calibration and correction, on a path that both know."""
-    path = {"order": "interleaved", "target": {"hidden": 28, "intermediate": 24}}
+    path = {"selection": "interleaved", "target": {"hidden": 28, "intermediate": 24}}
     prune = path | {"correction": "none", "end": "75%", "bound": 1.0}
     recipe = world.recipe("as-planned", prune=prune, train={"tokens": 96 * 256})
     plan = planned(world, recipe)
@@ -71,10 +72,13 @@ def test_a_run_at_default_settings_costs_about_what_was_planned(world: World, tm
     assert plan.compactions == pytest.approx(summary["compactions"], abs=2)
 
 
-def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(world: World) -> None:
-    once = planned(world, world.recipe("once", prune={"compact_at": 1.0}))
+def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "COMPACT_AT", 1.0)
+    once = planned(world, world.recipe("once"))
     assert once.compactions == 1
-    ladder = planned(world, world.recipe("ladder", prune={"compact_at": 1.0, "ladder": ["80%", "65%"]}))
+    ladder = planned(world, world.recipe("ladder", prune={"ladder": ["80%", "65%"]}))
     assert ladder.compactions == 3
     shot = planned(world, world.recipe("shot", prune={"mode": "one-shot", "bound": None, "end": None}))
     assert (shot.compactions, shot.refreshes) == (1, 32)

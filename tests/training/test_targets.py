@@ -37,7 +37,7 @@ def test_a_third_of_the_proportional_shape_rounded_down_to_the_alignment() -> No
     assert (shape.hidden, shape.kv_heads, shape.intermediate) == (58, 4, 121)
     plain = floors_of(section(target=target, align=1), space, Params(space))
     assert plain == Floors(hidden=19, kv_heads=1, queries_per_kv=1, intermediate=40)
-    aligned = floors_of(section(target=target, align={"hidden": 4, "intermediate": 16}), space, Params(space))
+    aligned = floors_of(section(target=target, align=16), space, Params(space))
     assert aligned == Floors(hidden=16, kv_heads=1, queries_per_kv=1, intermediate=32)
     named = floors_of(section(target=target, align=1, floors={"intermediate": 3}), space, Params(space))
     assert named.intermediate == 3

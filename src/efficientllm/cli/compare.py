@@ -26,6 +26,9 @@ def compare(
     budget: Annotated[
         str, typer.Option(help="Comma-separated: tokens, flops, pipeline; equal tokens are always run.")
     ] = "tokens",
+    source_tokens: Annotated[
+        str | None, typer.Option(help="That the source was pretrained on, such as 2T; for budget pipeline.")
+    ] = None,
     lr_grid: Annotated[
         str, typer.Option(help="Multiples of train.lr that every arm tries; grows by 2 at an edge.")
     ] = "0.5,1,2",
@@ -52,12 +55,22 @@ def compare(
         [_number(text) for text in _list(lr_grid)],
         out or Path(f"{loaded.run.dir}-compare"),
         EvalRequest(_list(tasks), limit, data_dir=data_dir) if tasks else None,
+        _count(source_tokens) if source_tokens else None,
     )
     print(forecast(comparison) if dry_run else compare_and_report(comparison, say))
 
 
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _count(text: str) -> int:
+    from efficientllm.sizes import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UsageError(f"--source-tokens: {error}") from None
 
 
 def _number(text: str) -> float:

@@ -19,6 +19,7 @@ def keys(
     markdown: Annotated[bool, typer.Option("--markdown", help="As docs/recipe.md has it.")] = False,
 ) -> None:
     """List the keys of a recipe with their defaults and meanings."""
+    from efficientllm.config import GONE
     from efficientllm.config.reference import recipe_keys
     from efficientllm.reporting.tables import keys_page, print_keys
 
@@ -30,6 +31,6 @@ def keys(
             raise UsageError(f"{section} is neither a section nor a key of a recipe; sections are {', '.join(known)}")
     rows = [(key.name, key.default, key.meaning, key.choices) for key in found]
     if markdown:
-        print(keys_page(rows), end="")
+        print(keys_page(rows, {key: gone.instead for key, gone in GONE.items()}), end="")
     else:
         print_keys(rows)

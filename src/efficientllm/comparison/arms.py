@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from efficientllm.config import Recipe
+from efficientllm.config import Fact, PruneConfig, Recipe, effective_recipe
 from efficientllm.errors import UsageError
 from efficientllm.pruning.costs import Cost, Params
 from efficientllm.pruning.criteria import criterion
@@ -43,9 +43,6 @@ _PRUNING = ("loop", "one-shot", "iterative", "fixed")
 _BASES = (*_PRUNING, "scratch", "dense")
 _NAME = re.compile(r"(?P<base>[a-z-]+)(?::(?P<criterion>[a-z0-9-]+))?(?P<shape>@loop)?(?P<extras>(?:\+[a-z-]+)*)")
 _EXTRAS = ("second-order", "distill")
-# Keys of `prune` that a mode sets by itself and refuses to be told.
-_PACE = {"loop": ("calibration_batches",), "one-shot": ("end", "curve", "every", "lr", "bound")}
-_PACE |= {"iterative": ("end", "curve", "every", "lr", "calibration_batches"), "fixed": _PACE["loop"]}
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,6 @@ def arm_recipe(
     content = recipe.model_dump(mode="json")
     content["train"] |= {"seed": seed, "lr": lr, "tokens": tokens}
     content["run"] |= {"dir": folder, "report": False}
-    content.pop("source_tokens", None)
     prune = content.pop("prune") or {}
     distill = content.pop("distill", None) or {}
     if arm.distilled:
@@ -138,22 +134,20 @@ def arm_recipe(
         content |= {"source": loop["result"]["path"], "tokenizer": tokenizer, "init": "random"}
     if arm.prunes:
         content["prune"] = _prune_section(arm, prune, space, loop, cost or Params(space))
-    return Recipe.model_validate(content)
+    return effective_recipe(content)
 
 
 def _prune_section(
     arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[str, Any] | None, cost: Cost
 ) -> dict[str, Any]:
-    if not arm.corrected:
-        kept = {"correction_tokens"}
-        prune = {key: value for key, value in prune.items() if not key.startswith("correction") or key in kept}
-        if not needs_inputs(arm.criterion or prune.get("saliency", "taylor-element")):
-            prune.pop("correction_tokens", None)
-    prune = {key: value for key, value in prune.items() if key not in _PACE[arm.base] and key != "ladder"}
-    prune["correction"] = "second-order" if arm.corrected else "none"
-    prune["mode"] = "loop" if arm.base == "fixed" else arm.base
-    if arm.criterion:
-        prune["saliency"] = arm.criterion
+    """The user's prune section, but for what arms set anew."""
+    made = {key: value for key, value in prune.items() if key not in PruneConfig.having(Fact.ARM)}
+    made["correction"] = "second-order" if arm.corrected else "none"
+    made["mode"] = "loop" if arm.base == "fixed" else arm.base
+    made["saliency"] = arm.criterion or prune["saliency"]
+    made["target"] = prune["target"]
+    if arm.base != "fixed":
+        made["cost"] = prune["cost"]
     if loop is not None and arm.needs_loop:
         found = loop["result"]["widths"]
         widths = found
@@ -163,11 +157,6 @@ def _prune_section(
             except ValueError as error:
                 raise UsageError(str(error)) from error
             widths = {name: getattr(shape, name) for name in found}
-            prune = {key: value for key, value in prune.items() if key not in ("cost", "latency_table", "latency_on")}
         layers = {"layers"} if widths["layers"] == space.widths.layers else set()
-        prune["target"] = {name: width for name, width in widths.items() if name not in layers}
-    return prune
-
-
-def needs_inputs(name: str) -> bool:
-    return criterion(name).needs == "inputs"
+        made["target"] = {name: width for name, width in widths.items() if name not in layers}
+    return made

@@ -47,15 +47,16 @@ def tail_cost(metrics: Sequence[Mapping[str, Any]]) -> float:
     return float((last["flops"] - first["flops"]) / (last["tokens"] - first["tokens"]))
 
 
-def source_flops(recipe: Recipe, space: Space) -> int:
-    """FLOPs of the source's own pretraining, at this recipe's sequence length. Raises UsageError where it is unsaid."""
-    if recipe.source_tokens is None:
+def source_flops(recipe: Recipe, space: Space, tokens: int | None) -> int:
+    """FLOPs of the source's own pretraining on so many tokens, at this recipe's sequence length. Raises UsageError
+    where they are unsaid."""
+    if tokens is None:
         raise UsageError(
-            "--budget pipeline needs to know what the source's own pretraining cost: set source_tokens in the recipe "
-            "to the tokens that it was trained on"
+            "--budget pipeline needs to know what the source's own pretraining cost: give --source-tokens, the tokens "
+            "that it was trained on, such as 2T"
         )
     length = recipe.data.sequence_length
-    return recipe.source_tokens * training_flops(forward_flops(space, 1, length)) // length
+    return tokens * training_flops(forward_flops(space, 1, length)) // length
 
 
 def close(spent: float, budget: float) -> bool:

@@ -13,7 +13,6 @@ from efficientllm.comparison.budget import (
     batch_tokens,
     close,
     solved_tokens,
-    source_flops,
     tail_cost,
 )
 from efficientllm.comparison.runner import Outcome
@@ -80,7 +79,7 @@ def equal_flops(comparison: Comparison, equal: Mapping[str, ArmResult], budget: 
     teaches, for then it had to be trained for that arm as well. An arm that cannot meet the budget keeps its nearest
     run, with its sentence.
     """
-    source = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
+    source = comparison.source_flops() if budget == "pipeline" else 0
     loop = replace(equal["loop"], inherited=source)
     loops = {seed: summary_of(outcome) for seed, outcome in loop.runs.items()}
     results = {"loop": loop}

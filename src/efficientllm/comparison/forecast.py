@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from efficientllm.comparison.arms import Arm
-from efficientllm.comparison.budget import TRIES, batch_tokens, source_flops
+from efficientllm.comparison.budget import TRIES, batch_tokens
 from efficientllm.comparison.rates import MORE
 from efficientllm.comparison.work import Comparison
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
@@ -34,7 +34,7 @@ def forecast(comparison: Comparison) -> str:
         said += f"; up to {MORE} more runs of an arm whose best rate lies at the edge of those tried"
     for budget in comparison.budgets[1:]:
         others = [arm for arm in arms[1:] if budget == "flops" or arm.base == "scratch"]
-        extra = source_flops(comparison.recipe, comparison.space) if budget == "pipeline" else 0
+        extra = comparison.source_flops() if budget == "pipeline" else 0
         flops = sum(costs["loop"] + (0 if arm.distilled else extra) for arm in others) * len(comparison.seeds)
         runs = len(others) * len(comparison.seeds)
         said += f"; budget {budget}: {runs} to {TRIES * runs} runs, about {flops:.2g} FLOPs for one of each"

@@ -76,6 +76,11 @@ class Comparison:
     devices: int = 0
     tasks: EvalRequest | None = None
     cost: Cost | None = None
+    source_tokens: int | None = None
+
+    def source_flops(self) -> int:
+        """Of the source's own pretraining, for the budget `pipeline`."""
+        return source_flops(self.recipe, self.space, self.source_tokens)
 
     @classmethod
     def of(
@@ -87,8 +92,12 @@ class Comparison:
         grid: Sequence[float],
         folder: Path,
         tasks: EvalRequest | None = None,
+        source_tokens: int | None = None,
     ) -> Comparison:
-        """Checks what can be checked before anything is spent. Raises UsageError."""
+        """Checks what can be checked before anything is spent. source_tokens: that the source was pretrained on.
+
+        Raises UsageError.
+        """
         if recipe.prune is None:
             raise UsageError("the recipe has no prune section: the loop, which all arms are compared with, needs one")
         if recipe.prune.mode != "loop":
@@ -111,13 +120,13 @@ class Comparison:
             run = recipe.run.model_copy(update={"validation_tokens": rows * recipe.data.sequence_length})
             recipe = recipe.model_copy(update={"run": run})
         if "pipeline" in budgets:
-            source_flops(recipe, space)
+            source_flops(recipe, space, source_tokens)
         if tasks is not None:
             check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
         # Runs side by side, one a GPU; a CPU, or one GPU of the user's choice, would only be shared among them.
         devices = torch.cuda.device_count() if recipe.train.device in ("auto", "cuda") else 0
-        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks, cost)
+        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks, cost, source_tokens)
 
 
 def loss_of(outcome: Outcome) -> float | None:

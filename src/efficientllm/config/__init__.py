@@ -1,25 +1,29 @@
 """Recipes: what a run is to do, read from YAML, typed, and refused in one clear sentence where something is off."""
 
 from efficientllm.config.data import DataConfig, DataSource
-from efficientllm.config.prune import AlignConfig, FloorsConfig, LatencyOnConfig, PruneConfig
-from efficientllm.config.reading import dump_recipe, load_recipe
+from efficientllm.config.fields import Fact
+from efficientllm.config.gone import GONE, without_gone
+from efficientllm.config.prune import FloorsConfig, PruneConfig
+from efficientllm.config.reading import dump_recipe, effective_recipe, load_recipe
 from efficientllm.config.sections import DistillConfig, DistributedConfig, Recipe, RunConfig, TrainConfig
 from efficientllm.config.targets import CostTarget, WidthTarget
 
 __all__ = [
-    "AlignConfig",
+    "GONE",
     "CostTarget",
     "DataConfig",
     "DataSource",
     "DistillConfig",
     "DistributedConfig",
+    "Fact",
     "FloorsConfig",
-    "LatencyOnConfig",
     "PruneConfig",
     "Recipe",
     "RunConfig",
     "TrainConfig",
     "WidthTarget",
     "dump_recipe",
+    "effective_recipe",
     "load_recipe",
+    "without_gone",
 ]

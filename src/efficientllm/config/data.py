@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from efficientllm.config.fields import Count, Real, Section, Share, Text, one_or_more
+from efficientllm.config.fields import Count, Fact, Real, Section, Share, Text, one_or_more
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+):([^:]*)(?::(.*))?")
+_SHARE = re.compile(r"\s*[\d.]+\s*%?\s*")
 
 
 class DataSource(Section):
-    """Where text comes from. As a string: a path, or a hub id as org/data:name:split."""
+    """Where text comes from. As a string: its path."""
 
-    path: Text = Field(description="File, glob, folder saved by datasets, or hub id; relative to the current directory")
-    name: str | None = Field(default=None, description="Configuration of a hub data set")
-    split: str | None = Field(default=None, description="Split of a hub data set")
+    section: ClassVar[str] = "data.train[]"
+    path: Text = Field(
+        description="File, glob, folder saved by datasets (relative to the current directory), or hub id, as "
+        "org/data:name:split where it has several"
+    )
     weight: Real = Field(default=1.0, gt=0, description="Share of the tokens, relative to the other sources")
-    text_column: Text | None = Field(default=None, description="Column with the text; null: data.text_column")
+    text_column: Text = Field(default="text", description="Column with the text")
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, data: Any) -> Any:
-        data = {"path": data} if isinstance(data, str) else data
-        hub_id = _HUB_ID.fullmatch(str(data.get("path"))) if isinstance(data, Mapping) else None
-        if hub_id is None:
-            return data
-        parts = {"path": hub_id[1], "name": hub_id[2], "split": hub_id[3]}
-        for key in ("name", "split"):
-            if parts[key] and data.get(key):
-                raise ValueError(f"{key} stands in the path {data['path']!r} and as a key: keep one of them")
-        return {**data, **{key: part for key, part in parts.items() if part}}
+        return {"path": data} if isinstance(data, str) else data
+
+    @property
+    def place(self) -> str:
+        """The path without the name and split of a data set."""
+        return self._part(1) or self.path
+
+    @property
+    def name(self) -> str | None:
+        """Configuration of a hub data set."""
+        return self._part(2)
+
+    @property
+    def split(self) -> str | None:
+        return self._part(3)
+
+    def _part(self, number: int) -> str | None:
+        match = _HUB_ID.fullmatch(self.path)
+        return (match[number] or None) if match else None
+
+
+def _validation_side(value: object) -> str:
+    """Tag of the side of the union: a share of the documents, or sources."""
+    share = isinstance(value, int | float) or (isinstance(value, str) and _SHARE.fullmatch(value))
+    return "<plain>" if share else "<sources>"
 
 
 DataSources = Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)]
+Validation = Annotated[
+    Annotated[Share, Field(gt=0, lt=0.5), Tag("<plain>")] | Annotated[DataSources, Tag("<sources>")],
+    Discriminator(_validation_side),
+]
 
 
 class DataConfig(Section):
@@ -44,19 +66,23 @@ class DataConfig(Section):
 
     section: ClassVar[str] = "data"
     train: DataSources = Field(description="Text to train on: one source or a list of them")
-    validation: DataSources | None = Field(
-        default=None, description="Held-out text; null: validation_fraction of the documents of train"
+    validation: Validation = Field(
+        default=0.005, description="Held-out text, as data.train; or the share of the documents of train to hold out"
     )
-    validation_fraction: Share = Field(
-        default=0.005, gt=0, lt=0.5, description="Share of the documents that is held out"
-    )
-    text_column: Text = Field(default="text", description="Column with the text")
     sequence_length: Count = Field(default=1024, ge=8, description="Tokens in a row")
-    cache_dir: Text | None = Field(
+    cache_dir: Annotated[Text | None, Fact.FREE] = Field(
         default=None,
         description="Folder for tokenised text; null: $EFFICIENTLLM_CACHE, or ~/.cache/efficientllm",
     )
-    workers: Count | None = Field(default=None, description="Processes that tokenise; null: one per core")
+    workers: Annotated[Count | None, Fact.FREE] = Field(
+        default=None, description="Processes that tokenise; null: one per core"
+    )
 
-    def _idle(self) -> dict[str, str]:
-        return {} if self.validation is None else {"validation_fraction": "beside data.validation"}
+    @property
+    def held_out(self) -> float | None:
+        """Share of the documents of train that is held out; None where validation has sources of its own."""
+        return self.validation if isinstance(self.validation, float) else None
+
+    @property
+    def validation_sources(self) -> tuple[DataSource, ...]:
+        return () if isinstance(self.validation, float) else self.validation

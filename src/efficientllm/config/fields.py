@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -19,18 +21,42 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from efficientllm.config.gone import GONE
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count, format_fraction, parse_count, parse_fraction
 
 # Longest part of a bad value that a message repeats.
 _SHOWN = 60
 _YAML_KINDS = {"dictionary": "mapping of keys to values", "tuple": "list"}
-_TAGS = ("<plain>", "<widths>", "<cost>", "<auto>")
+_TAGS = ("<plain>", "<widths>", "<cost>", "<auto>", "<sources>")
+# Context of a validation after which keys without effect are not refused, but left out of what is dumped.
+LEAVE_OUT_IDLE = {"idle": "left out"}
+
+
+class Fact(Enum):
+    """What a field's own definition says of it, in its Annotated type.
+
+    FREE: it says how a run is kept, shown, fitted into memory or computed, not what it is to learn, and so may change
+    when the run is resumed (with other bits, but the same run). ARM: arms of a comparison set it anew, or go without.
+    """
+
+    FREE = "free"
+    ARM = "arm"
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Says of a field that it has no effect where `when` holds of its section. why: the rest of a sentence, in which
+    {0} is the section."""
+
+    when: Callable[[Any], bool]
+    why: str
 
 
 class Section(BaseModel):
@@ -39,9 +65,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     section: ClassVar[str] = ""
 
+    @classmethod
+    def having(cls, fact: Fact) -> set[str]:
+        """The fields whose definition says so."""
+        return {name for name, field in cls.model_fields.items() if fact in field.metadata}
+
     def _idle(self) -> dict[str, str]:
         """Fields that have no effect beside the others: name -> why. They are refused, and not dumped."""
-        return {}
+        return {
+            name: rule.why.format(self)
+            for name, field in type(self).model_fields.items()
+            for rule in field.metadata
+            if isinstance(rule, Idle) and rule.when(self)
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -49,6 +85,9 @@ class Section(BaseModel):
         if not isinstance(data, Mapping):
             return data
         for key in map(str, data):
+            gone = GONE.get(f"{cls.section}.{key}".removeprefix("."))
+            if gone is not None:
+                raise PydanticCustomError("gone_key", "gone key", {"key": key, "instead": gone.instead})
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, 1)
                 raise PydanticCustomError(
@@ -57,9 +96,9 @@ class Section(BaseModel):
         return {key: value for key, value in data.items() if value is not None}
 
     @model_validator(mode="after")
-    def _refuse_idle(self) -> Self:
+    def _refuse_idle(self, info: ValidationInfo) -> Self:
         for name, why in self._idle().items():
-            if name in self.model_fields_set:
+            if name in self.model_fields_set and info.context is not LEAVE_OUT_IDLE:
                 raise UsageError(f"{self.section}.{name} has no effect {why}: remove it, or set it to null")
         return self
 
@@ -72,16 +111,18 @@ class Section(BaseModel):
 def explain(error: ValidationError) -> str:
     """The first problem in one sentence that starts with the field's dotted name.
 
-    An unknown key comes before all else: the field that is then missing is most often the one misspelt.
+    A key that there is not comes before all else: the field that is then missing is most often the one misspelt.
     """
     errors = error.errors()
-    first = next((e for e in errors if e["type"] == "unknown_key"), errors[0])
+    first = next((e for e in errors if e["type"] in ("unknown_key", "gone_key")), errors[0])
     field, context = _dotted(*first["loc"]), first.get("ctx", {})
     if first["type"] == "unknown_key":
         mend = f"the keys here are {context['keys']}"
         if context["near"]:
             mend = f"did you mean {_dotted(*first['loc'], *context['near'])}?"
         return f"{_dotted(*first['loc'], context['key'])} is not a recipe key: {mend}"
+    if first["type"] == "gone_key":
+        return f"{_dotted(*first['loc'], context['key'])} is gone: {context['instead']}"
     if first["type"] == "missing":
         return f"{field} is missing: add it to the recipe"
     if first["type"] == "value_error":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from efficientllm.config.fields import LEAVE_OUT_IDLE
+from efficientllm.config.gone import without_gone
 from efficientllm.config.sections import Recipe
 from efficientllm.errors import UsageError
 
@@ -24,15 +26,22 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dumped: bool = False) -> Recipe:
     """The recipe in a YAML file, with overrides such as "train.lr=1e-3" whose values are read as YAML.
 
-    An override to null restores the default. Raises UsageError for anything a user can get wrong.
+    An override to null restores the default. dumped: we wrote the file, perhaps in an older version; keys that went
+    since may stand in it with what they were. Raises UsageError for anything a user can get wrong.
     """
-    data = _read(Path(path))
+    data = without_gone(_read(Path(path))) if dumped else _read(Path(path))
     for text in overrides:
         _override(data, text)
     return Recipe.model_validate(data)
+
+
+def effective_recipe(content: Mapping[str, Any]) -> Recipe:
+    """The recipe of these keys without those that have no effect beside the others, which `load_recipe` refuses."""
+    found = Recipe.model_validate(content, context=LEAVE_OUT_IDLE)
+    return Recipe.model_validate(found.model_dump(mode="json"))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from efficientllm.config.fields import Section
+from efficientllm.config.fields import Fact, Section
 from efficientllm.config.sections import Recipe
 
 REQUIRED = "required"
@@ -25,8 +25,12 @@ class Key:
     choices: tuple[str, ...] = ()
 
 
-def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[Key]:
-    """All keys in the order of the recipe; those of a section follow the key that it stands under."""
+def recipe_keys(
+    section: type[Section] = Recipe, prefix: str = "", listed: set[type[Section]] | None = None
+) -> Iterator[Key]:
+    """All keys in the order of the recipe; those of a section follow the key that it stands under, and the keys of one
+    that may stand under several follow the first of them. listed: sections whose keys have been."""
+    listed = set() if listed is None else listed
     # Without validation: the defaults alone, each written as a recipe has it.
     written = section.model_construct().model_dump(mode="json", warnings=False)
     for name, field in section.model_fields.items():
@@ -40,7 +44,15 @@ def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[K
         )
         several = "[]" if _is_list(field.annotation) else ""
         for each in inner:
-            yield from recipe_keys(each, f"{prefix}{name}{several}.")
+            if each not in listed:
+                listed.add(each)
+                yield from recipe_keys(each, f"{prefix}{name}{several}.", listed)
+
+
+def free_keys() -> dict[str, set[str]]:
+    """By section, the keys that may change when a run is resumed."""
+    sections = [each for field in Recipe.model_fields.values() for each in _sections(field.annotation)]
+    return {each.section: free for each in sections if (free := each.having(Fact.FREE))}
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

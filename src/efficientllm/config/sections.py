@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -13,6 +12,8 @@ from efficientllm.config.fields import (
     AutoInterval,
     Count,
     Device,
+    Fact,
+    Idle,
     Interval,
     Momentum,
     Natural,
@@ -28,40 +29,43 @@ from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count
 
 SPAN, SPAN_STEPS = Position(0.15), 20  # what prune.end auto gives the loop to prune in
+SCHEDULED = "with train.schedule {0.schedule}"
 
 
 class TrainConfig(Section):
     """The training loop: how long, how fast, in what precision."""
 
     section: ClassVar[str] = "train"
-    tokens: Count = Field(description="Tokens of the whole run")
+    tokens: Annotated[Count, Fact.ARM] = Field(description="Tokens of the whole run")
     batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step, all devices together")
-    micro_batch: Count = Field(default=8, description="Rows in one forward pass on one device")
-    lr: Real = Field(gt=0, description="Peak learning rate of AdamW")
+    micro_batch: Annotated[Count, Fact.FREE] = Field(default=8, description="Rows in one forward pass on one device")
+    lr: Annotated[Real, Fact.ARM] = Field(gt=0, description="Peak learning rate of AdamW")
     schedule: Literal["wsd", "cosine", "constant"] = Field(
         default="wsd", description="Learning rate after warm-up: stable then decay, cosine, or constant"
     )
     warmup: Place = Field(default=Position(0.02), description="Stretch of linear warm-up")
-    decay: Place = Field(default=Position(0.2), description="Last stretch of the run, where wsd decays")
-    min_lr: Share = Field(default=0.0, description="Learning rate at the end, as a fraction of lr")
+    decay: Annotated[Place, Idle(lambda train: train.schedule != "wsd", SCHEDULED)] = Field(
+        default=Position(0.2), description="Last stretch of the run, where wsd decays"
+    )
+    min_lr: Annotated[Share, Idle(lambda train: train.schedule == "constant", SCHEDULED)] = Field(
+        default=0.0, description="Learning rate at the end, as a fraction of lr"
+    )
     weight_decay: Real = Field(default=0.05, ge=0, description="Decoupled; norms and biases are left out")
     betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.95), description="Adam's two moving averages")
-    eps: Real = Field(default=1e-8, gt=0, description="Adam's divisor offset")
     grad_clip: Real = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="bf16: autocast over fp32 weights; auto: bf16 on a GPU that has it, else fp32"
     )
-    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
-    seed: Natural = Field(default=0, description="Of fresh weights and of the order of the rows")
-    compile: bool = Field(default=False, description="Run the model through torch.compile")
-    deterministic: bool = Field(
+    device: Annotated[Device, Fact.FREE] = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    seed: Annotated[Natural, Fact.ARM] = Field(default=0, description="Of fresh weights and of the order of the rows")
+    compile: Annotated[bool, Fact.FREE] = Field(default=False, description="Run the model through torch.compile")
+    deterministic: Annotated[bool, Fact.FREE] = Field(
         default=False, description="On a GPU: kernels that add up in the same order every time, slower ones"
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, Fact.FREE] = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
     )
-
-    loss: Literal["auto", "plain", "chunked"] = Field(
+    loss: Annotated[Literal["auto", "plain", "chunked"], Fact.FREE] = Field(
         default="auto",
         description="chunked: never all logits of a micro-batch at once; auto: so on a GPU where they would take more "
         "than 1 GiB in fp32, else plain",
@@ -76,11 +80,6 @@ class TrainConfig(Section):
     def steps(self, sequence_length: int) -> int:
         """Optimizer steps that cover `tokens`; the last one may go over."""
         return -(-self.tokens // (self.batch_rows(sequence_length) * sequence_length))
-
-    def _idle(self) -> dict[str, str]:
-        why = f"with train.schedule {self.schedule}"
-        names = {"wsd": [], "cosine": ["decay"], "constant": ["decay", "min_lr"]}[self.schedule]
-        return dict.fromkeys(names, why)
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -102,33 +101,22 @@ class DistillConfig(Section):
     samples: Count | None = Field(
         default=None, description="Draws from the teacher kept on disk for each token (50, say); null: all, asked anew"
     )
-    chunk_tokens: Count = Field(default=1024, description="Tokens whose logits stand in memory at once")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _top_k_is_gone(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("top_k") is not None:
-            raise UsageError(
-                "distill.top_k is gone, since the largest logits alone teach a distribution that is too sharp: set "
-                "distill.samples, such as 50"
-            )
-        return data
 
 
 class DistributedConfig(Section):
     """Several processes, started by torchrun; a run of one process reads nothing here."""
 
     section: ClassVar[str] = "distributed"
-    shard: Literal["auto", "none", "full", "hybrid"] = Field(
+    shard: Annotated[Literal["auto", "none", "full", "hybrid"], Fact.FREE] = Field(
         default="auto",
         description="none: a copy of the model on every device; full: every weight cut over all of them (FSDP2); "
         "hybrid: cut within a group, groups are copies; auto: none where it fits, else full, or hybrid where several "
         "nodes have several processes each",
     )
-    replicate: Literal["auto"] | Count = Field(
+    replicate: Annotated[Literal["auto"] | Count, Fact.FREE] = Field(
         default="auto", description="Copies of the model with shard hybrid; auto: one a node, or 2"
     )
-    timeout: Real = Field(
+    timeout: Annotated[Real, Fact.FREE] = Field(
         default=600.0, gt=0, description="Seconds without a sign of life after which a rank counts as hung"
     )
 
@@ -136,10 +124,15 @@ class DistributedConfig(Section):
 class RunConfig(Section):
     """The run folder and how often something is written to it."""
 
-    dir: Text = Field(description="Run folder; the same command on an existing one resumes")
-    checkpoint_every: Interval = Field(default=Position(0.1), description="Stretch between two checkpoints")
-    keep: Count = Field(default=2, description="Checkpoints that are kept")
-    validate_every: AutoInterval = Field(
+    section: ClassVar[str] = "run"
+    dir: Annotated[Text, Fact.FREE, Fact.ARM] = Field(
+        description="Run folder; the same command on an existing one resumes"
+    )
+    checkpoint_every: Annotated[Interval, Fact.FREE] = Field(
+        default=Position(0.1), description="Stretch between two checkpoints"
+    )
+    keep: Annotated[Count, Fact.FREE] = Field(default=2, description="Checkpoints that are kept")
+    validate_every: Annotated[AutoInterval, Fact.FREE] = Field(
         default="auto",
         description="Stretch between two validations; auto: 5% of the run or more, so that all of them take at most 5% "
         "of its FLOPs",
@@ -149,11 +142,12 @@ class RunConfig(Section):
         description="Tokens of one validation, spread over the split; auto: as many as 5% of the run's FLOPs pay for, "
         "8 rows at least and 256Ki tokens at most",
     )
-    log_every: Count = Field(default=1, description="Steps between two lines of metrics")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Fact.FREE] = Field(
         default=("tensorboard",), description="Where metrics go beside metrics.jsonl; [] for nowhere"
     )
-    report: bool = Field(default=True, description="Write report.html with its plots when the run is done")
+    report: Annotated[bool, Fact.FREE, Fact.ARM] = Field(
+        default=True, description="Write report.html with its plots when the run is done"
+    )
 
 
 class Recipe(Section):
@@ -172,9 +166,6 @@ class Recipe(Section):
     resume: Text | None = Field(
         default=None,
         description="Checkpoint of another run, or snapshot of a ladder, to go on from: its weights, moments and place",
-    )
-    source_tokens: Count | None = Field(
-        default=None, description="Tokens that the source was pretrained on; `compare --budget pipeline` counts them"
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model or data set")
     data: DataConfig = Field(description="The corpus")
@@ -241,8 +232,8 @@ class Recipe(Section):
     def _loss_has_an_effect(self) -> Self:
         if self.distill and self.train.loss != "auto":
             raise UsageError(
-                f"train.loss {self.train.loss} has no effect beside distill, which always makes logits by "
-                "distill.chunk_tokens: remove it, or set it to null"
+                f"train.loss {self.train.loss} has no effect beside distill, which always makes logits chunk "
+                "by chunk: remove it, or set it to null"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator
 
@@ -16,6 +16,7 @@ from efficientllm.sizes import Amount, exact_count, format_fraction, parse_count
 class WidthTarget(Section):
     """Widths to prune to, the same in every layer; null keeps the source's width."""
 
+    section: ClassVar[str] = "prune.target"
     layers: Count | None = Field(default=None, description="Layers; fewer need depth in prune.types")
     hidden: Count | None = Field(default=None, description="Residual channels")
     heads: Count | None = Field(default=None, description="Query heads")
@@ -38,6 +39,7 @@ def _latency(value: object) -> Amount:
 class CostTarget(Section):
     """A size in what `prune.cost` counts: a share of the source's, or an amount."""
 
+    section: ClassVar[str] = "prune.target"
     flops: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
         default=None, description="Forward FLOPs of a token, the mean over data.sequence_length"
     )

@@ -87,8 +87,8 @@ def load_corpora(
 ) -> tuple[list[Corpus], list[Corpus]]:
     """The corpora to train on and to validate on, tokenised now or found in the cache.
 
-    Without data.validation, `validation_fraction` of the documents of each source are held out, chosen by a hash of
-    their text (rows.plan_holdout), and never trained on. A source that cannot be divided by documents, as when it is
+    Where data.validation is a share, that of the documents of each source is held out, chosen by a hash of their text
+    (rows.plan_holdout), and never trained on. A source that cannot be divided by documents, as when it is
     a single one, has its last rows held out instead. At most one partial row is left out at the end of each part.
 
     vocab_size: of the model, to see that the tokenizer's ids fit in. on_progress is told in one line what happens;
@@ -102,14 +102,13 @@ def load_corpora(
         )
     _check_ids(int(eos), "its EOS", vocab_size)
     loader = _Loader(data, tokenizer, on_progress or (lambda line: None))
-    fraction = None if data.validation else data.validation_fraction
     train, validation = [], []
     for source in data.train:
-        corpora, largest_id = loader.load(source, fraction)
+        corpora, largest_id = loader.load(source, data.held_out)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         train.append(corpora[0])
         validation.extend(corpora[1:])
-    for source in data.validation or ():
+    for source in data.validation_sources:
         corpora, largest_id = loader.load(source, None)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         validation.append(corpora[0])
@@ -128,7 +127,7 @@ class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
-        self._data, self._tokenizer, self._say = data, tokenizer, say
+        self._tokenizer, self._say = tokenizer, say
         self._length = data.sequence_length
         self._workers = data.workers or _cores()
         self._cache = cache_root(data.cache_dir) / "corpora"
@@ -136,7 +135,7 @@ class _Loader:
 
     def load(self, source: DataSource, fraction: float | None) -> tuple[list[Corpus], int]:
         """The corpus of a source and, where a fraction is held out, that corpus; and the largest token id in both."""
-        located = locate(source, source.text_column or self._data.text_column)
+        located = locate(source)
         with plain_errors(located.name, self._cache):
             folder = self._cache / self._key(located, fraction)
             parts = _facts(folder)

@@ -81,12 +81,14 @@ def readable(path: Path) -> Iterator[None]:
 
 def no_column(where: str, column: str, columns: Sequence[str]) -> UsageError:
     return UsageError(
-        f"{where}: no column '{column}', but {', '.join(columns)}; set data.text_column to the one with text"
+        f"{where}: no column '{column}', but {', '.join(columns)}; set text_column of that source to the one with text"
     )
 
 
 def no_text(where: str, column: str, kind: str) -> UsageError:
-    return UsageError(f"{where}: column '{column}' holds {kind}, not text; set data.text_column to one that does")
+    return UsageError(
+        f"{where}: column '{column}' holds {kind}, not text; set text_column of that source to one that does"
+    )
 
 
 def no_documents(name: str) -> UsageError:

@@ -55,7 +55,7 @@ class Located:
 
     @property
     def name(self) -> str:
-        return ":".join(filter(None, (self.source.path, self.source.name, self.source.split)))
+        return ":".join(filter(None, (self.source.place, self.source.name, self.source.split)))
 
     def files(self) -> list[Path]:
         """Every file that holds content, in a fixed order."""
@@ -64,29 +64,32 @@ class Located:
         return list(self.paths)
 
 
-def locate(source: DataSource, column: str) -> Located:
+def locate(source: DataSource) -> Located:
     """Decides what a path means. Raises UsageError, naming the path, where nothing is to be found."""
-    path = Path(source.path).expanduser()
+    path = Path(source.place).expanduser()
     if path.is_dir():
-        located = _locate_folder(path, source, column)
+        located = _locate_folder(path, source)
     elif path.is_file():
-        located = _locate_files([path], source, column)
-    elif glob.has_magic(source.path):
+        located = _locate_files([path], source)
+    elif glob.has_magic(source.place):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (absolute too)
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise UsageError(f"no file matches the data path '{source.path}' (looked from {Path.cwd()}); mend the path")
-        located = _locate_files(files, source, column)
-    elif _HUB_ID.fullmatch(source.path) and _kind_of(path) is None:
-        return Located("hub", source, (), column)
+            raise UsageError(
+                f"no file matches the data path '{source.place}' (looked from {Path.cwd()}); mend the path"
+            )
+        located = _locate_files(files, source)
+    elif _HUB_ID.fullmatch(source.place) and _kind_of(path) is None:
+        return Located("hub", source, (), source.text_column)
     else:
         raise UsageError(
-            f"the data path '{source.path}' does not exist (looked from {Path.cwd()}) and is no hub id such as "
+            f"the data path '{source.place}' does not exist (looked from {Path.cwd()}) and is no hub id such as "
             "org/name; mend the path"
         )
     if source.name or (source.split and located.kind != "saved"):
         raise UsageError(
-            f"'{source.path}' is read from this machine, where name and split have no meaning; remove them"
+            f"'{source.place}' is read from this machine, where name and split have no meaning; remove "
+            f"'{source.path.removeprefix(source.place)}'"
         )
     return located
 
@@ -97,25 +100,25 @@ def _kind_of(path: Path) -> Kind | None:
     return None if packed and kind not in ("json", "text") else kind
 
 
-def _locate_folder(folder: Path, source: DataSource, column: str) -> Located:
+def _locate_folder(folder: Path, source: DataSource) -> Located:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         split = source.split or "train"
         if split not in splits:
-            raise UsageError(f"'{source.path}' has no split '{split}'; set split to one of: {', '.join(splits)}")
-        return Located("saved", source, (folder / split,), column)
+            raise UsageError(f"'{source.place}' has no split '{split}'; choose one of: {', '.join(splits)}")
+        return Located("saved", source, (folder / split,), source.text_column)
     if (folder / "state.json").is_file():
         if source.split:
-            raise UsageError(f"'{source.path}' is saved without splits; remove split: {source.split}")
-        return Located("saved", source, (folder,), column)
+            raise UsageError(f"'{source.place}' is saved without splits; remove ':{source.split}'")
+        return Located("saved", source, (folder,), source.text_column)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind_of(path)]
     visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
-        raise UsageError(f"the folder '{source.path}' holds no data file ({', '.join(_KINDS)}); mend the path")
-    return _locate_files(visible, source, column)
+        raise UsageError(f"the folder '{source.place}' holds no data file ({', '.join(_KINDS)}); mend the path")
+    return _locate_files(visible, source)
 
 
-def _locate_files(files: Sequence[Path], source: DataSource, column: str) -> Located:
+def _locate_files(files: Sequence[Path], source: DataSource) -> Located:
     kinds: dict[Kind, Path] = {}
     for file in files:
         kind = _kind_of(file)
@@ -125,11 +128,11 @@ def _locate_files(files: Sequence[Path], source: DataSource, column: str) -> Loc
         kinds.setdefault(kind, file)
     if len(kinds) > 1:
         raise UsageError(
-            f"'{source.path}' mixes kinds of files, such as {' and '.join(str(file) for file in kinds.values())}; "
+            f"'{source.place}' mixes kinds of files, such as {' and '.join(str(file) for file in kinds.values())}; "
             "name each kind as a source of its own"
         )
     (kind,) = kinds
-    return Located(kind, source, tuple(files), TEXT_COLUMN if kind == "text" else column)
+    return Located(kind, source, tuple(files), TEXT_COLUMN if kind == "text" else source.text_column)
 
 
 def read(located: Located, folder: Path, workers: int) -> Dataset:
@@ -158,7 +161,7 @@ def load_from_hub(located: Located) -> Dataset:
     if "trust_remote_code" in inspect.signature(load_dataset).parameters:  # datasets < 4 may otherwise ask
         options["trust_remote_code"] = False
     try:
-        return load_dataset(source.path, source.name, split=source.split or "train", **options)
+        return load_dataset(source.place, source.name, split=source.split or "train", **options)
     except Exception as error:
         if disk_full(error):
             raise

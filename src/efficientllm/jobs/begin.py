@@ -70,7 +70,7 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
 
 def on_disk(recipe: Recipe) -> list[str]:
     """Which of the recipe's source and texts lie on this machine: the others are the hub's, for a card to name."""
-    named = [recipe.source, *(each.path for each in (*recipe.data.train, *(recipe.data.validation or ())))]
+    named = [recipe.source, *(each.place for each in (*recipe.data.train, *recipe.data.validation_sources))]
     return [path for path in dict.fromkeys(named) if Path(path).exists()]
 
 

@@ -106,4 +106,4 @@ def recipe_of(snapshot: Path, overrides: Sequence[str]) -> Recipe:
         raise UsageError(f"{snapshot} is not a snapshot of a ladder; name a folder such as runs/mine/ladder/469M")
     here = places(snapshot, checkpoints(snapshot / "state")[-1].name)
     where = [f"source={json.dumps(here['source'])}", f"resume={json.dumps(here['resume'])}"]
-    return load_recipe(file, [*where, f"run.dir={json.dumps(here['run']['dir'])}", *overrides])
+    return load_recipe(file, [*where, f"run.dir={json.dumps(here['run']['dir'])}", *overrides], dumped=True)

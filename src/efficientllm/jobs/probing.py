@@ -62,8 +62,7 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
         raise UsageError(f"--sequence-length {request.sequence_length} is more than the model's {limit} positions")
     data = DataConfig.model_validate(
         {
-            "train": list(request.data),
-            "text_column": request.text_column,
+            "train": [{"path": path, "text_column": request.text_column} for path in request.data],
             "sequence_length": request.sequence_length,
         }
     )

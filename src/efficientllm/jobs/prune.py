@@ -26,10 +26,11 @@ from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
 from efficientllm.training.state import TrainState, capture
 
+LINES = 10_000  # of metrics in a run, spread over its steps: more make no picture finer, and reports read them all
 OUT_OF_MEMORY = (
     "out of memory",
-    "lower train.micro_batch, set train.gradient_checkpointing=true or lower prune.correction_tokens, then run the "
-    "same command again: what is saved is not lost",
+    "lower train.micro_batch or set train.gradient_checkpointing=true, then run the same command again: what is saved "
+    "is not lost",
 )
 
 
@@ -143,8 +144,8 @@ def after_divergence(job: Job) -> str:
 
 
 SKIPPED = (
-    "a correction did not converge and was left out; metrics.jsonl counts them under corrections.skipped (raise "
-    "prune.correction_damping or prune.correction_iterations if they are many)"
+    "a correction did not converge and was left out; metrics.jsonl counts them under corrections.skipped (set "
+    "prune.correction to none if they are many)"
 )
 
 
@@ -171,7 +172,7 @@ def write_records(
     job.unlogged.seconds += record.seconds
     job.unlogged.tokens += state.tokens - before
     pruned = record.prune is not None and record.prune.events
-    due = state.step % job.recipe.run.log_every == 0 or loss is not None
+    due = state.step % -(-job.steps // LINES) == 0 or loss is not None
     if always or due or pruned or record.compaction:
         line = metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss)
         job.folder.metrics.append(line)

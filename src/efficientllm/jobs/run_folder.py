@@ -17,23 +17,15 @@ from typing import Any
 
 import yaml
 
-from efficientllm.config import Recipe, dump_recipe
+from efficientllm.config import Recipe, dump_recipe, without_gone
+from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
 from efficientllm.files import locked, read_json, write_atomically, write_json
 from efficientllm.reporting.journal import Journal
 
-# Keys that say how a run is kept, shown, fitted into memory or computed, not what it is to learn; they may change when
-# it is resumed (with other bits, but the same run), the correction's solver among them. Of the run section only
-# validation_tokens is bound: the source was measured on those rows; where it is auto, it follows from validate_every,
-# which then is bound too. docs/distributed.md has the list too.
-FREE_KEYS = {
-    "run": {"dir", "checkpoint_every", "keep", "validate_every", "log_every", "report", "trackers"},
-    "data": {"cache_dir", "workers"},
-    "train": {"micro_batch", "gradient_checkpointing", "compile", "deterministic", "device", "loss"},
-    "prune": {"correction_damping", "correction_tolerance", "correction_iterations"},
-    "distill": {"chunk_tokens"},
-    "distributed": {"shard", "replicate", "timeout"},
-}
+# Of the run section only validation_tokens is bound: the source was measured on those rows; where it is auto, it
+# follows from validate_every, which then is bound too. docs/distributed.md has the list too.
+FREE_KEYS = free_keys()
 
 
 class RunFolder:
@@ -98,8 +90,8 @@ class RunFolder:
         if not self.config.is_file() or not (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
             return None
         try:
-            # Through Recipe, so that a key which a newer version has added counts with its default.
-            there = Recipe.model_validate(yaml.safe_load(self.config.read_text()))
+            # Through Recipe, so that a key which a newer version has added or dropped counts with its default.
+            there = Recipe.model_validate(without_gone(yaml.safe_load(self.config.read_text())))
             old, new = _essential(there), _essential(recipe)
             if there.run.validation_tokens != recipe.run.validation_tokens:
                 for each in (old, new):  # that number is what differs, not the pace that follows from it

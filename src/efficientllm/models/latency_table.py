@@ -98,10 +98,9 @@ class LatencyTable:
             f"{on.prompt}+{on.generate} tokens, batch {on.batch}, {known}{off_by(error)}"
         )
 
-    def check(self, path: str, config: PretrainedConfig, device: str | None = None, dtype: str | None = None) -> None:
-        """Raises UsageError where the table was measured for another kind of model than this source, or on another
-        device (`cpu`, `cuda`) or with another dtype than asked for."""
-        there, mend = self.measured_on, "measure one with `efficientllm bench SOURCE --table FILE"
+    def check(self, path: str, config: PretrainedConfig) -> None:
+        """Raises UsageError where the table was measured for another kind of model than this source."""
+        there, mend = self.measured_on, "measure one with `efficientllm bench SOURCE --table FILE`"
         same_family = there.family in (config.model_type, family_of(config))
         for what, measured, own in (
             ("family", config.model_type if same_family else there.family, config.model_type),
@@ -110,16 +109,7 @@ class LatencyTable:
         ):
             if measured != own:
                 raise UsageError(
-                    f"prune.latency_table {path} was measured for {what} {measured}, but the source has {own}; {mend}`"
-                )
-        for what, measured, wanted in (
-            ("device", there.device.partition(":")[0], device),
-            ("dtype", there.dtype, dtype),
-        ):
-            if wanted is not None and measured != wanted:
-                raise UsageError(
-                    f"prune.latency_table {path} was measured with {what} {measured}, but prune.latency_on asks for "
-                    f"{wanted}; {mend} --{what} {wanted}`"
+                    f"prune.latency_table {path} was measured for {what} {measured}, but the source has {own}; {mend}"
                 )
 
     def check_range(self, path: str, least: Widths, most: Widths) -> None:

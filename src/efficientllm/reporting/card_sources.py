@@ -53,6 +53,8 @@ def _sources(recipe: Any, part: str) -> list[tuple[str, float]]:
     """(path or hub id, weight) of each source."""
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
     sources = data.get(part) if isinstance(data, Mapping) else None
+    if isinstance(sources, float) or (isinstance(sources, str) and re.fullmatch(r"[\d.]+\s*%?", sources)):
+        return []  # the share of the text that is held out
     found = []
     for source in sources if isinstance(sources, list) else [sources]:
         path, weight = (source.get("path"), source.get("weight")) if isinstance(source, Mapping) else (source, 1.0)

@@ -74,8 +74,9 @@ def print_keys(rows: Sequence[KeyRow]) -> None:
     console().print(table)
 
 
-def keys_page(rows: Sequence[KeyRow]) -> str:
-    """The reference of recipe keys in Markdown: a table for the keys at the top, and one for each section."""
+def keys_page(rows: Sequence[KeyRow], gone: Mapping[str, str]) -> str:
+    """The reference of recipe keys in Markdown: a table for the keys at the top, and one for each section. gone: keys
+    that there are no longer, and what to do instead."""
     groups: dict[str, list[KeyRow]] = {}
     for row in rows:
         groups.setdefault(row[0].split(".")[0].removesuffix("[]") if "." in row[0] else "", []).append(row)
@@ -86,7 +87,6 @@ def keys_page(rows: Sequence[KeyRow]) -> str:
         "or percent of",
         "`train.tokens`; null restores the default. A key that is unknown, or without effect beside the others, is "
         "refused.",
-        "`prune.calibration_batch` is gone: bundles are always measured on rows to come; leave it out.",
     ]
     for group, own in sorted(groups.items(), key=lambda item: item[0] != ""):
         lines += [
@@ -99,6 +99,8 @@ def keys_page(rows: Sequence[KeyRow]) -> str:
         for name, default, meaning, choices in own:
             cell = f"`{default}`" if default and default != "required" else default
             lines.append(f"| `{name}` | {cell} | {_with_choices(meaning, choices)} |".replace("||", "\\|\\|"))
+    lines += ["", "## Keys that went", "", "A recipe that still has one is refused with its sentence.", ""]
+    lines += [f"* `{name}`: {instead}." for name, instead in gone.items()]
     return "\n".join(lines) + "\n"
 
 

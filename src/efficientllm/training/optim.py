@@ -12,6 +12,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
 
+EPS = 1e-8  # Adam's own
+
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay on vectors: norm gains and biases."""
@@ -20,7 +22,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=EPS, fused=True)
 
 
 def shaped_moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> Mapping[str, Tensor]:

@@ -21,6 +21,9 @@ from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import alignment_of, floors_of, least_of, named_floors, rungs_of, target_of
 
+COMPACT_AT = 0.04  # of the parameters: compactions then take 0.2 % of a run to 40 % (docs/results/overhead.md)
+ONE_SHOT_BATCHES = 8  # to come, whose looks one-shot averages; not studied
+
 
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
     """The plan for a source model with this config; None where the recipe prunes nothing.
@@ -42,10 +45,7 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         landings,
         schedule_of(recipe, prune, space, landings[-1]),
         options,
-        compact_at=prune.compact_at,
-        correction_tokens=prune.correction_tokens,
-        calibration_tokens=prune.calibration_tokens,
-        lr_share=prune.lr if prune.mode == "loop" else 1.0,
+        compact_at=COMPACT_AT,
         begins=recipe.pruning_starts,
         at_rest=prune.mode != "loop",
     )
@@ -71,11 +71,10 @@ def options_and_landings(
     options = PrunerOptions(
         types=types_of(prune, space, cost),
         saliency=prune.saliency,
-        decay=prune.ema,
-        calibrated=prune.selection == "calibrated",
+        calibrated=prune.selection != "raw",
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
-        correction=correction_of(prune),
-        order=prune.order,
+        correction=None if prune.correction == "none" else SolverOptions(),
+        order=prune.path or "saliency",
         gathers=_gathers(prune),
         seed=seed,
     )
@@ -102,7 +101,7 @@ def _gathers(prune: PruneConfig) -> int:
     """Looks before the first event: with the weights at rest no step has taken any. Four are a batch."""
     if prune.mode == "loop":
         return 1
-    return LOOK_SHARE * (prune.calibration_batches if prune.mode == "one-shot" else 1)
+    return LOOK_SHARE * (ONE_SHOT_BATCHES if prune.mode == "one-shot" else 1)
 
 
 def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) -> Cost:
@@ -115,7 +114,7 @@ def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) 
     if prune.cost == "latency":
         assert prune.latency_table is not None
         table = load_table(prune.latency_table)
-        table.check(prune.latency_table, source, prune.latency_on.device, prune.latency_on.dtype)
+        table.check(prune.latency_table, source)
         cost = table.cost()
         table.check_range(prune.latency_table, least_of(prune, space, named_floors(prune, space, cost)), space.widths)
         return cost
@@ -147,12 +146,6 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
             "another cost"
         )
     return counted
-
-
-def correction_of(prune: PruneConfig) -> SolverOptions | None:
-    if prune.correction == "none":
-        return None
-    return SolverOptions(prune.correction_damping, prune.correction_tolerance, prune.correction_iterations)
 
 
 def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:

@@ -60,7 +60,7 @@ def _widths(target: WidthTarget, source: Widths) -> Widths:
 def alignment_of(prune: PruneConfig, widths: Widths) -> Alignment:
     if prune.align == "auto":
         return Alignment.automatic(widths)
-    return Alignment(prune.align.hidden, prune.align.intermediate)
+    return Alignment(prune.align, prune.align)
 
 
 def floors_of(prune: PruneConfig, space: Space, cost: Cost) -> Floors:

@@ -1,0 +1,95 @@
+"""Keys that recipes once had: what to do instead, and what they were where they are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ABLATION = "docs/results/ablations.md resolves no difference"
+_SOLVER = "leave it out: what docs/results/correction.md found best is always taken"
+
+
+@dataclass(frozen=True)
+class Gone:
+    """instead: the rest of a sentence. was: values that mean what a recipe without the key means, as a run folder's
+    config.yaml has them; None: all of them, since a run goes on under any."""
+
+    instead: str
+    was: tuple[Any, ...] | None = None
+
+
+GONE: Mapping[str, Gone] = {
+    "source_tokens": Gone("give it to `efficientllm compare` as --source-tokens"),
+    "data.text_column": Gone(
+        "name the column in each source, such as data.train={path: a.parquet, text_column: content}", ("text",)
+    ),
+    "data.validation_fraction": Gone("write the share as data.validation, such as data.validation=1%", ("0.5%",)),
+    "data.train[].name": Gone("write it into the path, such as org/data:name:split", ()),
+    "data.train[].split": Gone(
+        "write it into the path, such as org/data:name:split, or name the folder of one split", ()
+    ),
+    "train.eps": Gone("leave it out: it is Adam's own, 1e-8", (1e-8,)),
+    "prune.latency_on": Gone(
+        "leave it out: the first lines of a run and of `efficientllm plan` say what the table was measured on",
+        ({"device": None, "dtype": None},),
+    ),
+    "prune.calibration_batch": Gone("leave it out: bundles are always measured on rows to come"),
+    "prune.calibration_batches": Gone("leave it out: one-shot takes its scores from eight batches", (8,)),
+    "prune.calibration_tokens": Gone(
+        f"leave it out: losses are measured on an eighth of the batch, between 512 and 8,192 tokens ({_ABLATION})", ()
+    ),
+    "prune.order": Gone("set prune.selection to the path, such as prune.selection=ffn-first", ("saliency",)),
+    "prune.lr": Gone(f"leave it out: the rate is the same while pruning ({_ABLATION})", ("100%",)),
+    "prune.ema": Gone("leave it out: a look counts half once prune.bound has fallen since", (0.5,)),
+    "prune.correction_tokens": Gone(
+        "leave it out: eight tokens for each input of the widest layer are taken, since fewer would be fitted rather "
+        "than learnt from; where memory is short, set prune.correction=none",
+        (),
+    ),
+    "prune.correction_damping": Gone(_SOLVER),
+    "prune.correction_tolerance": Gone(_SOLVER),
+    "prune.correction_iterations": Gone(_SOLVER),
+    "prune.align.hidden": Gone("give one multiple for both widths, such as prune.align=64", ()),
+    "prune.align.intermediate": Gone("give one multiple for both widths, such as prune.align=64", ()),
+    "prune.compact_at": Gone("leave it out: tensors are cut to size once 4 % of their parameters are zero", ("4%",)),
+    "distill.top_k": Gone(
+        "set distill.samples, such as 50, since the largest logits alone teach a distribution that is too sharp", ()
+    ),
+    "distill.chunk_tokens": Gone("leave it out: logits of 1,024 tokens stand in memory at once"),
+    "run.log_every": Gone("leave it out: a run has a line of metrics for every step, or 10,000 lines spread over it"),
+}
+
+
+def without_gone(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that an older version has dumped, without the keys that mean what their absence means today."""
+    found = {
+        name: {key: each for key, each in value.items() if not _dropped(f"{name}.{key}", each)}
+        if isinstance(value, Mapping)
+        else value
+        for name, value in recipe.items()
+        if not _dropped(name, value)
+    }
+    data, prune = found.get("data"), found.get("prune")
+    for part in ("train", "validation"):
+        if isinstance(data, dict) and isinstance(data.get(part), list):
+            data[part] = [_joined(each) for each in data[part]]
+    if isinstance(prune, dict) and isinstance(prune.get("align"), Mapping) and len({*prune["align"].values()}) == 1:
+        (prune["align"],) = {*prune["align"].values()}
+    return found
+
+
+def _dropped(key: str, value: Any) -> bool:
+    gone = GONE.get(key)
+    return gone is not None and (gone.was is None or value is None or value in gone.was)
+
+
+def _joined(source: Any) -> Any:
+    """A source whose name and split stand beside its path, with all of them in the path."""
+    if not isinstance(source, Mapping):
+        return source
+    parts = [source.get("path"), source.get("name"), source.get("split")]
+    while parts[-1] is None and len(parts) > 1:
+        parts.pop()
+    kept = {key: value for key, value in source.items() if key not in ("name", "split")}
+    return kept | {"path": ":".join(part or "" for part in parts)}
