@@ -306,6 +306,13 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ),
         ("prune.target={}", "prune.target names no width: give one or more of layers, hidden, heads"),
         ("prune.target.hidden=8", "override 'prune.target.hidden=8': prune.target has no keys in this recipe, so set"),
+        ("prune.saliency=taylor", "prune.saliency: there is no saliency criterion 'taylor'; did you mean 'taylor-"),
+        ("prune.saliency={fnn: flap}", "prune.saliency: 'fnn' is no pruning type here; choose among attention"),
+        ("prune.saliency={ffn: 3}", "prune.saliency: there is no saliency criterion '3'"),
+        (
+            "prune.saliency=[flap]",
+            "prune.saliency: ['flap'] is no criterion: write a name such as flap, or one by type",
+        ),
         ("prune.bound=2", "prune.bound: 2 is not a fraction: write a share such as 2% or 0.02"),
         ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, or a multiple such as 64"),
         (

@@ -21,6 +21,7 @@ from efficientllm.config.fields import (
 from efficientllm.config.gone import GONE
 from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
 from efficientllm.errors import UsageError
+from efficientllm.pruning.criteria import DEFAULT, criteria_of
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.sizes import parse_count
 
@@ -50,6 +51,14 @@ def _align(value: object) -> object:
         return parse_count(value)
     except ValueError:
         raise ValueError(f"{value!r} is no alignment: write auto, or a multiple such as 64") from None
+
+
+def _saliency(value: object) -> object:
+    """A name, or a mapping of pruning types to names, all of them known."""
+    if not isinstance(value, str | Mapping) or not value:
+        raise ValueError(f"{value!r} is no criterion: write a name such as flap, or one by type, such as {{ffn: flap}}")
+    criteria_of(value, ())
+    return value
 
 
 PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth"]
@@ -96,7 +105,11 @@ class PruneConfig(Section):
     curve: Annotated[Literal["linear", "cubic", "cosine", "exponential"], AT_REST, PACED] = Field(
         default="cubic", description="Size over tokens between start and end; cubic cuts fast first"
     )
-    saliency: Annotated[Text, Fact.ARM] = Field(default="taylor-element", description="Name of the score of a unit")
+    saliency: Annotated[str | dict[str, str], Fact.ARM, BeforeValidator(_saliency)] = Field(
+        default=DEFAULT,
+        description="Name of the score of a unit, or one for each type, such as {ffn: flap}; types that are not named "
+        "have the default",
+    )
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
         default=cast(tuple[PruningType, ...], DEFAULT_TYPES),
         description="What may fall; attention_query needs a GQA model, depth takes whole layers",

@@ -189,5 +189,5 @@ def criteria_of(saliency: str | Mapping[str, str], types: Sequence[str]) -> dict
     """
     if isinstance(saliency, str):
         return dict.fromkeys(types, criterion(saliency))
-    named = {of_type(name).type: criterion(each) for name, each in saliency.items()}
+    named = {of_type(str(name)).type: criterion(str(each)) for name, each in saliency.items()}
     return {name: named.get(name) or criterion(DEFAULT) for name in types}

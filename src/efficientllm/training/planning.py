@@ -11,7 +11,6 @@ from efficientllm.models.latency_table import load_table
 from efficientllm.models.space import space_of, uneven_layers
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import Cost, KVCache, Params, counts
-from efficientllm.pruning.criteria import criterion
 from efficientllm.pruning.dimensions import ATTENTION, DEPTH
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space
@@ -78,7 +77,6 @@ def options_and_landings(
         gathers=_gathers(prune),
         seed=seed,
     )
-    criterion(prune.saliency)
     targets = [*rungs_of(prune, space, cost), target_of(prune, space, cost)]
     floors = floors_of(prune, space, cost)
     landings = [
