@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from efficientllm.pruning.dimensions import ATTENTION, FFN_TYPE, STEM
 from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.gradient import Precision, mean_loss
+from efficientllm.training.gradient import Precision, mean_loss, summed_loss
 
 CPU = Precision("cpu", bf16=False)
 LENGTH = 256
@@ -65,7 +66,7 @@ def loss_after(path: str, events: list[Cut], live: Live, rows: Tensor, held: Ten
         params[name].detach().mul_(torch.cat(shares).mean())
     for piece in group_slices(space, events):
         params[piece.name].detach().index_fill_(piece.dim, piece.indices, 0.0)
-    return mean_loss(model, held.split(8), CPU)
+    return loss_of(model, held)
 
 
 def watch(
@@ -78,6 +79,10 @@ def watch(
         left[gain].append((1.0 - squares[:, lost].sum(1) / squares.sum(1)).sqrt())
 
     return model.get_submodule(gain.removesuffix(".weight")).register_forward_pre_hook(hook)
+
+
+def loss_of(model: nn.Module, held: Tensor) -> float:
+    return mean_loss(partial(summed_loss, model, precision=CPU), ((rows, True) for rows in held.split(8)))
 
 
 def rows_of(corpus: Corpus, tokens: int) -> Tensor:
@@ -98,7 +103,7 @@ def main() -> None:
     held = validation.take(range(0, len(validation), max(1, len(validation) // 86)))
     model = load_model(arguments.model).eval()
     widths = space_of(model.config).widths
-    print(f"as it is: {mean_loss(model, held.split(8), CPU):.3f}")
+    print(f"as it is: {loss_of(model, held):.3f}")
     print("| removed | " + " | ".join(WAYS) + " |")
     for pruning_type, number in CASES:
         cells = []

@@ -19,8 +19,9 @@ import json, re, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig
 from efficientllm.config import TrainConfig
-from efficientllm.training.gradient import Precision, accumulate_gradient, summed_loss, update
+from efficientllm.training.gradient import Precision, update
 from efficientllm.training.state import start
+from efficientllm.training.step import Step
 from efficientllm.models.space import build
 
 def held(key):
@@ -30,13 +31,18 @@ shape, rows, length, options = json.loads(sys.argv[1])
 train = TrainConfig(tokens=10**9, lr=1e-3, micro_batch=rows, batch_tokens=2 * rows * length, **options)
 config = LlamaConfig(**shape)
 precision = Precision("cpu", False)
-chunked = train.loss == "chunked"
+
+class Batches:
+    def __init__(self, config, rows, length):
+        self.size, self.shape = config.vocab_size, (2 * rows, length)
+
+    def batch(self, step):
+        return torch.randint(self.size, self.shape, generator=torch.Generator().manual_seed(step))
 
 def steps(config, rows, length):
     state = start(build(config), train, None)
-    for seed in range(3):
-        batch = torch.randint(config.vocab_size, (2 * rows, length), generator=torch.Generator().manual_seed(seed))
-        accumulate_gradient(lambda part: summed_loss(state.model, part, precision, chunked=chunked), batch, rows)
+    for state.step in range(3):
+        Step(state, Batches(config, rows, length), train, None, precision).backward("step")
         update(state.optimizer, state.model.parameters(), lr=1e-3, clip=1.0)
 
 tiny = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

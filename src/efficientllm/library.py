@@ -32,14 +32,12 @@ from efficientllm.pruning.groups import Space
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
-from efficientllm.training.gradient import unwatched
+from efficientllm.training.capture import Inputs, captured_inputs, unwatched, watched_gates
 from efficientllm.training.looks import correction_tokens
-from efficientllm.training.optim import shaped_moments
+from efficientllm.training.optim import load_moments, shaped_moments
 from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
 from efficientllm.training.replay import Replay
 from efficientllm.training.snapshot import cut, model_of, snapshot_of
-from efficientllm.training.state import load_moments
 
 # Keys of the prune section that say how our own loop is run.
 RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every"})

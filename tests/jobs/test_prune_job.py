@@ -8,9 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -207,16 +207,16 @@ def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The gradient turns to NaN at chosen steps; what follows is as if their batches had been read and no more."""
-    from efficientllm.training import loop
+    from efficientllm.training.step import Step, Use
 
-    real, calls, bad = loop.accumulate_gradient, [0], {3, 4, 9}
+    real, calls, bad = Step.backward, [0], {3, 4, 9}
 
-    def poisoned(*arguments: Any, **more: Any) -> torch.Tensor:
-        calls[0] += 1
-        loss = real(*arguments, **more)
-        return loss * float("nan") if calls[0] in bad else loss
+    def poisoned(step: Step, use: Use, names: Sequence[str] = ()) -> torch.Tensor:
+        calls[0] += use == "step"
+        loss = real(step, use, names)
+        return loss * float("nan") if use == "step" and calls[0] in bad else loss
 
-    monkeypatch.setattr(loop, "accumulate_gradient", poisoned)
+    monkeypatch.setattr(Step, "backward", poisoned)
     path = world.write("poisoned", prune={"bound": 1.0})
     assert call("prune", path) == 0
     folder = world.folder / "runs" / "poisoned"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from conftest import tiny_model
 from efficientllm.config import TrainConfig
-from efficientllm.training.gradient import Precision, accumulate_gradient, summed_loss, update
+from efficientllm.training.gradient import Precision, update
 from efficientllm.training.optim import build_optimizer, learning_rate
+from efficientllm.training.state import start
+from efficientllm.training.step import Step
 
 CPU = Precision.choose("auto", torch.device("cpu"))
 
@@ -19,7 +24,9 @@ def test_unequal_micro_batches_add_up(micro_batch: int) -> None:
     whole, parts = tiny_model("qwen2-gqa-tied"), tiny_model("qwen2-gqa-tied")
     want = whole(input_ids=ids, labels=ids).loss
     want.backward()
-    got = accumulate_gradient(lambda rows: summed_loss(parts, rows, CPU), ids, micro_batch)
+    train = TrainConfig(tokens=100, lr=1.0, micro_batch=micro_batch)
+    batches: Any = SimpleNamespace(batch=lambda step: ids)
+    got = Step(start(parts, train, None), batches, train, None, CPU).backward("step")
     assert float(got) == pytest.approx(float(want.detach()), rel=1e-5)
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)

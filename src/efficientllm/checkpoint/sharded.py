@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from efficientllm.distributed.layout import empty_sharded
-from efficientllm.distributed.ranks import Ranks
+from efficientllm.distributed.ranks import World
 from efficientllm.errors import UsageError
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ CHUNK = 1 << 24
 WHOLE = ("live.", "saliency.")  # tensors of the pruner: every process has them whole
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: World) -> dict[str, Any]:
     """Writes this process's part of the tensors into a folder that every process sees; returns size and CRC of all
     files. A collective. Raises OSError where a process's disk refuses, on all of them."""
     writer = storage().HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -40,13 +40,13 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> d
     return {name: each for _, part in parts for name, each in part.items()}
 
 
-def _look(folder: Path, ranks: Ranks) -> tuple[list[str], dict[str, Any]]:
+def _look(folder: Path, ranks: World) -> tuple[list[str], dict[str, Any]]:
     """Names of all files, and facts of this process's share of them."""
     files = sorted(folder.glob("*.safetensors"))
     return [file.name for file in files], {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
 
 
-def agreed(ranks: Ranks, do: Callable[[], T]) -> list[T]:
+def agreed(ranks: World, do: Callable[[], T]) -> list[T]:
     """What `do` returns on each rank. A collective; where the disk refuses one, OSError is raised on all of them, so
     that none waits for another that has left."""
     found: T | None = None
@@ -64,7 +64,7 @@ def agreed(ranks: Ranks, do: Callable[[], T]) -> list[T]:
     return parts
 
 
-def read_shards(folder: Path, ranks: Ranks, device: torch.device | str) -> dict[str, Tensor]:
+def read_shards(folder: Path, ranks: World, device: torch.device | str) -> dict[str, Tensor]:
     """All tensors of a checkpoint's files as this run's processes keep them. A collective. Raises OSError where one
     process cannot read, on all of them."""
     reader = storage().HuggingFaceStorageReader(str(folder))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from efficientllm import __version__
 from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_shards
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import PARTIAL, appearing
 from efficientllm.models.space import widths_of
@@ -37,7 +37,7 @@ T = TypeVar("T")
 EARLIER = {"flops": UNKNOWN_FLOPS, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
-def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
+def save(folder: Path, snapshot: Snapshot, ranks: World = ALONE) -> Path:
     """Writes folder/step-N; raises UsageError when the disk refuses, with older checkpoints untouched.
 
     Several processes write their own shards side by side; the folder takes its name once all of them have.
@@ -58,14 +58,15 @@ def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
 
 
 @contextmanager
-def disk_errors(what: str, ranks: Ranks = ALONE) -> Iterator[None]:
+def disk_errors(what: str, ranks: World = ALONE) -> Iterator[None]:
     """Turns what the disk refuses, to all of these ranks at once, into a UsageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ranks.error(
+        raise error_of_all(
+            ranks,
             f"cannot write {what} ({error}); earlier checkpoints are whole: free disk space or mend permissions, then "
-            "run the same command again"
+            "run the same command again",
         ) from error
 
 
@@ -104,7 +105,7 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -> Snapshot:
+def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -> Snapshot:
     """Reads a checkpoint, whatever the number of processes that wrote it; with several, as they keep it.
 
     Raises UsageError when it is damaged or from a newer version.
@@ -134,14 +135,15 @@ def load(path: Path, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -
 
 
 @contextmanager
-def _reading(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+def _reading(path: Path, ranks: World = ALONE) -> Iterator[None]:
     """Turns what the disk refuses to give, to all of these ranks at once, into a UsageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ranks.error(
+        raise error_of_all(
+            ranks,
             f"checkpoint {path} cannot be read ({error}); mend the disk or its permissions and run the same command "
-            "again, or delete that folder, and the run goes on from the one before"
+            "again, or delete that folder, and the run goes on from the one before",
         ) from error
 
 

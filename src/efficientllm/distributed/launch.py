@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks
+from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks, World
 from efficientllm.errors import SharedError
 
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -24,8 +24,8 @@ PATIENCE = timedelta(days=30)  # of waits for rank 0's disk, tokenising among th
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process's Ranks: those of torchrun's environment, or a single process.
+def joined() -> Iterator[World]:
+    """This process's place: among those of torchrun's environment, or a single process.
 
     NCCL where there are GPUs, gloo for what lies on the CPU. Each process takes the GPU of its local rank. An error
     that all of them have met is told by rank 0 before any of them leaves.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from efficientllm.distributed.ranks import DEADLINE, Ranks
+from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks, World
 from efficientllm.errors import UsageError
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -59,9 +59,9 @@ def mesh_shape(wanted: DistributedConfig, world: int, local_world: int, *, fits:
     return replicas, world // replicas
 
 
-def with_mesh(ranks: Ranks, wanted: DistributedConfig, device: torch.device, *, fits: bool) -> Ranks:
+def with_mesh(ranks: World, wanted: DistributedConfig, device: torch.device, *, fits: bool) -> World:
     """The ranks with the mesh that the recipe asks for, whose collectives wait longer than the watch does."""
-    if ranks.world == 1:
+    if not isinstance(ranks, Ranks):
         return ranks
     shape = mesh_shape(wanted, ranks.world, ranks.local_world, fits=fits)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -87,15 +87,21 @@ class Root(nn.Module):
         return body()
 
 
-class Runner:
-    """Calls a body that uses the model: as it is on one process, inside the wrapped root on several."""
+class Runner(Protocol):
+    """Whatever touches a model does so inside `run`: as it is where a process is alone (pruning.shards.ALONE)."""
 
-    def __init__(self, root: FSDPModule | None = None, blocks: Sequence[FSDPModule] = ()) -> None:
+    def run(self, body: Callable[[], T], /) -> T: ...
+
+    def last(self, is_last: bool) -> None: ...
+
+
+class Sharded:
+    """Runs a body inside the wrapped root."""
+
+    def __init__(self, root: FSDPModule, blocks: Sequence[FSDPModule]) -> None:
         self._root, self._blocks = root, blocks
 
-    def __call__(self, body: Callable[[], T]) -> T:
-        if self._root is None:
-            return body()
+    def run(self, body: Callable[[], T], /) -> T:
         result: T = self._root(body)  # type: ignore[operator]
         if not torch.is_grad_enabled():  # some keep their weights gathered, for a backward pass that never comes
             for unit in (*self._blocks, self._root):
@@ -104,14 +110,13 @@ class Runner:
 
     def last(self, is_last: bool) -> None:
         """Whether the coming backward pass is the step's last: copies of a shard sum their gradients then, at once."""
-        if self._root is not None:
-            self._root.set_requires_all_reduce(is_last)
+        self._root.set_requires_all_reduce(is_last)
 
 
 def wrap(
     model: Any,
     blocks: Sequence[nn.Module],
-    ranks: Ranks,
+    ranks: World,
     *,
     gradient_checkpointing: bool,
     compile_blocks: bool,
@@ -131,23 +136,23 @@ def wrap(
         for block in blocks:  # its forward alone: hooks that gather weights stay outside the graph
             block.forward = torch.compile(block.forward, dynamic=False)
     if ranks.mesh is None:
-        return Runner()
+        return ALONE
     compute = torch.bfloat16 if bf16 else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     keeps = ranks.shards == 1  # copies stay gathered from forward to backward
     units = [fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not keeps) for block in blocks]
-    return Runner(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), units)
+    return Sharded(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), units)
 
 
-def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> Tensor:
+def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: World) -> Tensor:
     """A tensor of this whole shape without content, laid out as FSDP2 lays out weights; plain on one process."""
     if ranks.mesh is None or not len(shape):
         return torch.empty(shape, dtype=dtype, device=device)
     return _pattern(shape, dtype, device, ranks)
 
 
-def _pattern(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: Ranks) -> DTensor:
+def _pattern(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: World) -> DTensor:
     mesh = ranks.mesh
     assert mesh is not None
     piece = -(-shape[0] // ranks.shards)

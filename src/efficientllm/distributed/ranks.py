@@ -1,8 +1,7 @@
-"""This process among those of the run: its share of the rows, and how parts come together."""
+"""This process among several that share a run: how their parts come together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +14,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from efficientllm.errors import SharedError, UsageError
+from efficientllm.pruning.shards import ALONE, World
+
+__all__ = ["ALONE", "DEADLINE", "Ranks", "World", "error_of_all"]
 
 T = TypeVar("T")
 DEADLINE = timedelta(minutes=30)  # of a collective; the watch (watch.py) speaks earlier and names the rank
 
 
 @dataclass
-class Ranks:
-    """A process's place, and the collectives that the loop and the pruner use (pruning.shards.Reduction).
+class Ranks(World):
+    """A process's place among those that torchrun has started, and their collectives.
 
-    mesh: None for a single process; else one dimension ("shard") or two ("replicate", "shard"), over all ranks. slow:
+    mesh: over all ranks, two dimensions ("replicate", "shard"); None until the recipe's is known (layout.py). slow:
     a group of its own for waits without a deadline. communicated: bytes that this process has put into the
     reductions below.
     """
@@ -41,36 +43,10 @@ class Ranks:
     patient: bool = field(default=False, compare=False)  # in a wait that may take as long as it takes
 
     @property
-    def leads(self) -> bool:
-        """Whether this process writes the run folder and speaks to the user."""
-        return self.rank == 0
-
-    @property
-    def processes(self) -> int:
-        return self.world
-
-    @property
     def shards(self) -> int:
-        """Pieces into which every weight is cut."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
-    def share(self, rows: int) -> slice:
-        """This process's rows of so many: contiguous, the first processes take one more where they do not divide."""
-        each, more = divmod(rows, self.world)
-        first = self.rank * each + min(self.rank, more)
-        return slice(first, first + each + (self.rank < more))
-
-    def rounds(self, rows: int, micro_batch: int) -> int:
-        """Micro-batches that the process with the most of so many rows needs: as many forward passes as every
-        process makes, because sharded weights are gathered in each."""
-        return math.ceil(math.ceil(rows / self.world) / micro_batch)
-
-    def error(self, message: str) -> UsageError:
-        """An error that every process meets alike."""
-        return UsageError(message) if self.world == 1 else SharedError(message)
-
     def beat(self) -> None:
-        """Says that this process has come further."""
         self.beats += 1
 
     def over_shards(self, tensor: Tensor) -> Tensor:
@@ -81,7 +57,7 @@ class Ranks:
         return self._sum(tensor).div_(self.world // self.shards)
 
     def over_batch(self, tensor: Tensor) -> Tensor:
-        return tensor if self.world == 1 else self._sum(tensor)
+        return self._sum(tensor)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -93,8 +69,6 @@ class Ranks:
 
     def all_tokens(self, tensor: Tensor) -> Tensor:
         """Rows may differ in number between processes (by the rows of one sequence)."""
-        if self.world == 1:
-            return tensor
         count = torch.zeros(self.world, dtype=torch.int64, device=tensor.device)
         count[self.rank] = len(tensor)
         counts: list[int] = self._sum(count).tolist()
@@ -106,9 +80,6 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        if self.world == 1:
-            return number
         tensor = torch.tensor([number], dtype=torch.int64)  # on the CPU: through gloo, beside the GPU's work
         self.beat()
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -116,10 +87,8 @@ class Ranks:
         return int(tensor)
 
     def wait(self) -> None:
-        """Until every process has come here, however long that takes."""
-        if self.world > 1:
-            with self.patience():
-                dist.barrier(group=self.slow)
+        with self.patience():
+            dist.barrier(group=self.slow)
 
     @contextmanager
     def patience(self) -> Iterator[None]:
@@ -131,9 +100,6 @@ class Ranks:
             self.beat()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank. Its UsageError is raised on every rank."""
-        if self.world == 1:
-            return make()
         box: list[Any] = [None, None]
         with self.patience():  # once, so that every rank beats as often (distributed.watch)
             if self.leads:
@@ -148,20 +114,12 @@ class Ranks:
         return result
 
     def gathered(self, part: T) -> list[T]:
-        """What each rank has given, by rank."""
         parts: list[Any] = [part] * self.world
-        if self.world > 1:
-            with self.patience():
-                dist.all_gather_object(parts, part, group=self.slow)
+        with self.patience():
+            dist.all_gather_object(parts, part, group=self.slow)
         return parts
 
     def together(self, do: Callable[[], T]) -> T:
-        """Every rank's own `do()`; where one raises UsageError, all do, and the lowest rank has the words.
-
-        `do` must not speak to the other processes.
-        """
-        if self.world == 1:
-            return do()
         message: str | None = None
         result: Any = None
         try:
@@ -177,4 +135,6 @@ class Ranks:
         return done
 
 
-ALONE = Ranks()
+def error_of_all(ranks: World, message: str) -> UsageError:
+    """An error that every process meets alike."""
+    return UsageError(message) if ranks.world == 1 else SharedError(message)

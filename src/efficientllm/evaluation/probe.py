@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from scipy.stats import spearmanr
@@ -15,7 +14,7 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
 from efficientllm.training.capture import captured_inputs
-from efficientllm.training.gradient import Precision, accumulate_gradient, summed_loss
+from efficientllm.training.gradient import Precision, predicted_tokens, summed_loss
 
 Scores = dict[str, dict[str, Tensor]]  # criterion -> pruning type -> (rows, units)
 
@@ -60,7 +59,8 @@ def criteria_scores(
 def gradient(model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision) -> None:
     """The gradient of the batch's mean loss, in .grad."""
     model.zero_grad(set_to_none=True)
-    accumulate_gradient(partial(summed_loss, model, precision=precision), batch, micro_batch)
+    for part in batch.split(micro_batch):
+        (summed_loss(model, part, precision) / predicted_tokens(batch)).backward()
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from efficientllm.distributed.layout import Runner
-from efficientllm.distributed.ranks import ALONE, Ranks
-from efficientllm.training.gradient import PLAIN, Forward, Precision, shared_mean_loss
+from efficientllm.distributed.ranks import ALONE, World
+from efficientllm.training.gradient import Forward, Precision, mean_loss, summed_loss
 
 
 class Rows(Protocol):
@@ -41,8 +42,8 @@ def validation_loss(
     limit: int | None,
     device: torch.device | str,
     precision: Precision,
-    run: Runner = PLAIN,
-    ranks: Ranks = ALONE,
+    runner: Runner = ALONE,
+    ranks: World = ALONE,
     chunked: bool = False,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> float:
@@ -58,4 +59,4 @@ def validation_loss(
                 yield corpus.take(part or indices[:1]).to(device), bool(part)
                 tick(max(0, min(micro_batch * ranks.world, len(indices) - first * ranks.world)))
 
-    return shared_mean_loss(model, batches(), precision, run, ranks, chunked=chunked)
+    return mean_loss(partial(summed_loss, model, precision=precision, chunked=chunked), batches(), runner, ranks)

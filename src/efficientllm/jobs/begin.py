@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from efficientllm.checkpoint.store import MANIFEST, checkpoints, load
 from efficientllm.config import Recipe
+from efficientllm.distributed.ranks import error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.jobs.arithmetic import arithmetic, other_bits
 from efficientllm.jobs.job import Job
@@ -35,7 +36,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         return state, _measured(job, state, say)
     snapshot = load(saved, ranks, job.device)
     if snapshot.pruner_facts is not None and job.plan is None:
-        raise ranks.error(f"{saved} is of a run that prunes; give the recipe its prune section")
+        raise error_of_all(ranks, f"{saved} is of a run that prunes; give the recipe its prune section")
     if source:
         ranks.from_first(lambda: job.folder.rewind(snapshot.step))
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")

@@ -18,7 +18,7 @@ from efficientllm.config import Recipe
 from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.data.sampling import BatchStream
 from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer, located
@@ -64,7 +64,7 @@ class Job:
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
     trackers: Trackers
-    ranks: Ranks
+    ranks: World
 
     @property
     def chunked_loss(self) -> bool:
@@ -141,7 +141,7 @@ def model_digest(path: str, memory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose_device(wanted: str, ranks: Ranks = ALONE) -> torch.device:
+def choose_device(wanted: str, ranks: World = ALONE) -> torch.device:
     """`auto` takes the GPU where there is one: of several processes, each takes that of its place on its node.
 
     Raises UsageError for a device that is not there.
@@ -163,7 +163,7 @@ def choose_device(wanted: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
-def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: Ranks = ALONE) -> Job:
+def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: World = ALONE) -> Job:
     """Checks everything that can be checked, tokenises, and lays out the batches. A collective.
 
     The first process of each node tokenises; the others find the text in its cache.
@@ -181,7 +181,7 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks
     return job
 
 
-def _check_processes(folder: RunFolder, ranks: Ranks) -> None:
+def _check_processes(folder: RunFolder, ranks: World) -> None:
     """Raises UsageError where several processes could train but not save."""
     if ranks.world == 1:
         return
@@ -198,7 +198,7 @@ def _fits(job: Job) -> bool:
     return fits_whole(int(space_of(job.config).num_params()), memory)
 
 
-def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: Ranks) -> Job:
+def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: World) -> Job:
     device = choose_device(recipe.train.device, ranks)
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)

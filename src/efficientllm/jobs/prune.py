@@ -8,7 +8,7 @@ from typing import Any
 
 from efficientllm.checkpoint.store import checkpoints, retain, save
 from efficientllm.config import Recipe
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.distributed.watch import watched
 from efficientllm.jobs.arithmetic import deterministic
 from efficientllm.jobs.begin import begin
@@ -34,7 +34,7 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dict[str, Any]:
+def run(recipe: Recipe, say: Callable[[str], None], ranks: World = ALONE) -> dict[str, Any]:
     """Runs, or goes on with, the job of a recipe and returns its summary; a finished one is only read.
 
     `say` is told in one line what happens beside the steps. ranks: this process among those that share the run, all of
@@ -65,7 +65,7 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: Ranks = ALONE) -> dic
                 try:
                     train(job, state, stop, teacher)
                 except Diverged as error:
-                    raise ranks.error(f"{error}; {after_divergence(job)}") from error
+                    raise error_of_all(ranks, f"{error}; {after_divergence(job)}") from error
                 finally:
                     job.trackers.close()
                 summary = finish(job, state, source, say)

@@ -28,7 +28,7 @@ def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable
             device=job.device,
             precision=job.precision,
             chunked=job.chunked_loss,
-            run=state.run,
+            runner=state.runner,
             ranks=state.ranks,
             tick=tick,
         )

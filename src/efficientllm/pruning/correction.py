@@ -21,10 +21,9 @@ from torch import Tensor
 
 from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.saliency import reader_specs
-from efficientllm.pruning.shards import Alone, Reduction, local
+from efficientllm.pruning.shards import ALONE, World, local
 from efficientllm.pruning.slices import group_slices
 
-ALONE = Alone()
 EXPECTED = 16  # iterations of a solve at the default tolerance: 10 to 23 for a random Llama and stories260K
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
@@ -55,7 +54,7 @@ class Solution:
 
 
 def solve_coefficients(
-    inputs: Tensor, removed: Tensor, kept: Tensor, options: SolverOptions, reduction: Reduction = ALONE
+    inputs: Tensor, removed: Tensor, kept: Tensor, options: SolverOptions, reduction: World = ALONE
 ) -> Solution:
     """Jacobi-preconditioned conjugate gradients for B, all layers and right-hand sides at once.
 
@@ -174,7 +173,7 @@ def correct(
     readers: Sequence[Reader],
     inputs: Mapping[str, Tensor],
     options: SolverOptions,
-    reduction: Reduction = ALONE,
+    reduction: World = ALONE,
 ) -> Corrections:
     """Corrects the readers' weights in place; one whose solve fails is left untouched, and counted.
 
@@ -205,7 +204,7 @@ def _correct_sites(
     sites: Sequence[Sequence[Reader]],
     inputs: Mapping[str, Tensor],
     options: SolverOptions,
-    reduction: Reduction,
+    reduction: World,
     report: Corrections,
 ) -> None:
     """Sites of equal shape, solved as one batch."""

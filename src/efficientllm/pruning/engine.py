@@ -21,7 +21,7 @@ from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage, next_bundles, next_on_path
-from efficientllm.pruning.shards import Alone, Reduction, fill
+from efficientllm.pruning.shards import ALONE, World, fill
 from efficientllm.pruning.slices import dead_slices, group_slices
 from efficientllm.pruning.widths import Widths
 
@@ -47,10 +47,10 @@ class PruningEngine:
         schedule: Schedule,
         options: PrunerOptions,
         live: Live | None = None,
-        reduction: Reduction | None = None,
+        reduction: World = ALONE,
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
-        self._reduction: Reduction = reduction or Alone()
+        self._reduction = reduction
         self.landings, self.schedule, self.options = tuple(landings), schedule, options
         self.live = live or Live.full(space.widths)
         self.looks = Looks(

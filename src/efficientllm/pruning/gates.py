@@ -20,9 +20,7 @@ from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
 from efficientllm.pruning.groups import Space, mask_shapes
-from efficientllm.pruning.shards import Alone, Reduction
-
-ALONE = Alone()
+from efficientllm.pruning.shards import ALONE, World
 
 
 class GateSums:
@@ -68,7 +66,7 @@ class GateSums:
             self._tokens += len(next(iter(self._joint.values())))
         self._joint = {}
 
-    def scores(self, reduction: Reduction = ALONE) -> Mapping[str, Tensor]:
+    def scores(self, reduction: World = ALONE) -> Mapping[str, Tensor]:
         """F of every unit of every type, fp32 (rows, units), for the mean loss over the look's tokens.
 
         The gradient of a mean over n tokens is 1/n of the sum's, so that n / 2 times its summed squares is meant; n is
@@ -77,7 +75,7 @@ class GateSums:
         self.close()
         names = list(self._squares)
         packed = torch.cat([self._squares[name].flatten() for name in names]) * (self._tokens / 2)
-        packed = reduction.over_batch(packed) / reduction.processes
+        packed = reduction.over_batch(packed) / reduction.world
         parts = packed.split([self._squares[name].numel() for name in names])
         scores = {}
         for name, part in zip(names, parts, strict=True):

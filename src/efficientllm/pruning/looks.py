@@ -25,7 +25,7 @@ from efficientllm.pruning.saliency import (
     reader_specs,
     unit_scores,
 )
-from efficientllm.pruning.shards import Reduction
+from efficientllm.pruning.shards import World
 
 MEMORY = 20
 PREFIX = "saliency."  # of scores among a run's tensors
@@ -42,7 +42,7 @@ class Looks:
         self,
         space: Space,
         params: Mapping[str, Tensor],
-        reduction: Reduction,
+        reduction: World,
         *,
         criteria: Mapping[str, Criterion],
         decay: float,

@@ -13,9 +13,7 @@ from torch import Tensor
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
 from efficientllm.pruning.groups import ParamSpec, Space, mask_shapes
-from efficientllm.pruning.shards import Alone, Reduction, first_row, local
-
-ALONE = Alone()
+from efficientllm.pruning.shards import ALONE, World, first_row, local
 
 
 class AxisSums:
@@ -43,9 +41,9 @@ class AxisSums:
                 target = self._of(axis, spec)
                 (target[first : first + len(scores)] if dim == 0 else target).add_(vector)
 
-    def reduce(self, reduction: Reduction) -> None:
+    def reduce(self, reduction: World) -> None:
         """Adds what the processes with other rows of the weights have: all axes as one packed vector."""
-        if reduction.processes == 1:
+        if reduction.world == 1:
             return
         packed = reduction.over_shards(torch.cat([total.flatten() for total in self.sums.values()]))
         parts = packed.split([total.numel() for total in self.sums.values()])
@@ -86,7 +84,7 @@ def unit_scores(
     chosen: Criterion,
     weights: Iterable[tuple[ParamSpec, Tensor, Tensor]],
     device: torch.device,
-    reduction: Reduction = ALONE,
+    reduction: World = ALONE,
 ) -> dict[str, Tensor]:
     """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g).
 
@@ -117,7 +115,7 @@ def input_scores(
     params: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     device: torch.device,
-    reduction: Reduction = ALONE,
+    reduction: World = ALONE,
 ) -> dict[str, Tensor]:
     """Saliency by a criterion that needs inputs, as `unit_scores`. inputs: X of each reader, (tokens, inputs)."""
     assert chosen.statistic is not None

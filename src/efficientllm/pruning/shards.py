@@ -1,60 +1,107 @@
 """A weight as this process holds it: whole, or the rows of it that a DTensor keeps here.
 
 Shards are cut along dimension 0, in pieces of ceil(rows / processes) (FSDP2's layout). Whatever acts on rows or columns
-of a weight acts on the local piece; what is summed over rows is summed over the other processes by a Reduction.
+of a weight acts on the local piece; what is summed over rows is summed over the other processes of the World.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from operator import call
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+T = TypeVar("T")
 
-class Reduction(Protocol):
-    """How processes that share a step bring their parts together. Every process calls the same methods in the same
-    order and gets the same bits back."""
+
+class World:
+    """The processes that train one model together, as one of them sees it. This one is alone: it has every row and the
+    whole of every weight, and waits for nobody. distributed/ranks.py has those of several.
+
+    Every process calls the same methods in the same order and gets the same bits back. rank: its number among them;
+    world: how many there are; local_rank, local_world: the same on its node; mesh: how weights lie over them.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    mesh: Any = None
 
     @property
-    def processes(self) -> int:
-        """Number of processes, each with its own share of the batch."""
-        ...
+    def leads(self) -> bool:
+        """Whether this process writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Pieces into which every weight is cut."""
+        return 1
+
+    def share(self, rows: int) -> slice:
+        """This process's rows of so many: contiguous, the first processes take one more where they do not divide."""
+        each, more = divmod(rows, self.world)
+        first = self.rank * each + min(self.rank, more)
+        return slice(first, first + each + (self.rank < more))
+
+    def rounds(self, rows: int, micro_batch: int) -> int:
+        """Micro-batches that the process with the most of so many rows needs: as many forward passes as every
+        process makes, because sharded weights are gathered in each."""
+        return math.ceil(math.ceil(rows / self.world) / micro_batch)
+
+    run = staticmethod(call)  # a body that uses the model: as it is, and without a frame of its own
+
+    def last(self, is_last: bool) -> None:
+        """Whether the coming backward pass is the step's last."""
+
+    def beat(self) -> None:
+        """Says that this process has come further."""
 
     def over_shards(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that hold other rows of the weights. May write into the given tensor."""
-        ...
+        return tensor
 
     def over_batch(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that read other rows of the batch. May write into the given tensor."""
-        ...
-
-    def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        ...
+        return tensor
 
     def all_tokens(self, tensor: Tensor) -> Tensor:
         """Inputs of all processes joined, (all tokens, ...), from each one's (tokens, ...)."""
-        ...
-
-
-class Alone:
-    """The Reduction of a single process: nothing to do."""
-
-    processes = 1
-
-    def over_shards(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def over_batch(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         return number
 
-    def all_tokens(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def wait(self) -> None:
+        """Until every process has come here, however long that takes."""
+
+    def patience(self) -> AbstractContextManager[None]:
+        """Around a wait that may take as long as it takes."""
+        return nullcontext()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank. What it raises for the user is raised on every rank."""
+        return make()
+
+    def gathered(self, part: T) -> list[T]:
+        """What each rank has given, by rank."""
+        return [part]
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Every rank's own `do()`; where one raises for the user, all do, and the lowest rank has the words.
+
+        `do` must not speak to the other processes.
+        """
+        return do()
+
+
+ALONE = World()
 
 
 def is_sharded(tensor: Tensor) -> bool:

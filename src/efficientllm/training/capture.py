@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,11 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.saliency import reader_specs
 
-Watch = Callable[[int], AbstractContextManager[object]]
+Watch = Callable[[int], AbstractContextManager[object]]  # around a forward pass, told the first of its rows
+
+
+def unwatched(_row: int) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 class Inputs(Mapping[str, Tensor]):

@@ -15,19 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from efficientllm.distributed.layout import Runner
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.parts import body
 from efficientllm.pruning.shards import local
 from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
 
 Forward = Callable[..., object]
-PLAIN = Runner()
 SummedLoss = Callable[[Tensor], Tensor]  # of rows (rows, length), over every next token
-Watch = Callable[[int], AbstractContextManager[object]]
-
-
-def unwatched(_row: int) -> AbstractContextManager[object]:
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -96,62 +90,16 @@ def predicted_tokens(rows: Tensor) -> int:
     return rows.shape[0] * (rows.shape[1] - 1)
 
 
-def accumulate_gradient(
-    loss_of: SummedLoss,
-    batch: Tensor,
-    micro_batch: int,
-    run: Runner = PLAIN,
-    ranks: Ranks = ALONE,
-    *,
-    rows: int | None = None,
-    watch: Watch = unwatched,
-) -> Tensor:
-    """Adds the gradient of the batch's mean loss to .grad, a micro-batch at a time; returns that loss (detached).
-
-    Normalised by the token count of the whole batch, so that micro-batches of unequal size weigh as they should. With
-    several processes `batch` is this one's share of `rows` (default: as many as every other's): gradient and loss are
-    means over all of them. watch: entered around each forward pass that counts, told the first of its rows in `batch`.
-    """
-    rows = len(batch) * ranks.world if rows is None else rows
-    total = rows * (batch.shape[1] - 1) / ranks.world
-    loss = torch.zeros((), device=batch.device)
-    parts, first = list(shared_micro_batches(batch, rows, micro_batch, ranks)), 0
-    for place, (part, counts) in enumerate(parts, start=1):
-        ranks.beat()  # before the collectives: one that does not come this far is the one that the others wait for
-        run.last(place == len(parts))
-        with watch(first) if counts else unwatched(first):
-            mean = run(partial(_scaled_loss, loss_of, part, total if counts else math.inf))
-        mean.backward()
-        loss += mean.detach()
-        first += len(part)
-        ranks.beat()
-    return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss
-
-
-def _scaled_loss(loss_of: SummedLoss, rows: Tensor, total: float) -> Tensor:
-    return loss_of(rows) / total
-
-
-def mean_loss(model: Forward, batches: Iterable[Tensor], precision: Precision) -> float:
-    """Mean loss per predicted token over micro-batches of rows, in nats; summed in fp64."""
-    return shared_mean_loss(model, ((rows, True) for rows in batches), precision, PLAIN, ALONE)
-
-
 @torch.no_grad()
-def shared_mean_loss(
-    model: Forward,
-    batches: Iterable[tuple[Tensor, bool]],
-    precision: Precision,
-    run: Runner,
-    ranks: Ranks,
-    *,
-    chunked: bool = False,
+def mean_loss(
+    loss_of: SummedLoss, batches: Iterable[tuple[Tensor, bool]], runner: Runner = ALONE, ranks: World = ALONE
 ) -> float:
-    """As mean_loss, over the micro-batches of all processes. Those marked False are passed through the model only so
-    that every process makes as many passes, and do not count. chunked: as for summed_loss."""
+    """Mean loss per predicted token over the micro-batches (rows, length) of all processes, in nats; summed in fp64.
+    Those marked False are passed through the model only so that every process makes as many passes, and do not count.
+    """
     total, tokens = 0.0, 0
     for rows, counts in batches:
-        loss = float(run(partial(summed_loss, model, rows, precision, chunked=chunked)))
+        loss = float(runner.run(partial(loss_of, rows)))
         total += loss if counts else 0.0
         tokens += predicted_tokens(rows) if counts else 0
         ranks.beat()
@@ -160,14 +108,14 @@ def shared_mean_loss(
     return total / tokens
 
 
-def shared_micro_batches(own: Tensor, rows: int, micro_batch: int, ranks: Ranks) -> Iterator[tuple[Tensor, bool]]:
+def micro_batches(own: Tensor, rows: int, micro_batch: int, ranks: World) -> Iterator[tuple[Tensor, bool]]:
     """This process's rows of so many in micro-batches, filled up to the number of passes that every process makes."""
     parts = own.split(micro_batch) if len(own) else ()
     yield from ((part, True) for part in parts)
     yield from ((own[:1], False) for _ in range(ranks.rounds(rows, micro_batch) - len(parts)))
 
 
-def gradient_norm(weights: Iterable[nn.Parameter], ranks: Ranks = ALONE) -> float:
+def gradient_norm(weights: Iterable[nn.Parameter], ranks: World = ALONE) -> float:
     """Global L2 norm of the gradient, over all shards. Copies of sharded weights get the same bits of it: summed within
     each group of shards alone, they could differ in the last one, and drift apart by clipping."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from efficientllm.models.flops import forward_flops, training_flops
-from efficientllm.models.parts import body
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.groups import Space
-from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shards import local
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.distillation import Distillation
-from efficientllm.training.gradient import (
-    Precision,
-    SummedLoss,
-    accumulate_gradient,
-    gradient_norm,
-    summed_loss,
-    unwatched,
-    update,
-)
-from efficientllm.training.looks import Batches, BatchLooks, is_chunked
+from efficientllm.training.gradient import Precision, gradient_norm, update
 from efficientllm.training.optim import learning_rate
-from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths
+from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths, prune
+from efficientllm.training.step import Batches, Step
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -67,18 +53,6 @@ class StepRecord:
     compaction: Compaction | None
 
 
-def step_flops(space: Space, shape: Sequence[int], train: TrainConfig, distillation: Distillation | None) -> Ledger:
-    """Floating-point operations of the gradient of a batch of that shape, (rows, length): the student's and the
-    teacher's."""
-    rows, length = shape
-    own = training_flops(
-        forward_flops(space, rows, length),
-        gradient_checkpointing=train.gradient_checkpointing,
-        chunked=distillation is not None,
-    )
-    return Ledger(steps=own, teacher=distillation.teacher.flops(rows, length) if distillation else 0)
-
-
 def train_steps(
     state: TrainState,
     batches: Batches,
@@ -97,43 +71,33 @@ def train_steps(
     scores stay as they were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row. batch_rows: of a
     whole batch, where several processes share it.
     """
-    device, ranks = next(state.model.parameters()).device, state.ranks
     while state.step < steps:
         began = time.perf_counter()
-        part = () if ranks.world == 1 else (ranks.share(batch_rows),)
-        batch = batches.batch(state.step, *part).to(device)
-        shape = (len(batch) * ranks.world, batch.shape[1])
-        looks = BatchLooks(state, batches, train, plan, precision, shape) if plan else None
-        pruned = _prune(state, train, plan, looks) if plan and plan.at_rest else None
-        loss_of = training_loss(state, precision, distillation, chunked=is_chunked(state, train, shape[1]))
-        with looks.captures(state.tokens + math.prod(shape)) if looks else nullcontext(unwatched) as watch:
-            loss = accumulate_gradient(loss_of, batch, train.micro_batch, state.run, ranks, watch=watch)
-        state.flops.add(step_flops(state.space, shape, train, distillation))
+        step = Step(state, batches, train, plan, precision, distillation, batch_rows)
+        pruned = _prune(state, train, plan, step) if plan and plan.at_rest else None
+        loss = float(step.own())
         if state.pruner:
             state.pruner.clear_dead()
-        norm = gradient_norm(state.model.parameters(), ranks)
-        healthy = _count_health(state, float(loss), norm)
+        norm = gradient_norm(state.model.parameters(), state.ranks)
+        healthy = _count_health(state, loss, norm)
         prunes = healthy and plan is not None and not plan.at_rest
         if prunes and state.pruner:
             state.pruner.observe()
-        lr = _take(state, train, plan, math.prod(shape), norm if healthy else None)
+        lr = _take(state, train, plan, step.tokens, norm if healthy else None)
         if prunes:
-            pruned = _prune(state, train, plan, looks)
+            pruned = _prune(state, train, plan, step)
         report, compaction = pruned or (None, None)
-        yield StepRecord(float(loss), lr, norm, time.perf_counter() - began, report, compaction)
+        yield StepRecord(loss, lr, norm, time.perf_counter() - began, report, compaction)
 
 
 def _prune(
-    state: TrainState, train: TrainConfig, plan: PruningPlan | None, looks: BatchLooks | None
+    state: TrainState, train: TrainConfig, plan: PruningPlan | None, step: Step
 ) -> tuple[PruneReport, Compaction | None] | None:
     """The events that are due, and the compaction after them; None once pruning is over."""
     if state.pruner is None or state.pruner.finished:
         return None
     assert plan is not None
-    assert looks is not None
-    report = state.pruner.step(state.tokens, looks)
-    state.flops.add(report.flops)
-    state.optimizer.zero_grad(set_to_none=True)
+    report = prune(state, state.tokens, step)
     return report, _compact_if_due(state, train, plan, exactly=report.rung is not None)
 
 
@@ -175,20 +139,6 @@ def _count_health(state: TrainState, loss: float, norm: float) -> bool:
             f"finite for {MOST_SKIPPED} steps in a row"
         )
     return False
-
-
-def training_loss(
-    state: TrainState, precision: Precision, distillation: Distillation | None, *, chunked: bool = False
-) -> SummedLoss:
-    """Next-token cross-entropy, or its mixture with what a teacher says, whose logits are chunked always."""
-    if distillation is None:
-        return lambda rows: summed_loss(state.model, rows, precision, chunked=chunked)
-
-    def loss(rows: Tensor) -> Tensor:
-        model: Any = state.model  # asked for anew: what is kept here would outlive a compaction
-        return distillation.summed_loss(body(model), model.get_output_embeddings(), rows, precision)
-
-    return loss
 
 
 def lr_share(state: TrainState, plan: PruningPlan | None) -> float:

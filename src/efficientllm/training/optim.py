@@ -31,6 +31,23 @@ def shaped_moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> Mapping[
     return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == weight.shape}
 
 
+def load_moments(
+    optimizer: torch.optim.Optimizer, model: nn.Module, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Puts optimizer state {name: {key: tensor}} in place, uncopied where it lies on the right device already."""
+    for name, weight in model.named_parameters():
+        if moments.get(name):
+            optimizer.state[weight] = {
+                key: _placed(value, weight, fused=bool(optimizer.defaults.get("fused")))
+                for key, value in moments[name].items()
+            }
+
+
+def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
+    """A moment beside its weight; AdamW's step count only where the optimizer is fused, else where it was."""
+    return value.detach().to(weight.device if value.ndim or fused else value.device)
+
+
 def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> float:
     """Learning rate for the step that begins after `tokens` tokens, `lowered` of them while the rate was held down.
 

@@ -9,18 +9,18 @@ no other way in which a tensor changes its shape.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.distributed.layout import Runner, wrap
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.parts import blocks
 from efficientllm.models.space import empty_model, space_of
+from efficientllm.pruning.contract import Probe, PruneReport
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
@@ -29,7 +29,7 @@ from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
-from efficientllm.training.optim import build_optimizer, shaped_moments
+from efficientllm.training.optim import build_optimizer, load_moments, shaped_moments
 from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, cut, fill_model, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -64,17 +64,20 @@ class PruningPlan:
         return self.landings[-1]
 
 
+TIED_TO_SHAPE = ("model", "optimizer", "space", "pruner", "runner")  # of a TrainState: what a compaction replaces
+
+
 @dataclass
 class TrainState:
-    """A live run: everything that changes while it trains. Whatever calls the model does so inside `run`, which
+    """A live run: everything that changes while it trains. Whatever calls the model does so inside `runner.run`, which
     gathers sharded weights for as long as the call lasts; ranks: this process among those that share the run."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     space: Space
     pruner: PruningEngine | None
-    run: Runner
-    ranks: Ranks
+    runner: Runner = ALONE
+    ranks: World = ALONE
     step: int = 0
     tokens: int = 0
     refresh_tokens: int = 0
@@ -82,6 +85,10 @@ class TrainState:
     flops: Ledger = field(default_factory=Ledger)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def live_parameters(self) -> int:
@@ -96,13 +103,13 @@ class TrainState:
         return self.pruner.widths if self.pruner else self.space.widths
 
 
-def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, ranks: Ranks = ALONE) -> TrainState:
+def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, ranks: World = ALONE) -> TrainState:
     """A run at step 0 on a freshly loaded model, the same on every process; it may still lie on the CPU."""
-    run = _wrapped(model, train, ranks, next(model.parameters()).device)
-    return _assemble(model, train, plan, run, ranks)
+    runner = _wrapped(model, train, ranks, next(model.parameters()).device)
+    return assemble(model, build_optimizer(model, train), plan, runner, ranks)
 
 
-def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: Ranks, device: torch.device | str) -> Runner:
+def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: World, device: torch.device | str) -> Runner:
     model.train()
     kind = ranks.mesh.device_type if ranks.mesh else str(device)
     return wrap(
@@ -115,13 +122,18 @@ def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: Ranks, device: t
     )
 
 
-def _assemble(
-    model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, run: Runner, ranks: Ranks
+def assemble(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    plan: PruningPlan | None,
+    runner: Runner = ALONE,
+    ranks: World = ALONE,
+    *,
+    snapshot: Snapshot | None = None,
 ) -> TrainState:
-    """Optimizer and pruner around a model that has its weights."""
-    space = space_of(model.config)
-    optimizer = build_optimizer(model, train)
-    pruner = None
+    """A run around a model that has its weights, and an optimizer on them; where the snapshot left off, if there is
+    one."""
+    space, pruner = space_of(model.config), None
     if plan is not None:
         params = dict(model.named_parameters())
         pruner = PruningEngine(
@@ -133,7 +145,25 @@ def _assemble(
             options=plan.options,
             reduction=ranks,
         )
-    return TrainState(model, optimizer, space, pruner, run, ranks)
+    state = TrainState(model, optimizer, space, pruner, runner, ranks)
+    if snapshot is not None:
+        load_moments(optimizer, model, snapshot.moments)
+        if pruner and snapshot.pruner_facts is not None:
+            pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
+        for name in COUNTS:
+            setattr(state, name, getattr(snapshot, name))
+        state.flops = Ledger(**snapshot.flops)
+    return state
+
+
+def prune(state: TrainState, position: float, probe: Probe) -> PruneReport:
+    """The events that are due at a position of the schedule; what looks have left in .grad is cleared."""
+    assert state.pruner is not None
+    report = state.pruner.step(position, probe)
+    state.flops.add(report.flops)
+    if report.events or report.refreshes:
+        state.optimizer.zero_grad(set_to_none=True)
+    return report
 
 
 def capture(state: TrainState) -> Snapshot:
@@ -147,23 +177,17 @@ def restore(
     train: TrainConfig,
     plan: PruningPlan | None,
     device: torch.device | str,
-    ranks: Ranks = ALONE,
+    ranks: World = ALONE,
 ) -> TrainState:
     """A live run from a snapshot: the model built anew at its widths, around the snapshot's own tensors.
 
     The snapshot is empty afterwards; a run that it was captured from must be dropped, since the tensors are the same.
     """
     model = empty_model(config_of(snapshot), device)
-    run = _wrapped(model, train, ranks, device)
+    runner = _wrapped(model, train, ranks, device)
     fill_model(model, {name: weight.detach().to(device) for name, weight in snapshot.weights.items()})
-    state = _assemble(model, train, plan, run, ranks)
-    load_moments(state.optimizer, model, snapshot.moments)
+    state = assemble(model, build_optimizer(model, train), plan, runner, ranks, snapshot=snapshot)
     snapshot.weights, snapshot.moments = {}, {}  # they belong to the run now
-    if state.pruner and snapshot.pruner_facts is not None:
-        state.pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
-    for name in COUNTS:
-        setattr(state, name, getattr(snapshot, name))
-    state.flops = Ledger(**snapshot.flops)
     return state
 
 
@@ -185,23 +209,6 @@ def whole_model(state: TrainState) -> PreTrainedModel | None:
     model = empty_model(state.model.config)
     fill_model(model, weights)
     return model
-
-
-def load_moments(
-    optimizer: torch.optim.Optimizer, model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Puts optimizer state {name: {key: tensor}} in place, uncopied where it lies on the right device already."""
-    for name, weight in model.named_parameters():
-        if moments.get(name):
-            optimizer.state[weight] = {
-                key: _placed(value, weight, fused=bool(optimizer.defaults.get("fused")))
-                for key, value in moments[name].items()
-            }
-
-
-def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
-    """A moment beside its weight; AdamW's step count only where the optimizer is fused, else where it was."""
-    return value.detach().to(weight.device if value.ndim or fused else value.device)
 
 
 def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:
@@ -229,14 +236,17 @@ def narrower(
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
     """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped or compiled modules,
     which hold each other in circles, by the garbage collector, which no lack of GPU memory would wake."""
-    device = next(state.model.parameters()).device
-    snapshot = capture(state)
-    for name in ("model", "optimizer", "pruner", "run"):
+    device, snapshot = state.device, capture(state)
+    for name in TIED_TO_SHAPE:
         setattr(state, name, None)
     if train.compile:
         torch._dynamo.reset()
     if state.ranks.world > 1 or train.compile:
         gc.collect()
-    narrower = restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks)
-    for name in ("model", "optimizer", "space", "pruner", "run"):
+    adopt(state, restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks))
+
+
+def adopt(state: TrainState, narrower: TrainState) -> None:
+    """The run goes on with the tensors of another, which is to be dropped."""
+    for name in TIED_TO_SHAPE:
         setattr(state, name, getattr(narrower, name))

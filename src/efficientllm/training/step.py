@@ -1,0 +1,255 @@
+"""The passes of one optimizer step over the model: its own gradient, and what pruning asks on the way.
+
+Whoever's loop it is, every pass is made by `Passes`, and billed to the run's ledger there. Our own batches are pure
+functions of their step, so that a look reads rows which training has not seen yet, and no row is skipped by that. Looks
+are plain next-token loss: a teacher is never asked.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from efficientllm.models.flops import forward_flops, training_flops
+from efficientllm.models.parts import body
+from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.ledger import Ledger
+from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
+from efficientllm.training.chunked_loss import loss_is_chunked
+from efficientllm.training.distillation import Distillation
+from efficientllm.training.gradient import Precision, SummedLoss, mean_loss, micro_batches, summed_loss
+from efficientllm.training.looks import LookRows
+from efficientllm.training.state import PruningPlan, TrainState
+
+if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
+    from efficientllm.config import TrainConfig
+
+Use = Literal["step", "gradient", "measure", "inputs"]
+
+
+class Batches(Protocol):
+    def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
+        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a pass is made over, and what it costs.
+
+    parts: micro-batches of this process, int64 (rows, length), and whether each counts (micro_batches). loss: of some
+    of these rows, summed over what is predicted there; any forward pass where inputs are all that is wanted. predicted:
+    what is predicted in the rows of all processes, divided by their number. Of the rows, of which this process's begin
+    at `first`, every so-manieth is kept as inputs, and of those no more than `limit` tokens. flops, refreshed: of the
+    pass, over all processes; refreshed are tokens of looks at the gradient.
+    """
+
+    parts: Sequence[tuple[Tensor, bool]]
+    loss: SummedLoss
+    predicted: float = 1.0
+    first: int = 0
+    every: int = 1
+    limit: int | None = None
+    flops: Ledger = field(default_factory=Ledger)
+    refreshed: int = 0
+
+
+class Passes(ABC):
+    """Answers the engine's questions (pruning.contract.Probe) by passes over the rows of somebody's loop.
+
+    The state's model is asked for anew in every pass: what is kept here would outlive a compaction.
+    """
+
+    hooks_are_seen = True  # by the pass of a gradient: compiled blocks do not see them
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self._kept: Inputs | None = None  # of the last gradient's pass, until they are asked for
+        self._gates: GateSums | None = None  # of the step's own pass, likewise
+
+    @abstractmethod
+    def rows(self, use: Use) -> Rows:
+        """The next rows for a step's own gradient, a gradient to look at, a measured loss, inputs of linear layers."""
+
+    def backward(self, use: Use, names: Sequence[str] = (), gates: GateSums | None = None) -> Tensor:
+        """Adds the gradient of the rows' mean loss to .grad, a micro-batch at a time; returns that loss, detached.
+
+        Normalised by all that is predicted, so that micro-batches of unequal size weigh as they should; with several
+        processes gradient and loss are means over all of them. Keeps the inputs of the linear layers with these names.
+        gates: takes in those of the rows that count; compiled blocks, which do not see the hooks, then run slowly.
+        """
+        state, ranks, rows = self.state, self.state.ranks, self.rows(use)
+        inputs, watches = None, list[Watch]()
+        loss, first = torch.zeros((), device=state.device), rows.first
+        with ExitStack() as hooks:
+            if names and self.hooks_are_seen:
+                keeping = captured_inputs(state.model, names, rows.limit, every=rows.every, waits=True)
+                inputs = hooks.enter_context(keeping)
+                watches.append(inputs.taken)
+            if gates is not None:
+                watches.append(hooks.enter_context(watched_gates(state.model, state.space, gates)))
+                hooks.enter_context(nullcontext() if self.hooks_are_seen else torch.compiler.set_stance("force_eager"))
+            for place, (part, counts) in enumerate(rows.parts, start=1):
+                ranks.beat()  # before the collectives: one that does not come this far is the one that others wait for
+                state.runner.last(place == len(rows.parts))
+                with ExitStack() as counted:
+                    for watch in watches if counts else ():
+                        counted.enter_context(watch(first))
+                    summed = state.runner.run(partial(rows.loss, part))
+                mean = summed / (rows.predicted if counts else math.inf)
+                mean.backward()  # type: ignore[no-untyped-call]
+                loss += mean.detach()
+                first += len(part)
+                ranks.beat()
+        self._kept = inputs
+        state.flops.add(rows.flops)
+        state.refresh_tokens += rows.refreshed
+        return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss
+
+    def gates(self) -> GateSums | None:
+        """Those of the step's own pass, once; None where it was not watched."""
+        own, self._gates = self._gates, None
+        return own
+
+    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
+        """The gradient at the current weights, in .grad; the inputs on the way, (tokens, inputs) by name."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.backward("gradient", names, gates)
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            return kept
+        return self.inputs(names) if names else {}
+
+    @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Those that the step's own pass has met, once; else of a pass for their sake."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.keys() >= set(names):
+            return kept
+        state, rows = self.state, self.rows("inputs")
+        with captured_inputs(state.model, names, rows.limit, waits=True) as inputs:
+            for part, counts in rows.parts:
+                with inputs.taken(0) if counts else nullcontext():
+                    state.runner.run(partial(rows.loss, part))
+        state.ranks.beat()
+        state.flops.add(rows.flops)
+        return inputs
+
+    def measure(self) -> Callable[[], float]:
+        """Measures the mean loss of one set of rows, in nats, without a gradient."""
+        state, rows = self.state, self.rows("measure")
+
+        def loss() -> float:
+            state.flops.add(rows.flops)
+            return mean_loss(rows.loss, rows.parts, state.runner, state.ranks)
+
+        return loss
+
+
+class Step(Passes):
+    """One step of our own loop: its batch, and looks at rows to come.
+
+    Every look reads on where the one before has stopped, from the first batch that the state does not count as done.
+    batch_rows: of a whole batch, where several processes share it.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        batches: Batches,
+        train: TrainConfig,
+        plan: PruningPlan | None,
+        precision: Precision,
+        distillation: Distillation | None = None,
+        batch_rows: int = 0,
+    ) -> None:
+        super().__init__(state)
+        self._batches, self._train, self._plan = batches, train, plan
+        self._precision, self._distillation = precision, distillation
+        self.hooks_are_seen = not train.compile
+        part = () if state.ranks.world == 1 else (state.ranks.share(batch_rows),)
+        self._batch = batches.batch(state.step, *part).to(state.device)
+        self._shape = len(self._batch) * state.ranks.world, self._batch.shape[1]
+        self.tokens = math.prod(self._shape)  # of the whole batch
+        self._looks = LookRows.of(plan, *self._shape, state.ranks.world) if plan else LookRows(1, 1, 1)
+        self._read = 0  # rows to come that this step's looks have read
+
+    def own(self) -> Tensor:
+        """The step's own gradient, in .grad, and its mean loss. Keeps on the way what the events after this step's
+        update will want to see."""
+        pruner, plan, names = self.state.pruner, self._plan, list[str]()
+        if pruner and plan and not plan.at_rest and pruner.due(self.state.tokens + self.tokens):
+            names = pruner.reads()
+            if "gates" in pruner.looks.needs and self.hooks_are_seen:
+                self._gates = GateSums(self.state.space, self.state.device)
+        return self.backward("step", names, self._gates)
+
+    def rows(self, use: Use) -> Rows:
+        ranks, looks, length = self.state.ranks, self._looks, self._shape[1]
+        wanted = {"step": self._shape[0], "gradient": looks.gradient, "measure": looks.measure}
+        number = wanted.get(use, looks.correction)
+        own = self._batch if use == "step" else self._next_rows(number)
+        return Rows(
+            list(micro_batches(own, number, self._train.micro_batch, ranks)),
+            self._loss(use),
+            predicted=number * (length - 1) / ranks.world,
+            first=ranks.share(number).start,
+            every=max(1, number // looks.correction) if use in ("step", "gradient") else 1,
+            flops=self._flops(use, number),
+            refreshed=number * length if use == "gradient" else 0,
+        )
+
+    def _next_rows(self, rows: int) -> Tensor:
+        """This process's share of so many rows to come, all of one batch."""
+        batch = self._shape[0]
+        if self._read % batch + rows > batch:
+            self._read += batch - self._read % batch
+        step, first = divmod(self._read, batch)
+        self._read += rows
+        share = self.state.ranks.share(rows)
+        part = slice(first + share.start, first + share.stop)
+        return self._batches.batch(self.state.step + step, part).to(self.state.device)
+
+    def _loss(self, use: Use) -> SummedLoss:
+        """Next-token cross-entropy, or of the step itself its mixture with what a teacher says, whose logits are
+        chunked always."""
+        model: Any = self.state.model
+        if use == "inputs":
+            return partial(_hidden_states, model, self._precision)
+        if use == "step" and self._distillation is not None:
+            head = model.get_output_embeddings()
+            return partial(self._distillation.summed_loss, body(model), head, precision=self._precision)
+        vocabulary = model.config.vocab_size
+        chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, vocabulary)
+        return partial(summed_loss, model, precision=self._precision, chunked=chunked)
+
+    def _flops(self, use: Use, rows: int) -> Ledger:
+        """Operations of a pass, over all processes: the student's and the teacher's."""
+        length, distillation = self._shape[1], self._distillation if use == "step" else None
+        forward = forward_flops(self.state.space, rows, length)
+        if use == "measure":
+            return Ledger(calibration=forward.total)
+        if use == "inputs":
+            assert self.state.pruner is not None
+            scored = "inputs" in self.state.pruner.looks.needs
+            return Ledger(looks=forward.base) if scored else Ledger(correction=forward.base)
+        again, chunked = self._train.gradient_checkpointing, distillation is not None
+        trained = training_flops(forward, gradient_checkpointing=again, chunked=chunked)
+        if use == "gradient":
+            return Ledger(looks=trained)
+        return Ledger(steps=trained, teacher=distillation.teacher.flops(rows, length) if distillation else 0)
+
+
+def _hidden_states(model: Any, precision: Precision, rows: Tensor) -> Tensor:
+    """A pass without the LM head; a compiled block would not see the hooks that keep its inputs."""
+    with precision.context(), torch.compiler.set_stance("force_eager"):
+        states: Tensor = body(model)(input_ids=rows, use_cache=False).last_hidden_state
+    return states
