@@ -13,26 +13,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from efficientllm.config import DataConfig
 from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.evaluation.probe import criteria_scores
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
-from efficientllm.pruning.criteria import CRITERIA
-from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Cut, Live, Space
-from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.slices import group_slices
-from efficientllm.training.capture import captured_inputs, watched_gates
+from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, mean_loss, summed_loss
 
 CPU = Precision("cpu", bf16=False)
 MICRO_BATCH = 2
-Scores = dict[str, Mapping[str, Tensor]]  # criterion -> type -> (rows, units)
 
 
 def rows_of(corpora: list[Corpus], rows: int) -> Tensor:
@@ -44,35 +44,14 @@ def rows_of(corpora: list[Corpus], rows: int) -> Tensor:
     return torch.cat(parts)
 
 
-def look(model: torch.nn.Module, space: Space, rows: Tensor) -> tuple[Scores, Mapping[str, Tensor]]:
-    """Scores of every unit by every criterion from one pass, and the inputs of all linear layers."""
-    params, device, readers = dict(model.named_parameters()), torch.device("cpu"), reader_specs(space)
-    gates = GateSums(space, device)
-    with captured_inputs(model, [spec.name for spec in readers]) as inputs, watched_gates(model, space, gates) as watch:
-        for first, part in enumerate(rows.split(MICRO_BATCH)):
-            with watch(first):
-                loss = summed_loss(model, part, CPU) / rows.numel()
-            loss.backward()
-    weights = [(spec, params[spec.name].detach(), params[spec.name].grad) for spec in space.params]
-    scores: Scores = {}
-    with torch.no_grad():
-        for name, each in CRITERIA.items():
-            if each.needs in ("gradient", "weights"):
-                held = [(spec, weight, grad) for spec, weight, grad in weights if grad is not None]
-                scores[name] = unit_scores(space, each, held, device)
-            elif each.needs == "inputs":
-                scores[name] = input_scores(space, each, readers, params, inputs, device)
-            elif each.needs == "nothing":
-                scores[name] = drawn_scores(space, 0)
-    scores["gate-fisher"] = gates.scores()
-    for weight in params.values():
-        weight.grad = None
-    return scores, inputs
+def loss_of(model: PreTrainedModel, rows: Tensor) -> float:
+    parts = ((part, True) for part in rows.split(MICRO_BATCH))
+    return mean_loss(partial(summed_loss, model, precision=CPU), parts)
 
 
 @torch.no_grad()
 def increase(
-    model: torch.nn.Module, space: Space, cuts: list[Cut], inputs: Mapping[str, Tensor] | None, held: Tensor
+    model: PreTrainedModel, space: Space, cuts: list[Cut], inputs: Mapping[str, Tensor] | None, held: Tensor
 ) -> float:
     """Loss without these units; inputs: what the rest is corrected on. Every weight is put back."""
     params, live = dict(model.named_parameters()), Live.full(space.widths)
@@ -85,7 +64,7 @@ def increase(
         correct(params, readers, inputs, SolverOptions())
     for part in group_slices(space, cuts):
         params[part.name].index_fill_(part.dim, part.indices, 0.0)
-    loss = mean_loss(model, held.split(MICRO_BATCH), CPU)
+    loss = loss_of(model, held)
     for name, weight in saved.items():
         params[name].copy_(weight)
     return loss
@@ -106,9 +85,13 @@ def main() -> None:
     model = load_model(arguments.model).eval()
     space = space_of(model.config)
     held = rows_of(validation, arguments.rows)
-    scores, inputs = look(model, space, rows_of(train, arguments.rows))
-    with torch.no_grad():
-        base = mean_loss(model, held.split(MICRO_BATCH), CPU)
+    rows = rows_of(train, arguments.rows)
+    scores = criteria_scores(model, [rows], MICRO_BATCH, CPU, lambda _: None)
+    readers = [spec.name for spec in reader_specs(space)]
+    with torch.no_grad(), captured_inputs(model, readers) as inputs:
+        for part in rows.split(MICRO_BATCH):
+            model(input_ids=part, use_cache=False)
+    base = loss_of(model, held)
     print(
         f"loss as it is: {base:.3f}\n\n| removed | criterion | loss increase | predicted |\n| --- | --- | --- | --- |"
     )

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from efficientllm.evaluation.removal import Sample, Tick
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.capture import Watch, captured_inputs, unwatched, watched_gates
 from efficientllm.training.gradient import Precision, predicted_tokens, summed_loss
 
 Scores = dict[str, dict[str, Tensor]]  # criterion -> pruning type -> (rows, units)
@@ -37,8 +38,13 @@ def criteria_scores(
             totals[name][pruning_type] = old + score.cpu() / len(batches)
 
     for batch in batches:
-        with captured_inputs(model, [each.name for each in readers]) as inputs:
-            gradient(model, batch, micro_batch, precision)
+        gates = GateSums(space, device)
+        with (
+            captured_inputs(model, [each.name for each in readers]) as inputs,
+            watched_gates(model, space, gates) as watch,
+        ):
+            gradient(model, batch, micro_batch, precision, watch)
+        add("gate-fisher", gates.scores())
         for criterion in CRITERIA.values():
             if criterion.element:
                 weights = (
@@ -56,11 +62,15 @@ def criteria_scores(
     return totals
 
 
-def gradient(model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision) -> None:
-    """The gradient of the batch's mean loss, in .grad."""
+def gradient(
+    model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision, watch: Watch = unwatched
+) -> None:
+    """The gradient of the batch's mean loss, in .grad. watch: entered around each forward pass."""
     model.zero_grad(set_to_none=True)
-    for part in batch.split(micro_batch):
-        (summed_loss(model, part, precision) / predicted_tokens(batch)).backward()
+    for place, part in enumerate(batch.split(micro_batch)):
+        with watch(place * micro_batch):
+            loss = summed_loss(model, part, precision)
+        (loss / predicted_tokens(batch)).backward()
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
