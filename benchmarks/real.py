@@ -26,10 +26,10 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
-from efficientllm.checkpoint.files import appearing
 from real_peers import PEERS, prune_by_peer
 
 from efficientllm.config import Recipe
+from efficientllm.files import appearing
 from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
