@@ -74,7 +74,7 @@ def play(case: Case, ranks: Ranks, folder: Path) -> None:
     )
     choices = {"saliency": case.criterion, "correction": case.correction, "target": case.target, "align": 1}
     choices |= {"correction_tolerance": 1e-6} if case.correction != "none" else {}  # exact: no stop that rounding moves
-    prune = PruneConfig.model_validate(choices | {"compact_at": 0.05, "bound": 0.02, "floors": {"intermediate": 4}})
+    prune = PruneConfig.model_validate(choices | {"compact_at": 0.05, "bound": 0.05, "floors": {"intermediate": 4}})
     model = tiny_model(case.family)
     options, landings = options_and_landings(prune, space_of(model.config))
     source = landings[-1].space.num_params()
