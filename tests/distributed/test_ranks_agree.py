@@ -18,14 +18,21 @@ from processes import codes, start_ranks
 pytestmark = pytest.mark.slow
 TWO = [
     Case("full-correction"),
-    Case("full-chunked", family="mistral-gqa-tied", correction="none", loss="chunked", steps=3),
     Case("full-wanda", family="llama-mha-tied", criterion="wanda", steps=3),
-    Case("full-sparsegpt", criterion="sparsegpt", correction="none", steps=3),
-    Case("full-activation", family="qwen3-gqa", criterion="activation", correction="none", steps=3),
+    Case(
+        "full-sparsegpt", family="mistral-gqa-tied", criterion="sparsegpt", correction="none", loss="chunked", steps=3
+    ),
+    Case(
+        "full-mixed",
+        family="qwen3-gqa",
+        criterion={"ffn": "activation", "stem": "gate-fisher", "attention": "gate-fisher"},
+        correction="none",
+        steps=3,
+    ),
     Case("none-fisher", family="qwen2-gqa-tied", shard="none", criterion="fisher", correction="none"),
 ]
 FOUR = [
-    Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector", steps=3),
+    Case("hybrid-signed", family="qwen2-gqa-tied", shard="hybrid", criterion="taylor-vector", steps=3, leave="of-four"),
 ]
 
 
@@ -45,16 +52,17 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     by other numbers."""
     folder = tmp_path_factory.mktemp("ranks")
     for case in (*TWO, *FOUR):
-        play(replace(case, name=f"{case.name}-alone"), ALONE, folder)
+        play(replace(case, name=f"{case.name}-alone", leave=""), ALONE, folder)
     play(Case("one-leaves", steps=3, leave="of-one"), ALONE, folder)
-    play_on(4, [*FOUR, Case("four-leave", shard="hybrid", steps=3, leave="of-four")], folder)
+    play_on(4, FOUR, folder)
+    found = replace(FOUR[0], begin="of-four", leave="")
     others = [
-        Case("two-find-of-four", steps=3, begin="of-four", leave="of-two"),
-        Case("two-go-on-from-one", steps=5, begin="of-one"),
-        Case("copies-find-of-four", shard="none", steps=3, begin="of-four"),
+        replace(found, name="two-find-of-four", shard="full", leave="of-two"),
+        replace(found, name="copies-find-of-four", shard="none"),
+        Case("two-go-on-from-one", begin="of-one"),
     ]
     play_on(2, [*TWO, *others], folder)
-    play(Case("one-finds-of-two", steps=3, begin="of-two"), ALONE, folder)
+    play(replace(found, name="one-finds-of-two", begin="of-two"), ALONE, folder)
     return folder
 
 
@@ -81,7 +89,7 @@ def test_as_on_one_process(played: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["two-find-of-four", "copies-find-of-four", "one-finds-of-two"])
 def test_a_checkpoint_serves_any_number_of_processes(played: Path, name: str) -> None:
-    (facts, tensors), (left, expected) = outcome(played, name), outcome(played, "four-leave")
+    (facts, tensors), (left, expected) = outcome(played, name), outcome(played, "hybrid-signed")
     assert facts["counts"] == left["counts"]
     assert facts["widths"] == left["widths"]
     assert tensors.keys() == expected.keys()

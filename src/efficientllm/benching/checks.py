@@ -12,26 +12,18 @@ from efficientllm.benching.contract import Settings
 from efficientllm.errors import UsageError
 from efficientllm.models.latency_table import DTYPES
 
-BACKENDS = ("transformers", "llamacpp")
-
 
 def resolved(asked: Settings, models: list[str]) -> Settings:
-    """Backend, device and dtype as they will be. Raises UsageError for what is not here, and for numbers too small."""
-    least = {"prompt": 1, "generate": 2, "repeats": 1, "threads": 1}
-    for option, number in least.items():
-        if getattr(asked, option) < number:
-            raise UsageError(f"--{option} {getattr(asked, option)} is too few; at least {number}")
-    if asked.backend not in BACKENDS:
-        raise UsageError(f"--backend {asked.backend} is not known; choose {' or '.join(BACKENDS)}")
+    """Device and dtype as they will be. Raises UsageError for what is not here."""
     if asked.backend == "transformers":
         device = torch_device(asked.device)
         return replace(asked, device=device, dtype=torch_dtype(asked.dtype, device))
-    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            '--backend llamacpp needs llama-cpp-python and gguf: pip install "efficientllm[llamacpp]" '
-            f"({missing[0]} is not installed)"
-        )
+    if asked.backend != "llamacpp":
+        raise UsageError(f"--backend {asked.backend} is not known; choose transformers or llamacpp")
+    for name in ("llama_cpp", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            mend = 'pip install "efficientllm[llamacpp]"'
+            raise UsageError(f"--backend llamacpp needs {name}, which is not installed: {mend}")
     return replace(asked, device=llamacpp_device(asked.device), dtype=llamacpp_dtype(asked.dtype, models))
 
 
@@ -45,17 +37,13 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 def torch_device(wanted: str) -> str:
     """`cpu` or `cuda:N`; auto takes the GPU where there is one. Raises UsageError for what is not there."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UsageError(f"--device {wanted} is not known; choose auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {wanted} cannot be measured; choose auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {wanted} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    count = torch.cuda.device_count()
+    kind, _, index = ("cuda" if count else "cpu", "", "") if wanted == "auto" else wanted.partition(":")
+    if (kind, index) == ("cpu", ""):
+        return kind
+    if kind == "cuda" and f"0{index}".isdecimal() and int(f"0{index}") < count:
+        return f"cuda:{int(f'0{index}')}"
+    raise UsageError(f"--device {wanted} cannot be measured here; choose auto, cpu or one of {count} CUDA devices")
 
 
 def torch_dtype(wanted: str, device: str) -> str:
@@ -75,9 +63,9 @@ def llamacpp_device(wanted: str) -> str:
     """`cpu` or `gpu`. Raises UsageError where this build of llama.cpp knows no accelerator."""
     import llama_cpp
 
-    offloads = bool(llama_cpp.llama_supports_gpu_offload())
     if wanted not in ("auto", "cpu", "gpu"):
         raise UsageError(f"--device {wanted} is not llama.cpp's; choose auto, cpu or gpu (all layers)")
+    offloads = bool(llama_cpp.llama_supports_gpu_offload())
     if wanted == "gpu" and not offloads:
         raise UsageError("--device gpu: this build of llama.cpp computes on the CPU alone")
     return "gpu" if offloads and wanted != "cpu" else "cpu"
@@ -88,10 +76,9 @@ def llamacpp_dtype(wanted: str, models: list[str]) -> str:
     from efficientllm.export.gguf_tensors import K_QUANTS, WRITTEN
 
     files = [model for model in models if model.endswith(".gguf")]
-    if wanted == "auto" and files:
-        return "as in the file" if len(files) == len(models) else "f16 (.gguf files: as in the file)"
     if wanted == "auto":
-        return "f16"
+        folders = f"f16{' (.gguf files: as in the file)' if files else ''}"
+        return folders if len(files) < len(models) else "as in the file"
     if files:
         raise UsageError(f"--dtype {wanted} cannot change a .gguf file; leave it out (folders become f16 files)")
     if wanted in K_QUANTS:
@@ -101,28 +88,13 @@ def llamacpp_dtype(wanted: str, models: list[str]) -> str:
     return wanted
 
 
-def check_table(
-    models: list[str], settings: Settings, levels: int, held_out: int, file: Path, out: Path | None
-) -> None:
+def check_table(models: list[str], settings: Settings, file: Path, out: Path | None) -> None:
     """Raises UsageError for what a table of latencies cannot be measured with."""
-    problems = (
-        (len(models) != 1, f"--table is of one model's widths, but {len(models)} are named; name one"),
-        (
-            settings.backend != "transformers",
-            f"--table measures models that are made for it, in transformers; leave out --backend {settings.backend}",
-        ),
-        (len(settings.batches) != 1, "--table is of one --batch; name one size"),
-        (
-            out is not None,
-            "--json goes with a comparison of models; --table FILE is itself JSON: leave one out",
-        ),
-        (levels < 2, f"--levels {levels} is too few; at least 2"),
-        (held_out < 1, f"--held-out {held_out} is too few; at least 1"),
-        (
-            file.is_dir() or not file.parent.is_dir(),
-            f"--table {file} cannot be written; name a file in a folder that is there",
-        ),
-    )
-    for holds, sentence in problems:
-        if holds:
-            raise UsageError(sentence)
+    if len(models) != 1 or len(settings.batches) != 1:
+        raise UsageError("--table is of one model's widths and of one --batch: name one of each")
+    if settings.backend != "transformers":
+        raise UsageError(f"--table measures in transformers; leave out --backend {settings.backend}")
+    if out is not None:
+        raise UsageError("--json goes with a comparison of models; --table FILE is itself JSON: leave one out")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"--table {file} cannot be written; name a file in a folder that is there")

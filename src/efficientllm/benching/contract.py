@@ -33,8 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One counted run: seconds from the prompt to the first token, seconds of all decode steps, and joules of both,
-    None where they cannot be measured."""
+    """One counted run: seconds of the prompt and of all decode steps, and joules, None where they cannot be had."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -46,10 +45,9 @@ class Sample:
 class Facts:
     """What follows from a model's shape and types alone.
 
-    type: of the weights, as PyTorch or as llama.cpp calls it. parameters: tied ones once. weight_bytes: as they lie in
-    memory. prefill_flops: of a prompt token, the mean over the prompt. decode_flops: of one token that attends to
-    `context` positions. cache_bytes: keys and values of one sequence of `context` positions. positions: most that the
-    model takes.
+    parameters: tied ones once. weight_bytes: as they lie in memory. prefill_flops: of a prompt token, the mean over the
+    prompt. decode_flops: of one token at the end of the context. cache_bytes: keys and values of one whole sequence.
+    positions: most that the model takes. type: of the weights, as PyTorch or as llama.cpp calls it.
     """
 
     parameters: int
@@ -57,17 +55,15 @@ class Facts:
     prefill_flops: float
     decode_flops: int
     cache_bytes: int
-    context: int
     positions: int
     type: str = ""
 
 
 class Backend(Protocol):
-    """A loaded model in one runtime. Calls come in the order begin, prefill, decode, end; only the middle ones are
-    timed, and each of these returns when the device has finished."""
+    """A loaded model in one runtime. Only prefill and decode are timed, and return when the device has finished."""
 
     def begin(self, batch: int) -> None:
-        """Makes `batch` sequences ready: prompts of random tokens, an empty cache."""
+        """Makes `batch` sequences ready: prompts of random tokens, the same every time, and an empty cache."""
 
     def prefill(self) -> None:
         """Processes the prompts and chooses the first token of each sequence, the most likely one."""

@@ -1,8 +1,6 @@
 """Energy counters of the machine: RAPL of the processor through the kernel's files, NVML of an NVIDIA GPU.
 
-The kernel's files are read here, not by a library: pyRAPL's last release is of 2019 and it knows Intel alone, though
-AMD's counters lie in the same folder; CodeCarbon and zeus are large for a few lines. RAPL counts the whole processor,
-other programs included. https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
+RAPL counts the whole processor. https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 """
 
 from __future__ import annotations
@@ -47,32 +45,21 @@ def rapl_zones(root: Path = POWERCAP) -> list[Path]:
     return zones
 
 
-def nvml(device: torch.device) -> Joules:
-    """Of one GPU board, by its own counter (Volta and later)."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-    def joules() -> float:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-
-    joules()  # raises where the board or its driver has no such counter
-    return joules
-
-
 def counter_for(device: torch.device, root: Path = POWERCAP) -> tuple[Joules | None, str]:
     """The counter of what computes, and what it counts; or None, and why energy is not measurable here."""
     if device.type == "cpu":
-        zones = rapl_zones(root)
-        if zones:
+        if zones := rapl_zones(root):
             return rapl(zones), "RAPL: the whole processor, other programs included"
-        if any(root.glob("intel-rapl:*")):
-            return None, f"the RAPL counters under {root} may not be read by this user"
-        return None, f"there is no RAPL counter under {root}"
+        there = any(root.glob("intel-rapl:*"))
+        return None, f"the RAPL counters under {root} may not be read" if there else f"no RAPL counter is under {root}"
     try:
-        return nvml(device), "NVML: the whole GPU board"
+        import pynvml
+
+        pynvml.nvmlInit()
+        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(board)  # of Volta and later
     except ImportError:
         return None, 'the GPU\'s counter needs pip install "efficientllm[nvml]"'
     except Exception as error:  # pynvml.NVMLError, or a driver whose library lacks the call
         return None, f"the GPU has no counter that NVML reads ({error})"
+    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(board)) / 1e3, "NVML: the whole GPU board"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import llama_cpp
@@ -12,8 +12,7 @@ import numpy as np
 from efficientllm.benching.contract import Settings
 from efficientllm.errors import UsageError
 
-LOGICAL_BATCH = 2048  # most tokens of one llama_decode, and of one graph: as llama-bench has them
-PHYSICAL_BATCH = 512
+PHYSICAL_BATCH = 512  # most tokens of one graph, as llama-bench has them
 ALL_LAYERS = 10_000
 ERROR = 4  # ggml's log levels
 
@@ -22,14 +21,6 @@ ERROR = 4  # ggml's log levels
 def _errors_only(level: int, text: bytes, data: Any) -> None:
     if level == ERROR:
         sys.stderr.write(text.decode(errors="replace"))
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Tokens of one llama_decode, and the places of those whose logits are wanted."""
-
-    batch: Any
-    wanted: list[int]
 
 
 class LlamaCppBackend:
@@ -46,30 +37,28 @@ class LlamaCppBackend:
             raise UsageError(f"llama.cpp cannot load {source}; its own messages are above")
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._context: Any = None
-        self._prompts: list[_Chunk] = []
-        self._next: _Chunk | None = None
+        self._prompt: Any = None  # all prompts as one batch, and the next token of each sequence
+        self._next: Any = None
         self._position = 0
         self.last: list[int] = []  # the latest token of each sequence
 
     def begin(self, batch: int) -> None:
         settings = self._settings
-        most = min(LOGICAL_BATCH, batch * settings.prompt)
+        length = settings.prompt
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_seq_max = batch * settings.context, batch
-        options.n_batch, options.n_ubatch = max(most, batch), min(max(most, batch), PHYSICAL_BATCH)
+        options.n_batch, options.n_ubatch = batch * length, min(batch * length, PHYSICAL_BATCH)
         options.n_threads = options.n_threads_batch = settings.threads
         options.offload_kqv = options.op_offload = settings.device == "gpu"
         self._context = llama_cpp.llama_init_from_model(self._model, options)
         if not self._context:
             raise UsageError(f"llama.cpp cannot make a context of {batch} x {settings.context} tokens; lower --batch")
-        last = settings.prompt - 1
-        entries = [
-            (row, position, token, position == last)
+        self._prompt = _batch(
+            (row, position, token, position == length - 1)
             for row, prompt in enumerate(self.prompts(batch))
             for position, token in enumerate(prompt)
-        ]
-        self._prompts = [_chunk(entries[first : first + most]) for first in range(0, len(entries), most)]
-        self._next = _chunk([(row, 0, 0, True) for row in range(batch)])
+        )
+        self._next = _batch((row, 0, 0, True) for row in range(batch))
 
     def prompts(self, batch: int) -> list[list[int]]:
         """Random tokens, the same ones for every run of a batch: (batch, prompt)."""
@@ -78,42 +67,43 @@ class LlamaCppBackend:
         return tokens
 
     def prefill(self) -> None:
-        self.last = [token for chunk in self._prompts for token in self._compute(chunk)]
+        self._compute(self._prompt)
         self._position = self._settings.prompt
 
     def decode(self, steps: int) -> None:
-        assert self._next is not None
         for _ in range(steps):
             for row, token in enumerate(self.last):
-                self._next.batch.token[row], self._next.batch.pos[row] = token, self._position
-            self.last = self._compute(self._next)
+                self._next.token[row], self._next.pos[row] = token, self._position
+            self._compute(self._next)
             self._position += 1
 
     def end(self) -> None:
-        for chunk in [*self._prompts, *([self._next] if self._next else [])]:
-            llama_cpp.llama_batch_free(chunk.batch)
+        for batch in (self._prompt, self._next):
+            if batch is not None:
+                llama_cpp.llama_batch_free(batch)
         if self._context:
             llama_cpp.llama_free(self._context)
-        self._prompts, self._next, self._context = [], None, None
+        self._prompt = self._next = self._context = None
 
     def device_peak(self) -> int | None:
         return None
 
-    def _compute(self, chunk: _Chunk) -> list[int]:
-        """The most likely token after each wanted one. Reading logits waits for the device."""
-        code = llama_cpp.llama_decode(self._context, chunk.batch)
+    def _compute(self, batch: Any) -> None:
+        """Keeps the most likely token of every sequence. Reading logits waits for the device."""
+        code = llama_cpp.llama_decode(self._context, batch)
         if code != 0:
             raise RuntimeError(f"llama_decode gave {code}")
-        shape = (self._vocabulary,)
-        rows = (llama_cpp.llama_get_logits_ith(self._context, index) for index in chunk.wanted)
-        return [int(np.ctypeslib.as_array(logits, shape=shape).argmax()) for logits in rows]
+        wanted = (index for index in range(batch.n_tokens) if batch.logits[index])
+        rows = (llama_cpp.llama_get_logits_ith(self._context, index) for index in wanted)
+        self.last = [int(np.ctypeslib.as_array(row, shape=(self._vocabulary,)).argmax()) for row in rows]
 
 
-def _chunk(entries: list[tuple[int, int, int, bool]]) -> _Chunk:
+def _batch(entries: Iterable[tuple[int, int, int, bool]]) -> Any:
     """From (sequence, position, token, whether its logits are wanted)."""
-    batch = llama_cpp.llama_batch_init(len(entries), 0, 1)
-    batch.n_tokens = len(entries)
-    for index, (row, position, token, wanted) in enumerate(entries):
+    every = list(entries)
+    batch = llama_cpp.llama_batch_init(len(every), 0, 1)
+    batch.n_tokens = len(every)
+    for index, (row, position, token, wanted) in enumerate(every):
         batch.token[index], batch.pos[index], batch.logits[index] = token, position, wanted
         batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
-    return _Chunk(batch, [index for index, entry in enumerate(entries) if entry[3]])
+    return batch

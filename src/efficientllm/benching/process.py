@@ -1,55 +1,26 @@
-"""Models measured in turn: each in a process of its own, so that its peak memory is its own too.
-
-    python -m efficientllm.benching.process
-
-reads pickled requests of its parent from stdin and answers each on stdout: first a source with its settings, then batch
-sizes (one run each), then None (the memory taken). An error that is meant for the user is answered as itself. What
-libraries print goes to stderr. Ends with its input.
-"""
+"""Models measured in turn: each in a process of its own, so that its peak memory is its own too."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 import torch
 import transformers
 
-from efficientllm.benching.contract import Backend, Sample, Settings
+from efficientllm.benching.contract import Backend, Settings
 from efficientllm.benching.energy import counter_for
 from efficientllm.benching.subjects import Candidate
-from efficientllm.benching.timing import Joules, measure, threads
+from efficientllm.benching.timing import measure, threads, turn
 from efficientllm.errors import UsageError
 from efficientllm.models.process_memory import memory_in_a_sentence, peak_resident, resident
 
 WARM_UPS = 1  # runs of each batch before the first that counts
-
-
-class Loaded:
-    """A model in this process. energy: what counts it, or why nothing does."""
-
-    def __init__(self, source: str, settings: Settings) -> None:
-        self._source, self._settings = source, settings
-        self._joules, about = counter(settings)
-        load = loader(settings)
-        self._before = resident()
-        with memory_in_a_sentence(f"{source} does not fit in the memory of the device", "choose a smaller --dtype"):
-            self._backend = load(source, settings)
-        self.energy = {"measurable": self._joules is not None, "about": about}
-
-    def run(self, batch: int) -> Sample:
-        what = f"{self._source} with {batch} sequences of {self._settings.context} tokens"
-        with memory_in_a_sentence(f"{what} does not fit in the memory of the device", "lower --batch or --prompt"):
-            return measure(self._backend, batch, self._settings.generate - 1, self._joules)
-
-    def memory(self) -> dict[str, int | None]:
-        """Bytes: resident before the model was loaded, and the most since, in main memory and on the device."""
-        return {"before": self._before, "peak": peak_resident(), "device_peak": self._backend.device_peak()}
 
 
 def loader(settings: Settings) -> Callable[[str, Settings], Backend]:
@@ -58,50 +29,71 @@ def loader(settings: Settings) -> Callable[[str, Settings], Backend]:
         from efficientllm.benching.llamacpp_backend import LlamaCppBackend
 
         return LlamaCppBackend
-    from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
+    from efficientllm.benching.transformers_backend import load_backend, rehearse
 
     rehearse(settings)
-    return TransformersBackend
+    return load_backend
 
 
-def counter(settings: Settings) -> tuple[Joules | None, str]:
-    if settings.device == "gpu":
-        return None, "llama.cpp does not say which board it computes on"
-    return counter_for(torch.device(settings.device))
+def serve(asked: Connection, source: str, settings: Settings) -> None:
+    """What the process of a model does: answers with what counts its energy, then each batch size with a Sample of one
+    run, and None with the memory taken. An error that is meant for the user is answered as itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then ends this one
+    os.dup2(2, 1)  # what libraries print is none of the page
+    transformers.utils.logging.disable_progress_bar()
+    with suppress(EOFError, ConnectionError), threads(settings.threads):  # until the asking process has ended
+        try:
+            answer_all(asked, source, settings)
+        except UsageError as error:
+            asked.send(error)
+
+
+def answer_all(asked: Connection, source: str, settings: Settings) -> None:
+    """Bytes: resident before the model was loaded, and the most since, in main memory and on the device."""
+    joules, about = None, "llama.cpp does not say which board it computes on"
+    if settings.device != "gpu":
+        joules, about = counter_for(torch.device(settings.device))
+    load, full = loader(settings), "does not fit in the memory of the device"
+    before = resident()
+    with memory_in_a_sentence(f"{source} {full}", "choose a smaller --dtype"):
+        backend = load(source, settings)
+    asked.send({"measurable": joules is not None, "about": about})
+    while True:
+        batch = asked.recv()
+        if batch is None:
+            asked.send({"before": before, "peak": peak_resident(), "device_peak": backend.device_peak()})
+            continue
+        what = f"{source} with {batch} sequences of {settings.context} tokens"
+        with memory_in_a_sentence(f"{what} {full}", "lower --batch or --prompt"):
+            sample = measure(backend, batch, settings.generate - 1, joules)
+        asked.send(sample)
 
 
 class Worker:
     """The process of one model, seen from its parent."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        self._name = name
-        # A session of its own: Ctrl-C reaches the asking process alone, which then ends this one.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "efficientllm.benching.process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": str(settings.threads)},
-            start_new_session=True,
-        )
+    def __init__(self, candidate: Candidate, settings: Settings) -> None:
+        self._name = candidate.name
+        self._line, other = get_context("spawn").Pipe()
+        target = (other, candidate.source, settings)
+        self.process = get_context("spawn").Process(target=serve, args=target, daemon=True)
+        self.process.start()
+        other.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        with suppress(BrokenPipeError):  # what was written to a process that has died
-            self._process.communicate()
+        self.process.kill()
+        self.process.join()
 
-    def ask(self, request: Any) -> Any:
+    def answer(self) -> Any:
         """Raises UsageError where the process cannot answer, or has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            pickle.dump(request, self._process.stdin)
-            self._process.stdin.flush()
-            answer = pickle.load(self._process.stdout)
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            code = self._process.wait()
+            answer = self._line.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            code = self.process.exitcode
             cause = "killed by the system, which happens when memory runs out" if code == -9 else f"exit code {code}"
             raise UsageError(
                 f"the process that measured {self._name} has died ({cause}); see what it printed above"
@@ -110,15 +102,15 @@ class Worker:
             raise answer
         return answer
 
+    def ask(self, batch: int | None) -> Any:
+        with suppress(ConnectionError):  # it has died, and may have said why
+            self._line.send(batch)
+        return self.answer()
+
 
 def runs(models: int, settings: Settings) -> int:
     """Runs of a whole measurement, warm-ups included."""
     return models * len(settings.batches) * (WARM_UPS + settings.repeats)
-
-
-def turn(models: int, repeat: int) -> list[int]:
-    """The order of the models within a repeat: each repeat begins with the next one, so that none is always first."""
-    return [(repeat + offset) % models for offset in range(models)]
 
 
 def measure_all(candidates: list[Candidate], settings: Settings, advance: Callable[[], None]) -> list[dict[str, Any]]:
@@ -128,12 +120,11 @@ def measure_all(candidates: list[Candidate], settings: Settings, advance: Callab
     every run. Raises UsageError where a model cannot be loaded or measured.
     """
     with ExitStack() as stack:
-        workers = []
-        found: list[dict[str, Any]] = []
+        workers, found = [], []
         for candidate in candidates:
-            workers.append(stack.enter_context(Worker(candidate.name, settings)))
-            energy = workers[-1].ask((candidate.source, settings))
-            found.append({"energy": energy, "samples": {batch: [] for batch in settings.batches}})
+            workers.append(stack.enter_context(Worker(candidate, settings)))
+            samples: dict[int, list[Any]] = {batch: [] for batch in settings.batches}
+            found.append({"energy": workers[-1].answer(), "samples": samples})
         for repeat in range(-WARM_UPS, settings.repeats):
             for batch in settings.batches:
                 for index in turn(len(workers), repeat):
@@ -142,31 +133,3 @@ def measure_all(candidates: list[Candidate], settings: Settings, advance: Callab
                         found[index]["samples"][batch].append(sample)
                     advance()
         return [each | {"memory": worker.ask(None)} for worker, each in zip(workers, found, strict=True)]
-
-
-def main() -> int:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is written to stdout goes to stderr from here on
-
-    def answer(content: Any) -> None:
-        pickle.dump(content, answers)
-        answers.flush()
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        source, settings = pickle.load(sys.stdin.buffer)
-        with threads(settings.threads):
-            model = Loaded(source, settings)
-            answer(model.energy)
-            while True:
-                batch = pickle.load(sys.stdin.buffer)
-                answer(model.memory() if batch is None else model.run(batch))
-    except (EOFError, BrokenPipeError):  # the asking process has ended
-        return 0
-    except UsageError as error:
-        answer(error)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,14 +42,19 @@ def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[
     Seconds, tokens per second, joules per token, bytes. Ratios are to the first model, above 1 where this one is
     faster, paired repeat by repeat.
     """
-    models = []
-    for candidate, each in zip(candidates, found, strict=True):
-        facts = {"facts": asdict(candidate.facts), "memory": each["memory"], "energy": each["energy"]}
-        batches = {
-            str(batch): _batch(batch, each["samples"][batch], found[0]["samples"][batch], settings)
-            for batch in settings.batches
+    models = [
+        {
+            "model": candidate.name,
+            "facts": asdict(candidate.facts),
+            "memory": each["memory"],
+            "energy": each["energy"],
+            "batches": {
+                str(batch): _batch(batch, own, found[0]["samples"][batch], settings)
+                for batch, own in each["samples"].items()
+            },
         }
-        models.append({"model": candidate.name} | facts | {"batches": batches})
+        for candidate, each in zip(candidates, found, strict=True)
+    ]
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
@@ -57,10 +62,9 @@ def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings:
     found: dict[str, Any] = {"time_to_first_token": spread([each.prefill_seconds for each in own])}
     for phase, tokens in (("prefill", batch * settings.prompt), ("decode", batch * (settings.generate - 1))):
         seconds, others = ([getattr(each, f"{phase}_seconds") for each in side] for side in (own, first))
-        joules = [getattr(each, f"{phase}_joules") for each in own]
         found |= {
             f"{phase}_tokens_per_second": spread([tokens / value for value in seconds]),
-            f"{phase}_joules_per_token": energy_per_token(joules, tokens),
+            f"{phase}_joules_per_token": energy_per_token([getattr(each, f"{phase}_joules") for each in own], tokens),
             f"{phase}_ratio": ratios(others, seconds),
         }
     return found | {"samples": [asdict(each) for each in own]}
@@ -68,25 +72,22 @@ def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings:
 
 def machine(settings: Settings) -> dict[str, str]:
     """What the figures were measured on: processor or GPU, and the versions that computed."""
-    name = _processor()
-    if settings.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(settings.device)
-    elif settings.device == "gpu":  # llama.cpp takes all that it finds and does not say which these are
+    if settings.device == "gpu":  # llama.cpp takes all that it finds and does not say which these are
         boards = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         name = ", ".join(boards) or "an accelerator that llama.cpp does not name"
-    versions = {"python": platform.python_version(), "device": name}
+    else:
+        name = torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else _processor()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if settings.backend == "llamacpp":
         import llama_cpp
 
-        return versions | {"llama-cpp-python": llama_cpp.__version__}
-    return versions | {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {"llama-cpp-python": llama_cpp.__version__}
+    return {"python": platform.python_version(), "device": name} | versions
 
 
 def _processor() -> str:
     """As Linux calls it; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()

@@ -36,8 +36,7 @@ def candidates(names: list[str], settings: Settings, temporary: Path, say: Calla
             facts = facts_of_gguf(Path(source), settings.prompt, settings.context)
             _check_positions(name, settings, facts.positions)
         else:
-            source = _source_of(name)
-            dtype: torch.dtype = getattr(torch, settings.dtype)
+            source, dtype = _source_of(name), getattr(torch, settings.dtype)
             facts = facts_of_config(config_of(name, settings), settings.prompt, settings.context, dtype)
         found.append(Candidate(name, source, facts))
     return found
@@ -66,10 +65,7 @@ def _check_positions(name: str, settings: Settings, positions: int) -> None:
 
 
 def _source_of(name: str) -> str:
-    """What transformers loads for a run, a transformers folder, a GGUF file (dequantised) or a hub id.
-
-    Raises UsageError for another file.
-    """
+    """What transformers loads for a run, a transformers folder, a GGUF file (dequantised) or a hub id."""
     path = Path(name)
     if path.is_file() and path.suffix != GGUF:
         raise UsageError(f"{name} is a file; name a run, a transformers folder, a .gguf file or a hub id")
@@ -82,8 +78,6 @@ def _gguf_of(name: str, settings: Settings, folder: Path, say: Callable[[str], N
 
     path = Path(name)
     if path.suffix == GGUF:
-        if not path.is_file():
-            raise UsageError(f"there is no file {name}")
         return path
     kind = settings.dtype.split(" ")[0]  # as checks.llamacpp_dtype has it
     mend = "free disk space there, or set TMPDIR to a folder on a larger disk"

@@ -23,10 +23,9 @@ import torch
 from transformers import PretrainedConfig
 
 from efficientllm.benching.contract import Settings
-from efficientllm.benching.process import turn
 from efficientllm.benching.results import machine
-from efficientllm.benching.timing import measure, threads
-from efficientllm.benching.transformers_backend import LoadedModel, rehearse
+from efficientllm.benching.timing import measure, threads, turn
+from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
@@ -54,29 +53,30 @@ def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
     """Of each of TABLE_AXES evenly spaced widths from one layer, one head, `head_dim` residual and `least_ffn` FFN
     channels to the source's own, inner ones aligned as a run's would be. Fewer where an axis is short; layers stay
     unless `depth`."""
-    source = widths_of(config)
-    least = {
-        "hidden": min(head_dim_of(config), source.hidden),
-        "intermediate": min(request.least_ffn, source.intermediate),
-    }
-    align = Alignment.automatic(source)
-    steps = {"hidden": align.hidden, "intermediate": align.intermediate}
+    source, steps = widths_of(config), _steps(config)
+    least = {"hidden": head_dim_of(config), "intermediate": request.least_ffn}
     grid = []
     for axis in TABLE_AXES:
         high = getattr(source, axis)
-        low = high if axis == "layers" and not request.depth else least.get(axis, 1)
+        low = high if axis == "layers" and not request.depth else min(least.get(axis, 1), high)
         step, last = steps.get(axis, 1), request.levels - 1
-        inner = (low + (high - low) * index / last for index in range(1, last))
-        levels = {low, high} | {round(each / step) * step for each in inner}
-        grid.append(tuple(sorted(level for level in levels if low <= level <= high)))
+        inner = (round((low + (high - low) * index / last) / step) * step for index in range(1, last))
+        grid.append(tuple(sorted(level for level in {low, high, *inner} if low <= level <= high)))
     return tuple(grid)
+
+
+def _steps(config: PretrainedConfig) -> dict[str, int]:
+    align = Alignment.automatic(widths_of(config))
+    return {"hidden": align.hidden, "intermediate": align.intermediate}
 
 
 def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[Widths]:
     """Different shapes within the grid but not on it, aligned as a run's would be; fewer where there are no more."""
-    align, choose = Alignment.automatic(widths_of(config)), random.Random(SEED)
-    steps = {"hidden": align.hidden, "intermediate": align.intermediate}
-    axes = [_aligned(levels[0], levels[-1], steps.get(axis, 1)) for axis, levels in zip(TABLE_AXES, grid, strict=True)]
+    choose, steps = random.Random(SEED), _steps(config)
+    axes: list[Sequence[int]] = []
+    for axis, (low, *_, high) in zip(TABLE_AXES, ((*levels, levels[-1]) for levels in grid), strict=True):
+        step = steps.get(axis, 1)
+        axes.append(range(-(-low // step) * step, high + 1, step) or (high,))  # no multiple: what the source has
     found: dict[Widths, None] = {}
     for _ in range(100 * number):
         place = [choose.choice(axis) for axis in axes]
@@ -85,9 +85,10 @@ def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[W
     return list(found)
 
 
-def _aligned(low: int, high: int, step: int) -> Sequence[int]:
-    """Multiples of `step` from low to high; where there is none, `high`, which is what the source has."""
-    return range(-(-low // step) * step, high + 1, step) or (high,)
+def runs_of(config: PretrainedConfig, settings: Settings, request: TableRequest) -> int:
+    """Runs of a whole measurement."""
+    grid = grid_of(config, request)
+    return settings.repeats * (math.prod(map(len, grid)) + len(held_out_shapes(config, grid, request.held_out)))
 
 
 def measure_table(
@@ -101,24 +102,25 @@ def measure_table(
     shapes = [shape_at(place) for place in product(*grid)]
     held_out = held_out_shapes(config, grid, request.held_out)
     medians, spreads = latencies(config, [*shapes, *held_out], settings, advance)
-    table = LatencyTable(_measured_on(config, settings), grid, tuple(medians[: len(shapes)]))
+    model = {"family": family_of(config), "head_dim": head_dim_of(config), "vocabulary": config.vocab_size}
+    asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
+    measured_on = MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))
+    table = LatencyTable(measured_on, grid, tuple(medians[: len(shapes)]))
     cost = table.cost()
     checks = [
         {"widths": widths.record(), "seconds": seconds, "predicted": cost(widths), "error": cost(widths) / seconds - 1}
         for widths, seconds in zip(held_out, medians[len(shapes) :], strict=True)
     ]
     errors = [abs(check["error"]) for check in checks]
-    return table_content(
-        table,
-        {
-            "held_out": checks,
-            "median_error": statistics.median(errors) if errors else None,
-            "worst_error": max(errors, default=None),
-            "median_range": statistics.median(spreads),
-            "repeats": settings.repeats,
-            "in_a_row": IN_A_ROW,
-        },
-    )
+    more = {
+        "held_out": checks,
+        "median_error": statistics.median(errors) if errors else None,
+        "worst_error": max(errors, default=None),
+        "median_range": statistics.median(spreads),
+        "repeats": settings.repeats,
+        "in_a_row": IN_A_ROW,
+    }
+    return table_content(table, more)
 
 
 def latencies(
@@ -142,13 +144,6 @@ def latencies(
     return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
 
 
-def runs_of(config: PretrainedConfig, settings: Settings, request: TableRequest) -> int:
-    """Runs of a whole measurement."""
-    grid = grid_of(config, request)
-    shapes = torch.Size([len(levels) for levels in grid]).numel()
-    return settings.repeats * (shapes + len(held_out_shapes(config, grid, request.held_out)))
-
-
 @contextmanager
 def uncollected() -> Iterator[None]:
     """What is there already is left out of the garbage collection before every sequence."""
@@ -159,13 +154,15 @@ def uncollected() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> LoadedModel:
+def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> TransformersBackend:
     torch.manual_seed(0)
     model = build(narrowed_config(config, widths), settings.device)
-    return LoadedModel(model.to(getattr(torch, settings.dtype)), settings)
+    return TransformersBackend(model.to(getattr(torch, settings.dtype)), settings)
 
 
-def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, settings: Settings) -> tuple[float, float]:
+def _turn(
+    config: PretrainedConfig, widths: Widths, reference: TransformersBackend, settings: Settings
+) -> tuple[float, float]:
     """Seconds of the fastest whole sequence of a model of these widths, and of the reference beside it."""
     fastest = [math.inf, math.inf]
     models = (_model_of(config, widths, settings), reference)
@@ -175,9 +172,3 @@ def _turn(config: PretrainedConfig, widths: Widths, reference: LoadedModel, sett
             if run:
                 fastest[index] = min(fastest[index], sample.prefill_seconds + sample.decode_seconds)
     return fastest[0], fastest[1]
-
-
-def _measured_on(config: PretrainedConfig, settings: Settings) -> MeasuredOn:
-    model = {"family": family_of(config), "head_dim": head_dim_of(config), "vocabulary": config.vocab_size}
-    asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
-    return MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))

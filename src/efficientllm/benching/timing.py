@@ -1,4 +1,4 @@
-"""One run with its clock and its energy counter around it."""
+"""One run with its clock and its energy counter around it, and whose turn it is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import torch
 from efficientllm.benching.contract import Backend, Sample
 
 Joules = Callable[[], float]  # energy since some moment; it only grows
+
+
+def turn(models: int, repeat: int) -> list[int]:
+    """The order of the models within a repeat: each repeat begins with the next one, so that none is always first."""
+    return [(repeat + offset) % models for offset in range(models)]
 
 
 @contextmanager
@@ -33,16 +38,15 @@ def measure(
     joules: Joules | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Sample:
-    """Prefill, then `steps` decode steps of `batch` sequences. clock: seconds."""
+    """Prefill, then `steps` decode steps of `batch` sequences. clock: seconds; no counter is read on it."""
     read = joules or (lambda: 0.0)
     gc.collect()
     backend.begin(batch)
     try:
-        energy = [read()]
-        times = [clock()]
+        energy, times = [read()], [clock()]
         backend.prefill()
         times.append(clock())
-        energy.append(read())  # reading a counter is on neither phase's clock
+        energy.append(read())
         times.append(clock())
         backend.decode(steps)
         times.append(clock())

@@ -24,25 +24,27 @@ def bench(
         list[str],
         typer.Argument(metavar="MODEL...", help="Run folders, transformers folders, hub ids, .gguf files."),
     ],
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    generate: Annotated[int, typer.Option(help="Tokens to generate; the first one ends the prefill.")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens to generate; the first one ends the prefill.")] = 64,
     batch: Annotated[
         str | None, typer.Option(help="Sequences at once, comma-separated, each measured; default: 1,4 (--table: 1).")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Counted runs of each batch, after one that is not.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each batch, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1; llamacpp: auto, cpu, gpu.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU. llamacpp: a GGUF type; auto: f16.")
     ] = "auto",
     backend: Annotated[str, typer.Option(help="transformers or llamacpp.")] = "transformers",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="File for every sample, in seconds and joules.")] = None,
     table: Annotated[
         Path | None, typer.Option(help="File for latencies over a grid of widths below MODEL's: prune.latency_table.")
     ] = None,
-    levels: Annotated[int | None, typer.Option(help="With --table: widths measured of each axis; default: 3.")] = None,
+    levels: Annotated[
+        int | None, typer.Option(min=2, help="With --table: widths measured of each axis; default: 3.")
+    ] = None,
     held_out: Annotated[
-        int | None, typer.Option(help="With --table: further shapes that tell how far it is off; default: 8.")
+        int | None, typer.Option(min=1, help="With --table: further shapes that tell how far it is off; default: 8.")
     ] = None,
     depth: Annotated[bool, typer.Option(help="With --table: fewer layers too, for prune.types depth.")] = False,
 ) -> None:
@@ -104,7 +106,7 @@ def _measure_table(
     from efficientllm.reporting.progress import track
 
     request = TableRequest(*asked)
-    check_table(models, settings, request.levels, request.held_out, file, out)
+    check_table(models, settings, file, out)
     config = config_of(models[0], settings)
     with stopping(STOPPED), track("bench", runs_of(config, settings, request)) as bar:
         content = measure_table(config, settings, request, bar.advance)

@@ -67,11 +67,11 @@ def _say(message: str) -> None:
 
 
 def _make(file: Path, digest: str, folder: Path, what: str) -> None:
-    fields, tensors = _read(file, what)
+    fields, tensors = read_gguf(file, what)
     with appearing(folder, alone=False, keep=_is_whole) as done:
         try:
             config = config_of(fields, tensors)
-            _say(f"{file}: {_types(tensors)} weights are dequantised to fp32, once, in {folder}")
+            _say(f"{file}: {types_of(tensors)} weights are dequantised to fp32, once, in {folder}")
             write_tokenizer(fields, done)
             save_torch_state_dict(_weights(tensors, config, str(fields["general.architecture"])), done)
         except UsageError as error:
@@ -83,7 +83,7 @@ def _make(file: Path, digest: str, folder: Path, what: str) -> None:
             raise UsageError(f"{what} '{file}' changed while it was read; run again once it is complete")
 
 
-def _types(tensors: Tensors) -> str:
+def types_of(tensors: Tensors) -> str:
     """The types of the matrices, such as "Q4_1 and Q8_0", those of most weights first."""
     counts = Counter[str]()
     for tensor in tensors.values():
@@ -93,7 +93,7 @@ def _types(tensors: Tensors) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _read(file: Path, what: str) -> tuple[dict[str, Any], Tensors]:
+def read_gguf(file: Path, what: str) -> tuple[dict[str, Any], Tensors]:
     """Metadata and tensors, the latter mapped from the file. Raises UsageError for what is no whole model."""
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
