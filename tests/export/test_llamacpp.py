@@ -105,7 +105,8 @@ def test_a_gguf_source_has_the_logits_of_llamacpp(
         got = logits(model, ids.tolist())
         text = "the model learns to write 123 words<|endoftext|>"
         assert model.tokenize(text.encode(), special=True, add_bos=False) == load_tokenizer(str(file)).encode(text)
-    assert 0.0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    # Of random weights as large as these it makes 2 to 9 % of the logits' root mean square; heads in a wrong order, 100 %.
+    assert 0.0 < np.square(got - want).mean() < 0.2**2 * np.square(want).mean()
 
 
 @pytest.mark.parametrize("name", ["", "ladder/*"])
