@@ -105,7 +105,7 @@ def test_a_gguf_source_has_the_logits_of_llamacpp(
         got = logits(model, ids.tolist())
         text = "the model learns to write 123 words<|endoftext|>"
         assert model.tokenize(text.encode(), special=True, add_bos=False) == load_tokenizer(str(file)).encode(text)
-    # Of random weights as large as these it makes 2 to 9 % of the logits' root mean square; heads in a wrong order, 100 %.
+    # With random weights this large, 2 to 9 % of the root mean square of the logits; heads in a wrong order make 100 %.
     assert 0.0 < np.square(got - want).mean() < 0.2**2 * np.square(want).mean()
 
 

@@ -284,7 +284,12 @@ def test_state_resumes_bit_for_bit(saliency: str | dict[str, str]) -> None:
     tensors, facts = one.pruner.state()
     old = two.pruner
     two.pruner = PruningEngine(
-        two.space, two.params, two.moments, landings=old.landings, schedule=old.schedule, options=old.options
+        two.space,
+        two.params,
+        two.moments,
+        landings=old.course.landings,
+        schedule=old.course.schedule,
+        options=old.options,
     )
     two.pruner.load_state(tensors, facts)
     for step in range(5, 11):

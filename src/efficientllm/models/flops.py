@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from efficientllm.pruning.dimensions import FFN, HIDDEN
+from efficientllm.pruning.dimensions import QUERY
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.widths import Widths
 
@@ -51,15 +51,16 @@ def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = 
     widths = space.widths if widths is None else widths
     tokens = rows * length
     matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) == 2)
+    in_layers = [spec.axes for spec in space.params if spec.layer == 0 and len(spec.axes) == 2]  # in order of use
     linear = last = head = 0
     for (layered, axes), number in matrices.items():
         product = 2 * tokens * math.prod(space.axis_length(axis, widths) for axis in axes)
         if layered:
             linear += number // space.widths.layers * widths.layers * product
-            last += widths.layers * product if axes == (HIDDEN, FFN) else 0
+            last += widths.layers * product if axes == in_layers[-1] else 0
         else:  # the embedding, and the LM head of the same shape; where they are tied it is one matrix
             head = product
-    attention = 4 * rows * widths.layers * widths.heads * space.head_dim * length**2
+    attention = 4 * rows * widths.layers * space.axis_length(QUERY, widths) * length**2  # scores and values
     return ForwardFlops(linear, attention, head, last)
 
 

@@ -12,6 +12,7 @@ from efficientllm.models.flops import forward_flops, teacher_flops, training_flo
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.walk import StepFlops, Walk, Walker
+from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
@@ -82,10 +83,10 @@ def plan_of(
         reaches,
         space.widths,
         shape,
-        done.events,
+        done.at.events,
         done.compactions,
         done.refreshes,
-        _phases(recipe, plan, batch, steps, done.events),
+        _phases(recipe, plan, batch, steps, done.at.events),
         steps,
         batch,
         done.flops.total,
@@ -151,7 +152,7 @@ def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) 
 
 def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
     if plan is None:
-        done = Walk(space.widths, space.widths, space.widths)
+        done = Walk(Standing(space.widths), space.widths)
         for _ in range(steps):
             done.flops.add(cost(space.widths))
         return done

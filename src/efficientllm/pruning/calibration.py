@@ -12,12 +12,20 @@ from torch import Tensor
 from efficientllm.pruning.groups import Cut, Space
 from efficientllm.pruning.shards import local, local_indices
 from efficientllm.pruning.slices import group_slices
+from efficientllm.pruning.widths import Widths
 
 CALIBRATION_SHARE = 0.01  # of the live parameters, in the bundles whose true cost is measured
 # A type that seems to cost nothing is noise; it may look this much cheaper than predicted, no more.
 LEAST_RATIO = 1e-3
 SETTLED = 0.25  # a ratio that its last measurement has moved by no more is not measured again ...
 RENEWED = 0.2  # ... before this share of the parameters has fallen
+
+
+def trial_events(space: Space, pruning_type: str, widths: Widths, *, least: int, bound: float) -> int:
+    """Events of a type that calibration measures: about 1 % of the live parameters (at most `bound`), one at least, and
+    none below `least` units a row."""
+    share = min(bound, CALIBRATION_SHARE) * space.num_params(widths)
+    return min(widths.count(pruning_type) - least, max(1, round(share / space.event_cost(pruning_type, widths))))
 
 
 @dataclass(frozen=True)

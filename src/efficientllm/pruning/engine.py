@@ -14,13 +14,14 @@ from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
 from efficientllm.pruning.criteria import criteria_of
+from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space
-from efficientllm.pruning.landing import Landing, landed, rung_after
+from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage, next_bundles, next_on_path
+from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shards import ALONE, World, fill
 from efficientllm.pruning.slices import dead_slices, group_slices
 from efficientllm.pruning.widths import Widths
@@ -51,7 +52,7 @@ class PruningEngine:
     ) -> None:
         self.space, self.params, self.moments = space, params, moments
         self._reduction = reduction
-        self.landings, self.schedule, self.options = tuple(landings), schedule, options
+        self.course, self.options = Course(landings, schedule), options
         self.live = live or Live.full(space.widths)
         self.looks = Looks(
             space,
@@ -77,19 +78,22 @@ class PruningEngine:
         return int(self.space.num_params(self.widths))
 
     @property
+    def standing(self) -> Standing:
+        return Standing(self.widths, self.events, self.rung)
+
+    @property
     def size(self) -> float:
         """What the live widths cost, in what the target and the schedule count (costs.py)."""
-        size: float = self.landing.cost(self.widths)
-        return size
+        return self.course.size(self.standing)
 
     @property
     def landing(self) -> Landing:
         """Where the model lands next: a rung of the ladder, or at last the target."""
-        return self.landings[self.rung]
+        return self.course.landing(self.standing)
 
     @property
     def finished(self) -> bool:
-        return landed(self.landings, self.rung, self.widths)
+        return self.course.finished(self.standing)
 
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping, every step."""
@@ -124,15 +128,17 @@ class PruningEngine:
             if names and inputs is None:
                 inputs = probe.inputs(names)
             self.calibration.units = self.looks.average.units
-            ranking = Ranking(self.looks.average.values(), self.live)
+            ahead = self.live.copy()
+            ranking = Ranking(self.looks.average.values(), ahead)
             if self.options.compares_types:
                 self._calibrate(ranking, probe, inputs, report)
-            bundle = self._choose_bundle(ranking, position, report)
-            if self.options.correction and inputs is not None:
-                done = self._correct(list(losing_readers(self.space, bundle, self.live)), inputs)
-                report.corrections.add(done)
-                report.flops.correction += done.flops
-            self.zero(bundle)
+            calibration = self.calibration if self.options.compares_types else None
+            guide = ByDamage(ranking, ahead, calibration, self.options.types, self.options.order)
+            limit = self.options.bound * self.parameters
+            bundle = self.course.bundle(self.standing, position, guide, self.options.bound)
+            report.damages = guide.damages
+            self.looks.removed(sum(each.removed for each in bundle) / limit)
+            self._act(bundle, inputs, report)
         report.nonfinite += self.looks.nonfinite
         self.looks.nonfinite = 0
         report.ratios = {name: self.calibration.ratio(name) for name in self.calibration.predicted}
@@ -140,7 +146,7 @@ class PruningEngine:
 
     def due(self, position: float) -> bool:
         """Whether an event is to happen at a position."""
-        return not self.finished and self.schedule.wants(position, self.size, self.events)
+        return self.course.due(self.standing, position)
 
     def reads(self) -> list[str]:
         """The linear layers whose inputs a bundle may want to see: all for a criterion that looks at them, else those
@@ -154,43 +160,21 @@ class PruningEngine:
         falling.discard(LAYERS)
         return [spec.name for spec in readers if falling & set(DIMENSIONS[str(spec.axes[1])].chain)]
 
-    def _choose_bundle(self, ranking: Ranking, position: float, report: PruneReport) -> list[Event]:
-        """Events one by one from one ranking until the schedule is content or the bound is met; no longer live."""
-        bundle: list[Event] = []
-        removed, limit = 0.0, self.options.bound * self.parameters
-        while self.due(position):
-            weighed = candidates(
-                ranking,
-                self.widths,
-                landing=self.landing,
-                calibration=self.calibration if self.options.compares_types else None,
-                types=self.options.types,
-            )
-            falling = {each.event.type: each.parameters for each in weighed}
-            report.damages = {each.event.type: each.event.saliency / falling[each.event.type] for each in weighed}
-            event = self._choose(weighed)
-            assert event is not None, "an unfinished run always has an allowed event (Landing)"
-            fell, before = falling[event.type], self.size
-            if bundle and removed + fell > limit:
-                break  # one that is larger than the limit by itself waits for a look of its own
+    def _act(self, bundle: Sequence[Decided[Event]], inputs: Mapping[str, Tensor] | None, report: PruneReport) -> None:
+        """Carries out what has been decided: what is left is corrected, the rest zeroed."""
+        events = [each.cut for each in bundle]
+        for event in events:
             self.live.remove(event)
-            ranking.take(event)
-            self.events += 1
-            removed += fell
-            bundle.append(event)
-            report.events.append(AppliedEvent(event, self.parameters, self.widths, fell, before - self.size))
-            left, self.rung = self.rung, rung_after(self.landings, self.rung, self.widths)
-            if self.rung > left:
-                report.rung = left
-                break
-        self.looks.removed(removed / limit)
-        return bundle
-
-    def _choose(self, weighed: Sequence[Candidate]) -> Event | None:
-        if self.options.order == "saliency":
-            return least_damage(weighed)
-        final = self.landing.shape()
-        return next_on_path(weighed, self.options.order, self.widths, source=self.landing.space.widths, final=final)
+        report.events += [
+            AppliedEvent(each.cut, each.parameters, each.after.widths, each.removed, each.saved) for each in bundle
+        ]
+        left, self.events, self.rung = self.rung, bundle[-1].after.events, bundle[-1].after.rung
+        report.rung = left if self.rung > left else None
+        if self.options.correction and inputs is not None:
+            done = self._correct(list(losing_readers(self.space, events, self.live)), inputs)
+            report.corrections.add(done)
+            report.flops.correction += done.flops
+        self.zero(events)
 
     def _correct(self, readers: Sequence[Reader], inputs: Mapping[str, Tensor]) -> Corrections:
         """Lets what is left of every layer make up for the inputs that it loses."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.calibration import CALIBRATION_SHARE, Bundle, Calibration
+from efficientllm.pruning.calibration import Bundle, Calibration, trial_events
 from efficientllm.pruning.costs import AXIS_TYPES, place_of, shape_at
 from efficientllm.pruning.dimensions import (
     ATTENTION,
@@ -139,15 +139,12 @@ def candidates(
 def next_bundles(
     ranking: Ranking, widths: Widths, *, landing: Landing, bound: float, types: Sequence[str]
 ) -> list[Bundle]:
-    """Of every type that may fall now the events that calibration measures: about 1 % of the live parameters (at most
-    `bound`), at least one event, and none below the type's floor."""
+    """Of every type that may fall now the events that calibration measures (calibration.py: trial_events)."""
     space, bundles = landing.space, []
     for pruning_type in types:
         if not landing.may_fall(pruning_type, widths):
             continue
-        left = widths.count(pruning_type) - landing.least(pruning_type)
-        share = min(bound, CALIBRATION_SHARE) * space.num_params(widths)
-        number = min(left, max(1, round(share / space.event_cost(pruning_type, widths))))
+        number = trial_events(space, pruning_type, widths, least=landing.least(pruning_type), bound=bound)
         units, predicted = ranking.upcoming(pruning_type, number)
         bundles.append(Bundle(pruning_type, [Cut(pruning_type, row) for row in units], predicted))
     return bundles

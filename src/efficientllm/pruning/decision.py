@@ -1,0 +1,152 @@
+"""What falls next, decided from widths, damages and the schedule alone.
+
+The engine carries out what is decided here; a plan, which has neither model nor scores, counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from efficientllm.pruning.calibration import Calibration
+from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.groups import Cut, Event, Live
+from efficientllm.pruning.landing import Landing, landed, rung_after
+from efficientllm.pruning.schedule import Schedule
+from efficientllm.pruning.selection import Ranking, candidates, least_damage, most_left, next_on_path
+from efficientllm.pruning.widths import Widths
+
+C = TypeVar("C", bound=Cut)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come: live widths, events so far, and the landing that it heads for (a rung of its ladder)."""
+
+    widths: Widths
+    events: int = 0
+    rung: int = 0
+
+
+@dataclass(frozen=True)
+class Decided(Generic[C]):
+    """A cut, and where it leaves the run. removed: parameters that fall with it; saved: what it takes from the cost."""
+
+    cut: C
+    after: Standing
+    parameters: int
+    removed: int
+    saved: float
+
+
+class Guide(Protocol[C]):
+    """Names one cut after the other."""
+
+    def next(self, widths: Widths, landing: Landing) -> C:
+        """The next cut of a model of these live widths, which are no shape of the landing yet."""
+        ...
+
+    def take(self, cut: C) -> None:
+        """The cut has been decided on."""
+        ...
+
+
+class Course:
+    """Where a run lands and when it prunes. landings: the ladder's, largest first, the target's last."""
+
+    def __init__(self, landings: Sequence[Landing], schedule: Schedule) -> None:
+        self.landings, self.schedule = tuple(landings), schedule
+        space = self.landings[-1].space
+        self.parameters = lru_cache(1 << 16)(lambda widths: int(space.num_params(widths)))
+
+    def landing(self, at: Standing) -> Landing:
+        """Where the model lands next: a rung of the ladder, or at last the target."""
+        return self.landings[at.rung]
+
+    def size(self, at: Standing) -> float:
+        """What the live widths cost, in what target and schedule count (costs.py)."""
+        size: float = self.landing(at).cost(at.widths)
+        return size
+
+    def finished(self, at: Standing) -> bool:
+        return landed(self.landings, at.rung, at.widths)
+
+    def due(self, at: Standing, position: float) -> bool:
+        """Whether an event is to happen at a position (the schedule's unit)."""
+        return not self.finished(at) and self.schedule.wants(position, self.size(at), at.events)
+
+    def bundle(self, at: Standing, position: float, guide: Guide[C], bound: float) -> list[Decided[C]]:
+        """The cuts of the next bundle: until the schedule is content, the bound is met or a rung is reached. One that
+        is larger than the bound by itself waits for a look of its own. bound: as of PrunerOptions."""
+        bundle: list[Decided[C]] = []
+        removed, limit = 0, bound * self.parameters(at.widths)
+        while self.due(at, position):
+            cut = guide.next(at.widths, self.landing(at))
+            widths = at.widths.after(cut.type)
+            parameters = self.parameters(widths)
+            falls = self.parameters(at.widths) - parameters
+            if bundle and removed + falls > limit:
+                break
+            guide.take(cut)
+            after = Standing(widths, at.events + 1, rung_after(self.landings, at.rung, widths))
+            bundle.append(Decided(cut, after, parameters, falls, self.size(at) - self.landing(at).cost(widths)))
+            if after.rung > at.rung:
+                break
+            at, removed = after, removed + falls
+        return bundle
+
+
+class ByDamage:
+    """Towards the shape of the least damage, or along a pruning path (`order`, selection.py). live: the masks that the
+    ranking reads; what is taken falls there. damages: of each type's next event as last seen, calibrated, per parameter
+    (as PruneReport has them)."""
+
+    def __init__(
+        self, ranking: Ranking, live: Live, calibration: Calibration | None, types: Sequence[str], order: str
+    ) -> None:
+        self._ranking, self._live, self._calibration, self._types, self._order = (
+            ranking,
+            live,
+            calibration,
+            types,
+            order,
+        )
+        self.damages: dict[str, float] = {}
+
+    def next(self, widths: Widths, landing: Landing) -> Event:
+        weighed = candidates(self._ranking, widths, landing=landing, calibration=self._calibration, types=self._types)
+        self.damages = {each.event.type: each.event.saliency / each.parameters for each in weighed}
+        if self._order == "saliency":
+            event = least_damage(weighed)
+        else:
+            source, final = landing.space.widths, landing.shape()
+            event = next_on_path(weighed, self._order, widths, source=source, final=final)
+        assert event is not None, "an unfinished run always has an allowed event (Landing)"
+        return event
+
+    def take(self, cut: Event) -> None:
+        self._live.remove(cut)
+        self._ranking.take(cut)
+
+
+class ByShape:
+    """Where there are no scores: towards each landing's most balanced shape, the type first that has the largest share
+    of its way left. A run will end in other widths of the same size."""
+
+    def __init__(self, types: Sequence[str]) -> None:
+        self._types = [name for name in PRUNING_TYPES if name in types]
+        self._towards: tuple[Landing, Widths] | None = None
+
+    def next(self, widths: Widths, landing: Landing) -> Cut:
+        if self._towards is None or self._towards[0] is not landing:
+            self._towards = landing, landing.balanced(within=widths)
+        goal = self._towards[1]
+        ahead = [name for name in self._types if widths.count(name) > goal.count(name)]
+        return Cut(most_left(ahead, widths, landing.space.widths, goal), torch.empty(0, dtype=torch.int64))
+
+    def take(self, cut: Cut) -> None:
+        """Nothing but the widths is kept of it."""
