@@ -45,7 +45,7 @@ for step in range(80):
     if step == 20:
         model, optimizer = pruner.compact()  # optional: from here on the tensors are smaller
     if step % 10 == 0:
-        print(f"step {step:3d}  loss {float(loss):.3f}  {pruner.parameters:,} parameters  {pruner.widths}")
+        print(f"step {step:3d}  loss {loss.item():.3f}  {pruner.parameters:,} parameters  {pruner.widths}")
 
 with tempfile.TemporaryDirectory() as folder:
     pruner.save_pretrained(Path(folder) / "compact")

@@ -23,6 +23,7 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
 from efficientllm.errors import UsageError
+from efficientllm.models.parts import is_recomputed, recompute
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
@@ -214,8 +215,8 @@ class Pruner:
         model.generation_config = self.model.generation_config
         model.config.use_cache = self.model.config.use_cache
         model.set_attn_implementation(self.model.config._attn_implementation)
-        if self.model.is_gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if is_recomputed(self.model):
+            recompute(model)
         fresh = dict(model.named_parameters())
         for weight, name in names.items():
             fresh[name].requires_grad_(weight.requires_grad)

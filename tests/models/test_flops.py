@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from conftest import tiny_config, tiny_model
 from efficientllm.config import Recipe
 from efficientllm.models.flops import decode_flops, forward_flops, prefill_flops, training_flops
+from efficientllm.models.parts import recompute
 from efficientllm.models.space import build, space_of
 from efficientllm.training import gradient
 from efficientllm.training.distillation import Distillation, LiveTeacher
@@ -53,7 +54,7 @@ def test_a_pass_and_a_training_step(
     model = tiny_model(family)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model)
     rows = torch.randint(0, 61, (3, 17))
     passed = forward_flops(space_of(model.config), 3, 17)
     with counting() as counter, torch.no_grad():

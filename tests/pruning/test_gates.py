@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from conftest import tiny_model
+from efficientllm.models.parts import recompute
 from efficientllm.models.space import space_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.gates import GateSums
@@ -67,7 +68,7 @@ def test_scores_equal_the_reference(family: str, checkpointing: bool) -> None:
     model = tiny_model(family)
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model)
     gates = GateSums(space_of(model.config), torch.device("cpu"))
     with watched_gates(model, space_of(model.config), gates) as watch:
         for first in (0, 2, 4):

@@ -6,6 +6,7 @@ number of processes that wrote them. No pickles: the layout stands in the safete
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,7 +79,9 @@ def read_shards(folder: Path, ranks: World, device: torch.device | str) -> dict[
         else:
             tensors[name] = empty_sharded(each.size, each.properties.dtype, device, ranks)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)
+        with warnings.catch_warnings():  # one process is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)
     except CheckpointException as error:
         raise OSError(_cause(error)) from error
     return tensors

@@ -118,19 +118,16 @@ def wrap(
     blocks: Sequence[nn.Module],
     ranks: World,
     *,
-    gradient_checkpointing: bool,
     compile_blocks: bool,
     bf16: bool,
 ) -> Runner:
-    """Activation checkpointing, compile, sharding: in that order, on a model whose weights may have no memory yet.
+    """Compile, then sharding, on a model whose weights may have no memory yet.
 
     On one process nothing is sharded. With several, each block and the root (embedding, last norm, LM head) are a unit
     of FSDP2: weights are kept in fp32, gradients are reduced in fp32. Blocks are gathered in the dtype of computation;
     the root in fp32 and inputs as they are, so that under autocast the stem stays in fp32, as on one process. blocks:
     the model's layers.
     """
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compile_blocks:
         torch._dynamo.reset()  # its cache counts the graphs of all former shapes against one limit
         for block in blocks:  # its forward alone: hooks that gather weights stay outside the graph

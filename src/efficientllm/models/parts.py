@@ -26,3 +26,15 @@ def blocks(model: Any) -> nn.ModuleList:
     """The decoder layers, in order."""
     parts: nn.ModuleList = model.model.layers
     return parts
+
+
+def is_recomputed(model: Any) -> bool:
+    """Whether layers are computed again in the backward pass (activation checkpointing)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def recompute(model: Any) -> None:
+    """Each layer is computed again in the backward pass. The method has another name since transformers 5.23, and the
+    old one warns."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from efficientllm.config import TrainConfig
+from efficientllm.models.parts import recompute
 from efficientllm.models.space import build
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
@@ -48,7 +49,7 @@ def step_memory(
         model = build(config)
         model.train()
         if train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(model)
         tracker = MemTracker()
         tracker.track_external(model)
         rows = min(train.micro_batch, train.batch_rows(length))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.calibration import Calibration, trial_events
 from efficientllm.pruning.correction import EXPECTED, solve_flops
-from efficientllm.pruning.criteria import criterion
+from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, PRUNING_TYPES
 from efficientllm.pruning.groups import Space
@@ -63,7 +63,8 @@ class Walker:
         self._space, self._plan, self._step_flops = space, plan, step_flops
         self._batch, self._length, self._recomputes, self._compiles = rows, length, recomputes, compiles
         self._rows = LookRows.of(plan, rows, length)
-        self._needs = criterion(plan.options.saliency).needs
+        chosen = criteria_of(plan.options.saliency, plan.options.types)
+        self._needs = {each.needs for each in chosen.values()}
         self._types = [name for name in PRUNING_TYPES if name in plan.options.types]
         self._course = Course(plan.landings, plan.schedule)
         self._guide, self._sites = ByShape(self._types), _sites(space)
@@ -77,7 +78,7 @@ class Walker:
                 self._prune(done, step * batch)
             done.flops.add(self._step_flops(done.allocated))
             if not self._plan.at_rest:
-                done.fresh = self._needs == "gradient"
+                done.fresh = not (self._compiles and "gates" in self._needs)  # a step's own pass shows them
                 self._prune(done, (step + 1) * batch)
         return done
 
@@ -102,17 +103,18 @@ class Walker:
         self._compact(done, exactly=done.at.rung > rung or self._course.finished(done.at))
 
     def _look(self, done: Walk, gathers: int, *, ready: bool) -> int:
-        """Passes for scores, where none is fresh. Returns the rows of inputs that they have met."""
-        if done.fresh or self._needs not in ("gradient", "inputs"):
-            return 0
+        """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""
+        seen = 0
+        if self._needs & {"gradient", "gates"} and not done.fresh:
+            done.refreshes += gathers
+            passed = forward_flops(self._space, self._rows.gradient, self._length, done.allocated)
+            done.flops.looks += gathers * training_flops(passed, gradient_checkpointing=self._recomputes)
+            seen = 0 if self._compiles else self._rows_of(self._rows.gradient)
         done.fresh = True
-        if self._needs == "inputs":
+        if "inputs" in self._needs and not seen:
             done.flops.looks += self._inputs(done) * (gathers - ready)
-            return self._rows_of(self._batch) if ready else self._rows.correction
-        done.refreshes += gathers
-        passed = forward_flops(self._space, self._rows.gradient, self._length, done.allocated)
-        done.flops.looks += gathers * training_flops(passed, gradient_checkpointing=self._recomputes)
-        return 0 if self._compiles else self._rows_of(self._rows.gradient)
+            seen = self._rows_of(self._batch) if ready else self._rows.correction
+        return seen
 
     def _rows_of(self, rows: int) -> int:
         """Those of a pass over so many rows whose inputs are kept."""

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.distributed.layout import Runner, wrap
 from efficientllm.distributed.ranks import ALONE, World
-from efficientllm.models.parts import blocks
+from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.contract import Probe, PruneReport
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
@@ -111,12 +111,13 @@ def start(model: PreTrainedModel, train: TrainConfig, plan: PruningPlan | None, 
 
 def _wrapped(model: PreTrainedModel, train: TrainConfig, ranks: World, device: torch.device | str) -> Runner:
     model.train()
+    if train.gradient_checkpointing:
+        recompute(model)
     kind = ranks.mesh.device_type if ranks.mesh else str(device)
     return wrap(
         model,
         list(blocks(model)),
         ranks,
-        gradient_checkpointing=train.gradient_checkpointing,
         compile_blocks=train.compile,
         bf16=Precision.choose(train.precision, torch.device(kind)).bf16,
     )
