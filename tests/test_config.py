@@ -424,7 +424,7 @@ def test_lists_of_words_are_those_of_the_pruning_room() -> None:
     """Words that a type checker is to know stand in config a second time."""
     assert choices("types") == PRUNING_TYPES
     assert set(choices("curve")) == {*CURVES, "exponential"}
-    assert set(choices("selection")) == {"calibrated", "raw", "interleaved", *ORDERS}
+    assert set(choices("selection")) == {"auto", "calibrated", "raw", "interleaved", *ORDERS}
     costs = (Params, FlopsPerToken, KVCache, TableCost)
     assert choices("cost") == tuple(each.__dataclass_fields__["name"].default for each in costs)
     sizes = {name.replace("_", "-") for name in CostTarget.model_fields}

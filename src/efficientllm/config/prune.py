@@ -62,6 +62,7 @@ def _saliency(value: object) -> object:
 
 
 PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth"]
+Selection = Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"]
 AT_REST = Idle(lambda prune: prune.mode != "loop", "with prune.mode {0.mode}, which sets its own pace")
 PACED = Idle(
     lambda prune: prune.every is not None and prune.mode == "loop",
@@ -114,10 +115,12 @@ class PruneConfig(Section):
         default=cast(tuple[PruningType, ...], DEFAULT_TYPES),
         description="What may fall; attention_query needs a GQA model, depth takes whole layers",
     )
-    selection: Literal["calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"] = Field(
-        default="calibrated",
-        description="Which type falls next: by measured loss (calibrated), by scores as they are (raw), or by one of "
-        "the pruning paths to widths given as target",
+    selection: Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"] = (
+        Field(
+            default="auto",
+            description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where all "
+            "are in nats, as gate-fisher's are), or by one of the pruning paths to widths given as target",
+        )
     )
     bound: Annotated[Share, Idle(lambda prune: prune.mode == "one-shot", "with prune.mode one-shot")] = Field(
         default=0.05, gt=0, description="Most of the parameters that fall between two looks at the scores"
@@ -135,7 +138,7 @@ class PruneConfig(Section):
     @property
     def path(self) -> str | None:
         """The pruning path to widths given as target; None where scores choose the type."""
-        return None if self.selection in ("calibrated", "raw") else self.selection
+        return None if self.selection in ("auto", "calibrated", "raw") else self.selection
 
     @model_validator(mode="before")
     @classmethod

@@ -38,7 +38,8 @@ class Criterion:
     taken before |.|. statistic(X) is one number an input, fp32 (inputs,),
     taken once where layers share X; column(W, statistic) one number an input of W, and without it the statistic itself
     is the score of each X. statistic_flops(tokens, inputs): of its matrix
-    products. root: a unit's score is the square root of its sum.
+    products. root: a unit's score is the square root of its sum. nats: a unit's score is the loss increase that its
+    fall would bring, so that types compare by their scores as they are.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Criterion:
     statistic_flops: Callable[[int, int], int] = lambda tokens, inputs: 0
     column: ColumnScore | None = None
     root: bool = False
+    nats: bool = False
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
@@ -139,17 +141,16 @@ def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
     return weight.square().sum(0) * inverse
 
 
-DEFAULT = "taylor-element"
+DEFAULT = "gate-fisher"
+FREE = "free with training"
 LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of correction_tokens at each look"
 CRITERIA = {
     criterion.name: criterion
     for criterion in (
-        Criterion("taylor-element", "gradient", LLM_PRUNER, "sum |g w|", "free with training", element=taylor_element),
-        Criterion(
-            "taylor-vector", "gradient", LLM_PRUNER, "|sum g w|", "free with training", element=taylor, signed=True
-        ),
-        Criterion("fisher", "gradient", "arXiv 1906.10771", "sum (g w)^2", "free with training", element=fisher),
-        Criterion("gate-fisher", "gates", "arXiv 2204.09656", "mean of (x dL/dx)^2 / 2", "free with training"),
+        Criterion("taylor-element", "gradient", LLM_PRUNER, "sum |g w|", FREE, element=taylor_element),
+        Criterion("taylor-vector", "gradient", LLM_PRUNER, "|sum g w|", FREE, element=taylor, signed=True),
+        Criterion("fisher", "gradient", "arXiv 1906.10771", "sum (g w)^2", FREE, element=fisher),
+        Criterion("gate-fisher", "gates", "arXiv 2204.09656", "mean of (x dL/dx)^2 / 2", FREE, nats=True),
         Criterion("magnitude", "weights", "arXiv 1608.08710", "sum w^2", "free", element=magnitude),
         Criterion("wanda", "inputs", "arXiv 2306.11695", "sum |W_j| ||X_j||", PASS, statistic=input_norm, column=wanda),
         Criterion("flap", "inputs", "arXiv 2312.11983", "Var(X_j) ||W_j||^2", PASS, statistic=fluctuation, column=flap),

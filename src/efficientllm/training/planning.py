@@ -11,6 +11,7 @@ from efficientllm.models.latency_table import load_table
 from efficientllm.models.space import space_of, uneven_layers
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import Cost, KVCache, Params, counts
+from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.dimensions import ATTENTION, DEPTH
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space
@@ -67,10 +68,12 @@ def options_and_landings(
     Raises ValueError for what cannot be had.
     """
     cost = cost or Params(space)
+    types = types_of(prune, space, cost)
+    in_nats = all(each.nats for each in criteria_of(prune.saliency, types).values())
     options = PrunerOptions(
-        types=types_of(prune, space, cost),
+        types=types,
         saliency=prune.saliency,
-        calibrated=prune.selection != "raw",
+        calibrated=prune.selection == "calibrated" or (prune.selection == "auto" and not in_nats),
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=None if prune.correction == "none" else SolverOptions(),
         order=prune.path or "saliency",
