@@ -118,8 +118,8 @@ class PruneConfig(Section):
     selection: Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"] = (
         Field(
             default="auto",
-            description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where all "
-            "are in nats, as gate-fisher's are), or by one of the pruning paths to widths given as target",
+            description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where they "
+            "are nats, as gate-fisher's are), or by one of the pruning paths to widths given as target",
         )
     )
     bound: Annotated[Share, Idle(lambda prune: prune.mode == "one-shot", "with prune.mode one-shot")] = Field(
