@@ -43,7 +43,7 @@ ALLOWED = {
     "trainer_callback": {"library"},
     "cli": {
         "errors", "files", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning",
-        "jobs", "distributed", "comparison", "demo", "benching", "",
+        "jobs", "distributed", "training", "comparison", "demo", "benching", "",
     },
     "__main__": {"cli"},
     "": {"library", "trainer_callback"},

@@ -36,7 +36,7 @@ from efficientllm.pruning.widths import Widths
 from efficientllm.training.capture import Inputs, captured_inputs, unwatched, watched_gates
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import load_moments, shaped_moments
-from efficientllm.training.planning import cost_of, options_and_landings, refuse_uneven_depth
+from efficientllm.training.planning import decided
 from efficientllm.training.replay import Replay
 from efficientllm.training.snapshot import cut, model_of, snapshot_of
 
@@ -86,7 +86,6 @@ class Pruner:
             )
         space = space_of(model.config)
         check_space(space, model)
-        refuse_uneven_depth(options, model.config)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         self.model, self.optimizer = model, optimizer
@@ -94,10 +93,9 @@ class Pruner:
         self.calls = 0
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-        cost = cost_of(options, model.config, sequence_length or 1)
-        self._options, landings = options_and_landings(options, space, cost=cost)
-        self._landing = landings[-1]
-        self._schedule = SpanSchedule(start, start + steps, cost(space.widths), self._landing.target, options.curve)
+        self._options, (*_, self._landing) = decided(options, model.config, sequence_length or 1)
+        size = self._landing.cost(space.widths)
+        self._schedule = SpanSchedule(start, start + steps, size, self._landing.target, options.curve)
         self._correction_tokens = correction_tokens(space, None)
         self._observed = False
         self._given_loss = loss_fn

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
-from efficientllm.jobs import job
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
+from efficientllm.training import planning
 from efficientllm.training.planning import pruning_plan
 
 
@@ -199,7 +199,7 @@ def test_bad_requests_get_one_sentence(
 
 def test_a_low_rate_while_pruning_and_warm_up_after_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a loop's plan may ask for it; no recipe does."""
-    monkeypatch.setattr(job, "pruning_plan", lambda *which: replace(pruning_plan(*which), lr_share=0.25))
+    monkeypatch.setattr(planning, "pruning_plan", lambda *which: replace(pruning_plan(*which), lr_share=0.25))
     prune = {"start": "0%", "end": "50%"}
     assert call("prune", world.write("low", prune=prune, train={"warmup": 4 * 256, "decay": 0})) == 0
     metrics = records(world, "low", "metrics")

@@ -21,6 +21,7 @@ from efficientllm.planning.gpus import Gpu
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.plan import Plan, plan_of
 from efficientllm.training import planning
+from efficientllm.training.planning import run_plan
 
 
 def call(*argv: str | Path) -> int:
@@ -30,7 +31,7 @@ def call(*argv: str | Path) -> int:
 
 
 def planned(world: World, recipe: dict[str, object]) -> Plan:
-    return plan_of(Recipe.model_validate(recipe), load_config(str(world.folder / "source")), bf16=False)
+    return plan_of(run_plan(Recipe.model_validate(recipe), load_config(str(world.folder / "source"))), bf16=False)
 
 
 def test_plain_training_costs_what_was_planned(world: World) -> None:
@@ -64,7 +65,7 @@ def test_a_run_at_default_settings_costs_about_what_was_planned(world: World, tm
     build(tiny_config("llama-gqa", **shape, **more)).save_pretrained(tmp_path)
     load_tokenizer(str(world.folder / "source")).save_pretrained(tmp_path)
     recipe = Recipe.model_validate(world.recipe("by-default", source=str(tmp_path)))  # type: ignore[arg-type]
-    plan = plan_of(recipe, load_config(str(tmp_path)), bf16=False)
+    plan = plan_of(run_plan(recipe, load_config(str(tmp_path))), bf16=False)
     summary = run(recipe, lambda line: None)
     assert plan.flops == pytest.approx(summary["flops"], rel=0.1)
     assert plan.pruning_flops == pytest.approx(plan.flops - summary["flops_by_part"]["steps"], rel=0.2)
@@ -169,8 +170,8 @@ def test_another_teacher_costs_what_it_costs(world: World) -> None:
     recipe = Recipe.model_validate(world.recipe("taught", distill={"weight": 0.5}))
     config = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True)
     larger = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True, num_hidden_layers=4)
-    own = plan_of(recipe, config, bf16=False)
-    other = plan_of(recipe, config, bf16=False, teacher=larger)
+    own = plan_of(run_plan(recipe, config), bf16=False)
+    other = plan_of(run_plan(recipe, config), bf16=False, teacher=larger)
     rows, length = recipe.train.batch_rows(32), 32
     passes = [forward_flops(space_of(each), rows, length).base for each in (config, larger)]
     assert other.step_flops - own.step_flops == passes[1] - passes[0] == passes[0]

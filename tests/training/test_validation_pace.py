@@ -15,7 +15,7 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.planning.plan import plan_of
-from efficientllm.training.planning import pruning_plan
+from efficientllm.training.planning import pruning_plan, run_plan
 from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 LENGTH = 32
@@ -59,7 +59,8 @@ def test_by_default_it_takes_at_most_five_percent_of_what_the_run_spends(
 
 def test_the_plan_counts_it(world: World) -> None:
     recipe = recipe_of(world, 100_000, prune={"target": "50%"})
-    plan, pace = plan_of(recipe, load_config(str(world.folder / "source")), bf16=False), pace_of(world, recipe)
+    plan = plan_of(run_plan(recipe, load_config(str(world.folder / "source"))), bf16=False)
+    pace = pace_of(world, recipe)
     assert plan.validation_flops == pace.flops < 0.05 * plan.flops
     assert pace.said in plan.notes
 

@@ -41,6 +41,7 @@ def plan(
     from efficientllm.planning.plan import plan_of
     from efficientllm.pruning.widths import Widths
     from efficientllm.sizes import format_bytes
+    from efficientllm.training.planning import run_plan
 
     loaded = load_recipe(recipe, overrides or [])
     machine = gpu_named(gpu) if gpu else None
@@ -49,7 +50,7 @@ def plan(
     say("tracing the memory of one step; no weights are allocated")
     teacher = loaded.distill.teacher if loaded.distill else None
     taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
-    found = plan_of(loaded, config, bf16=bf16, gpu=machine is not None, teacher=taught)
+    found = plan_of(run_plan(loaded, config), bf16=bf16, gpu=machine is not None, teacher=taught)
     for note in found.notes:
         say(note)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 from efficientllm.comparison.arms import Arm
-from efficientllm.comparison.budget import TRIES, batch_tokens
+from efficientllm.comparison.budget import TRIES
 from efficientllm.comparison.rates import MORE
 from efficientllm.comparison.work import Comparison
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
-from efficientllm.models.loading import load_config
 from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count
 from efficientllm.training.looks import LOOK_SHARE
-from efficientllm.training.planning import pruning_plan
 
 
 def forecast(comparison: Comparison) -> str:
@@ -44,15 +42,14 @@ def forecast(comparison: Comparison) -> str:
 def expected_flops(comparison: Comparison) -> dict[str, float]:
     """FLOPs of each arm's run at equal tokens, estimated from shapes: training at the final size, and for arms that
     prune step by step a quarter of a batch looked at for every `bound` that falls, at a size midway."""
-    recipe = comparison.recipe
-    plan = pruning_plan(recipe, load_config(recipe.source, trust_remote_code=recipe.trust_remote_code))
-    assert plan is not None
-    pruned = plan.landing.balanced()
-    return {arm.name: _expected(comparison, arm, plan.landing.cost, pruned) for arm in comparison.arms}
+    pruning = comparison.plan.pruning
+    assert pruning is not None
+    pruned = pruning.landing.balanced()
+    return {arm.name: _expected(comparison, arm, pruning.landing.cost, pruned) for arm in comparison.arms}
 
 
 def _expected(comparison: Comparison, arm: Arm, cost: Cost, pruned: Widths) -> float:
-    recipe, space, length = comparison.recipe, comparison.space, comparison.recipe.data.sequence_length
+    recipe, space, length = comparison.recipe, comparison.space, comparison.plan.length
     assert recipe.prune is not None
     final = space.widths if arm.base == "dense" else pruned
 
@@ -68,5 +65,5 @@ def _expected(comparison: Comparison, arm: Arm, cost: Cost, pruned: Widths) -> f
     if arm.prunes and arm.base != "one-shot":
         share = cost(final) / cost(space.widths)
         looks = math.ceil(math.log(share) / math.log1p(-min(recipe.prune.bound, 0.99)))
-        flops += looks * batch_tokens(recipe) / LOOK_SHARE * (token(final) + token(space.widths)) / 2
+        flops += looks * comparison.plan.batch_tokens / LOOK_SHARE * (token(final) + token(space.widths)) / 2
     return flops

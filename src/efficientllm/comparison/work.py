@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import EvalRequest, check_tasks
 from efficientllm.jobs.run_folder import RunFolder, fingerprint
 from efficientllm.models.loading import load_config
-from efficientllm.models.space import space_of
-from efficientllm.pruning.costs import Cost
 from efficientllm.pruning.groups import Space
-from efficientllm.training.planning import cost_of, pruning_plan
-from efficientllm.training.validation_pace import validation_pace
+from efficientllm.training.planning import RunPlan, run_plan
 
 Say = Callable[[str], None]
 Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop
@@ -64,10 +61,9 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared and where it is kept."""
+    """What is compared and where it is kept. plan: of the loop, as the user's recipe has it."""
 
-    recipe: Recipe
-    space: Space
+    plan: RunPlan
     arms: Sequence[Arm]
     seeds: Sequence[int]
     budgets: Sequence[str]
@@ -75,8 +71,15 @@ class Comparison:
     folder: Path
     devices: int = 0
     tasks: EvalRequest | None = None
-    cost: Cost | None = None
     source_tokens: int | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def space(self) -> Space:
+        return self.plan.space
 
     def source_flops(self) -> int:
         """Of the source's own pretraining, for the budget `pipeline`."""
@@ -114,19 +117,18 @@ class Comparison:
         if not grid or min(grid) <= 0 or len(set(grid)) < len(grid):
             raise UsageError("--lr-grid wants different positive multiples of train.lr, such as 0.5,1,2")
         config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
-        space, cost = space_of(config), cost_of(recipe.prune, config, recipe.data.sequence_length)
+        plan = run_plan(recipe, config)
         if recipe.run.validation_tokens == "auto":  # one number: all arms are compared on those rows
-            rows = validation_pace(recipe, space, pruning_plan(recipe, config)).rows
-            run = recipe.run.model_copy(update={"validation_tokens": rows * recipe.data.sequence_length})
-            recipe = recipe.model_copy(update={"run": run})
+            run = recipe.run.model_copy(update={"validation_tokens": plan.pace.rows * plan.length})
+            plan = replace(plan, recipe=recipe.model_copy(update={"run": run}))
         if "pipeline" in budgets:
-            source_flops(recipe, space, source_tokens)
+            source_flops(recipe, plan.space, source_tokens)
         if tasks is not None:
             check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]
         # Runs side by side, one a GPU; a CPU, or one GPU of the user's choice, would only be shared among them.
         devices = torch.cuda.device_count() if recipe.train.device in ("auto", "cuda") else 0
-        return cls(recipe, space, arms, seeds, ordered, grid, folder, devices, tasks, cost, source_tokens)
+        return cls(plan, arms, seeds, ordered, grid, folder, devices, tasks, source_tokens)
 
 
 def loss_of(outcome: Outcome) -> float | None:
@@ -156,7 +158,7 @@ def run_work(comparison: Comparison, work: Sequence[Work], budget: str, loops: L
                 tokens=tokens,
                 folder=str(folder),
                 loop=loops.get(seed),
-                cost=comparison.cost,
+                cost=comparison.plan.pruning.landing.cost if comparison.plan.pruning else None,
             )
             recipes[index] = placed(recipe)
         except UsageError as error:

@@ -48,7 +48,7 @@ def window_losses(job: Job, model: Any) -> dict[str, Any]:
     """losses: nats per token of each window. bytes: UTF-8 length of all text that is predicted in them, special
     tokens apart. tokens: predicted tokens of a window."""
     length = job.recipe.data.sequence_length
-    chosen = chosen_rows(job.validation, job.pace.rows)
+    chosen = chosen_rows(job.validation, job.plan.pace.rows)
     losses: list[float] = []
     size = 0
     with torch.no_grad(), track("validation windows", sum(map(len, chosen))) as bar:

@@ -115,12 +115,10 @@ class PruneConfig(Section):
         default=cast(tuple[PruningType, ...], DEFAULT_TYPES),
         description="What may fall; attention_query needs a GQA model, depth takes whole layers",
     )
-    selection: Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"] = (
-        Field(
-            default="auto",
-            description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where they "
-            "are nats, as gate-fisher's are), or by one of the pruning paths to widths given as target",
-        )
+    selection: Selection = Field(
+        default="auto",
+        description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where they "
+        "are in nats, as gate-fisher's), or by one of the pruning paths to widths given as target",
     )
     bound: Annotated[Share, Idle(lambda prune: prune.mode == "one-shot", "with prune.mode one-shot")] = Field(
         default=0.05, gt=0, description="Most of the parameters that fall between two looks at the scores"

@@ -32,17 +32,17 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         source = ranks.from_first(lambda: _branch(job, Path(recipe.resume or "")))
     elif saved is None:
         ranks.from_first(lambda: job.folder.rewind(0))
-        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.plan, ranks)
+        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.pruning, ranks)
         return state, _measured(job, state, say)
     snapshot = load(saved, ranks, job.device)
-    if snapshot.pruner_facts is not None and job.plan is None:
+    if snapshot.pruner_facts is not None and job.pruning is None:
         raise error_of_all(ranks, f"{saved} is of a run that prunes; give the recipe its prune section")
     if source:
         ranks.from_first(lambda: job.folder.rewind(snapshot.step))
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
         for difference in other_bits(source, arithmetic(job.device)):
             say(difference)
-    state = restore(snapshot, recipe.train, job.plan, job.device, ranks)
+    state = restore(snapshot, recipe.train, job.pruning, job.device, ranks)
     return state, source or _measured(job, state, say)
 
 
@@ -57,13 +57,13 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
         "parameters": state.allocated_parameters,
         "widths": state.space.widths.record(),
         "validation_loss": loss,
-        "validation_rows": job.pace.rows,
+        "validation_rows": job.plan.pace.rows,
         "corpora": job.corpora,
         "precision": job.precision.name,
         **arithmetic(job.device),
     }
-    if job.plan and job.plan.landing.cost.name != "params":
-        facts["cost"] = job.plan.landing.cost.key
+    if job.pruning and job.pruning.landing.cost.name != "params":
+        facts["cost"] = job.pruning.landing.cost.key
     job.ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return facts
@@ -90,7 +90,7 @@ def _branch(job: Job, saved: Path) -> dict[str, Any]:
         job.folder.rewind(0)
         return {}
     _check_source(job, source, other)
-    if source["widths"] != widths_of(job.config).record():
+    if source["widths"] != widths_of(job.plan.source).record():
         raise UsageError(f"resume {saved} is of a run from another source; set source to {source['path']}")
     job.folder.take_over(other)
     return source
@@ -129,18 +129,18 @@ def _check_source(job: Job, source: dict[str, Any], folder: RunFolder) -> None:
         raise UsageError(
             f"{name} is not the text that run folder {folder.path} began with; restore it, or choose another run.dir"
         )
-    cost = job.plan.landing.cost if job.plan else None
+    cost = job.pruning.landing.cost if job.pruning else None
     if cost and source.get("cost", "params") != cost.key:
         raise UsageError(
             f"run folder {folder.path} was begun with another prune.latency_table under that name; restore it, or "
             "choose another run.dir"
         )
-    rows = source.get("validation_rows", job.pace.rows)
-    if rows != job.pace.rows:
+    rows = source.get("validation_rows", job.plan.pace.rows)
+    if rows != job.plan.pace.rows:
         tokens = exact_count(rows * job.recipe.data.sequence_length)
         raise UsageError(
             f"the source of run folder {folder.path} was validated on {rows:,} rows, and this run would take "
-            f"{job.pace.rows:,}; set run.validation_tokens to {tokens}"
+            f"{job.plan.pace.rows:,}; set run.validation_tokens to {tokens}"
         )
     if source.get("precision") != job.precision.name:
         raise UsageError(

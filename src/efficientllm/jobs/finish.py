@@ -36,17 +36,16 @@ Say = Callable[[str], None]
 def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dict[str, Any]:
     """Exports the model, then writes the summary, whose presence means finished; the picture comes after it."""
     loss = final_loss(job, state)
-    if job.plan and state.pruner and not state.pruner.finished:
-        unit = job.plan.landing.cost.unit
+    if job.pruning and state.pruner and not state.pruner.finished:
+        unit = job.pruning.landing.cost.unit
         say(
             f"the run ended at {format_amount(state.pruner.size, unit)}, above the target of "
-            f"{format_amount(job.plan.landing.target, unit)}: events are left undone; train longer, or let pruning end "
-            "earlier"
+            f"{format_amount(job.pruning.landing.target, unit)}: events are left undone; train longer, or let pruning "
+            "end earlier"
         )
-    if job.plan and state.live_widths != state.space.widths:
-        compact(
-            state, job.plan.landing.align.round_up(state.live_widths, state.space.widths), job.recipe.train, job.plan
-        )
+    if job.pruning and state.live_widths != state.space.widths:
+        widths = job.pruning.landing.align.round_up(state.live_widths, state.space.widths)
+        compact(state, widths, job.recipe.train, job.pruning)
     model = whole_model(state)
     return job.ranks.from_first(lambda: _leave_result(job, state, model, source, loss, say))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.checkpoint.sharded import storage
@@ -28,11 +28,9 @@ from efficientllm.sizes import format_count
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
-from efficientllm.training.notes import notes_of
-from efficientllm.training.planning import pruning_plan
+from efficientllm.training.planning import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.teacher_cache import CachedTeacher
-from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 CHUNK_TOKENS = 1024  # whose logits of both models stand in memory at once: each 200 MB in fp32 for 49,152 words
 
@@ -47,30 +45,32 @@ class Unlogged:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is fixed before the first step."""
+    """Everything that is fixed before the first step: the plan, and what it meets on this machine."""
 
-    recipe: Recipe
     folder: RunFolder
     device: torch.device
     precision: Precision
-    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    plan: PruningPlan | None
+    plan: RunPlan
     batches: BatchStream
-    batch_rows: int
     validation: Sequence[Corpus]
-    pace: ValidationPace
-    steps: int
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
     trackers: Trackers
     ranks: World
 
     @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def pruning(self) -> PruningPlan | None:
+        return self.plan.pruning
+
+    @property
     def chunked_loss(self) -> bool:
         """Whether the logits of a micro-batch are made chunk by chunk (train.loss)."""
-        recipe = self.recipe
-        return loss_is_chunked(recipe.train, recipe.data.sequence_length, self.device.type, self.config.vocab_size)
+        return loss_is_chunked(self.recipe.train, self.plan.length, self.device.type, self.plan.source.vocab_size)
 
     @property
     def stream(self) -> TextIO | None:
@@ -96,14 +96,14 @@ def teacher_of(job: Job) -> Distillation | None:
     path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
     what = "distill.teacher" if distill.teacher else "source"
     config = load_config(path, what=what, use="a teacher", trust_remote_code=trust)
-    theirs = config.vocab_size
-    if theirs != job.config.vocab_size or (
+    theirs, own = config.vocab_size, job.plan.source.vocab_size
+    if theirs != own or (
         distill.teacher
         and load_tokenizer(path, what=what, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
     ):
         raise UsageError(
             f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
-            f"({job.config.vocab_size:,}); choose a teacher with the source's tokenizer"
+            f"({own:,}); choose a teacher with the source's tokenizer"
         )
 
     def load() -> PreTrainedModel:
@@ -114,7 +114,7 @@ def teacher_of(job: Job) -> Distillation | None:
     if distill.samples is None:
         teacher = LiveTeacher(load())
     else:
-        root, length = cache_root(job.recipe.data.cache_dir), job.recipe.data.sequence_length
+        root, length = cache_root(job.recipe.data.cache_dir), job.plan.length
         drawn = f"{length}-drawn-{distill.temperature:g}-{distill.samples}"
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
@@ -195,26 +195,19 @@ def _fits(job: Job) -> bool:
     if job.device.type != "cuda":
         return True
     memory = torch.cuda.get_device_properties(job.device).total_memory
-    return fits_whole(int(space_of(job.config).num_params()), memory)
+    return fits_whole(int(job.plan.space.num_params()), memory)
 
 
 def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: World) -> Job:
     device = choose_device(recipe.train.device, ranks)
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
-    plan = pruning_plan(recipe, config)
-    pace = validation_pace(recipe, space_of(config), plan)
-    for note in (*notes_of(recipe, plan), *([pace.said] if pace.said else [])):
+    plan = run_plan(recipe, config)
+    for note in plan.notes:
         say(note)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
-    length = recipe.data.sequence_length
-    if length > config.max_position_embeddings:
-        raise UsageError(
-            f"data.sequence_length {length} is more than the {config.max_position_embeddings} positions that the "
-            f"source was built for; set it to {config.max_position_embeddings} or less"
-        )
+    length, rows = plan.length, plan.batch_rows
     training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
-    rows = recipe.train.batch_rows(length)
     if rows % ranks.world:
         raise UsageError(
             f"a step of {rows} rows (train.batch_tokens) does not divide over {ranks.world} processes; make it a "
@@ -224,27 +217,11 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
         batches = BatchStream(training, [corpus.weight for corpus in training], rows, recipe.train.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    steps = recipe.train.steps(length)
-    for corpus, epochs in zip(training, batches.epochs(steps), strict=True):
+    for corpus, epochs in zip(training, batches.epochs(plan.steps), strict=True):
         if epochs > 1:
             say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
     precision = Precision.choose(recipe.train.precision, device)
     corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
     return Job(
-        recipe,
-        folder,
-        device,
-        precision,
-        config,
-        tokenizer,
-        plan,
-        batches,
-        rows,
-        validation,
-        pace,
-        steps,
-        corpora,
-        Unlogged(),
-        Trackers(say),
-        ranks,
+        folder, device, precision, tokenizer, plan, batches, validation, corpora, Unlogged(), Trackers(say), ranks
     )

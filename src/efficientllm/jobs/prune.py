@@ -83,16 +83,16 @@ def crossed(every: int, before: int, after: int) -> bool:
 def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation | None) -> None:
     """All steps that are left, each followed by its records, its validation and its checkpoint where due."""
     recipe = job.recipe
-    total = job.steps * job.batch_rows * recipe.data.sequence_length
+    total = job.plan.tokens
     checkpoint_every = recipe.run.checkpoint_every.tokens(total)
     records = train_steps(
         state,
         job.batches,
         recipe.train,
-        job.plan,
-        steps=job.steps,
+        job.pruning,
+        steps=job.plan.steps,
         precision=job.precision,
-        batch_rows=job.batch_rows,
+        batch_rows=job.plan.batch_rows,
         distillation=teacher,
     )
     name = job.folder.path.name
@@ -109,8 +109,8 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             if record.prune and record.prune.corrections.skipped and not warned:
                 warned = True
                 progress.note(SKIPPED)
-            last = state.step == job.steps
-            due = last or crossed(job.pace.every, before, state.tokens)
+            last = state.step == job.plan.steps
+            due = last or crossed(job.plan.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
             stopping = agreed(job, stop)  # once: a signal from here on is for the next step, whose line comes first
@@ -172,7 +172,7 @@ def write_records(
     job.unlogged.seconds += record.seconds
     job.unlogged.tokens += state.tokens - before
     pruned = record.prune is not None and record.prune.events
-    due = state.step % -(-job.steps // LINES) == 0 or loss is not None
+    due = state.step % -(-job.plan.steps // LINES) == 0 or loss is not None
     if always or due or pruned or record.compaction:
         line = metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss)
         job.folder.metrics.append(line)

@@ -13,7 +13,7 @@ from efficientllm.training.state import TrainState
 def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable[[], None] = lambda: None) -> float:
     """Validation loss in nats per token, with a bar; `check` is called between micro-batches and may raise."""
     recipe = job.recipe
-    rows = sum(len(indices) for indices in chosen_rows(job.validation, job.pace.rows))
+    rows = sum(len(indices) for indices in chosen_rows(job.validation, job.plan.pace.rows))
     with progress.track("validation", rows) as tracker:
 
         def tick(rows: int) -> None:
@@ -24,7 +24,7 @@ def validate(job: Job, state: TrainState, progress: RunProgress, check: Callable
             state.model,
             job.validation,
             micro_batch=recipe.train.micro_batch,
-            limit=job.pace.rows,
+            limit=job.plan.pace.rows,
             device=job.device,
             precision=job.precision,
             chunked=job.chunked_loss,

@@ -18,10 +18,8 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
-from efficientllm.training.notes import notes_of
-from efficientllm.training.planning import pruning_plan
+from efficientllm.training.planning import RunPlan
 from efficientllm.training.state import PruningPlan
-from efficientllm.training.validation_pace import validation_pace
 
 
 @dataclass(frozen=True)
@@ -55,28 +53,14 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan_of(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    *,
-    bf16: bool,
-    gpu: bool = False,
-    teacher: PretrainedConfig | None = None,
-) -> Plan:
-    """bf16, gpu: how and on what it will be trained. teacher: another than the source.
-
-    Raises UsageError for a recipe that could not be run on this source.
-    """
-    space, length = space_of(config), recipe.data.sequence_length
-    plan = pruning_plan(recipe, config)
-    batch_rows = recipe.train.batch_rows(length)
-    batch, steps = batch_rows * length, recipe.train.steps(length)
-    target, shape, reaches = _goal(space, plan)
+def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: PretrainedConfig | None = None) -> Plan:
+    """bf16, gpu: how and on what it will be trained. teacher: another than the source."""
+    recipe, config, space = plan.recipe, plan.source, plan.space
+    target, shape, reaches = _goal(space, plan.pruning)
     teaching = space if teacher is None else space_of(teacher)
-    cost = _step_flops(recipe, space, teaching, batch_rows)
-    done = _walk(recipe, plan, space, cost, batch_rows, steps)
+    cost = _step_flops(plan, teaching)
+    done = _walk(plan, cost)
     parameters = int(space.num_params())
-    pace = validation_pace(recipe, space, plan)
     return Plan(
         parameters,
         target,
@@ -86,21 +70,21 @@ def plan_of(
         done.at.events,
         done.compactions,
         done.refreshes,
-        _phases(recipe, plan, batch, steps, done.at.events),
-        steps,
-        batch,
+        _phases(plan, done.at.events),
+        plan.steps,
+        plan.batch_tokens,
         done.flops.total,
         done.flops,
         done.pruning,
-        pace.flops,
+        plan.pace.flops,
         int(cost(space.widths).total),
         replace(
-            step_memory(config, recipe.train, length, bf16=bf16, gpu=gpu),
+            step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
         ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
-        notes=(*notes_of(recipe, plan), *([pace.said] if pace.said else [])),
+        notes=plan.notes,
     )
 
 
@@ -119,13 +103,13 @@ def _goal(space: Space, plan: PruningPlan | None) -> tuple[int, Widths, str]:
     return int(space.num_params(shape)), shape, format_amount(landing.target, landing.cost.unit)
 
 
-def _phases(recipe: Recipe, plan: PruningPlan | None, batch: int, steps: int, events: int) -> tuple[int, int, int]:
-    total = steps * batch
-    if recipe.prune is None or plan is None:
+def _phases(plan: RunPlan, events: int) -> tuple[int, int, int]:
+    total, recipe = plan.tokens, plan.recipe
+    if recipe.prune is None or plan.pruning is None:
         return total, 0, 0
-    start = recipe.pruning_starts
-    span = getattr(plan.schedule, "end", None)
-    end = span if span is not None else start + events * (recipe.prune.every or 1) * batch
+    start = plan.pruning.begins
+    span = getattr(plan.pruning.schedule, "end", None)
+    end = span if span is not None else start + events * (recipe.prune.every or 1) * plan.batch_tokens
     end = int(min(total, end))
     return start, end - start, total - end
 
@@ -135,9 +119,10 @@ def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
     return int(teacher.num_params()) * (2 if bf16 else 4) if recipe.distill else 0
 
 
-def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) -> StepFlops:
+def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
     """FLOPs of a step as a function of the allocated widths, a teacher's included."""
-    length, distill = recipe.data.sequence_length, recipe.distill is not None
+    recipe, space, batch_rows, length = plan.recipe, plan.space, plan.batch_rows, plan.length
+    distill = recipe.distill is not None
     keeps = recipe.distill is not None and recipe.distill.samples is not None
     teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
 
@@ -150,19 +135,20 @@ def _step_flops(recipe: Recipe, space: Space, teaching: Space, batch_rows: int) 
     return at
 
 
-def _walk(recipe: Recipe, plan: PruningPlan | None, space: Space, cost: StepFlops, batch_rows: int, steps: int) -> Walk:
-    if plan is None:
+def _walk(plan: RunPlan, cost: StepFlops) -> Walk:
+    space, train = plan.space, plan.recipe.train
+    if plan.pruning is None:
         done = Walk(Standing(space.widths), space.widths)
-        for _ in range(steps):
+        for _ in range(plan.steps):
             done.flops.add(cost(space.widths))
         return done
     walker = Walker(
         space,
-        plan,
+        plan.pruning,
         cost,
-        rows=batch_rows,
-        length=recipe.data.sequence_length,
-        recomputes=recipe.train.gradient_checkpointing,
-        compiles=recipe.train.compile,
+        rows=plan.batch_rows,
+        length=plan.length,
+        recomputes=train.gradient_checkpointing,
+        compiles=train.compile,
     )
-    return walker.walk(steps)
+    return walker.walk(plan.steps)

@@ -1,6 +1,9 @@
-"""From a recipe to a pruning plan: every request is checked against the source before anything is spent."""
+"""Where a recipe comes to rest: one frozen plan, of it and of its source's config, that a run, `efficientllm plan` and
+comparisons take. Every request is checked against the source before anything is spent."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
@@ -18,15 +21,69 @@ from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.looks import LOOK_SHARE
+from efficientllm.training.notes import notes_of
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import alignment_of, floors_of, least_of, named_floors, rungs_of, target_of
+from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 COMPACT_AT = 0.04  # of the parameters: compactions then take 0.2 % of a run to 40 % (docs/results/overhead.md)
 ONE_SHOT_BATCHES = 8  # to come, whose looks one-shot averages; not studied
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """A recipe at rest: all that follows from it and from the config of its source, before a file of either is read.
+
+    source: the source's config; space: its shape. length: tokens of a row. batch_rows: rows of a step, all processes
+    together; steps: of the whole run. pruning: None where nothing is pruned. notes: what a run says of it before it
+    starts, a line each.
+    """
+
+    recipe: Recipe
+    source: PretrainedConfig
+    space: Space
+    length: int
+    batch_rows: int
+    steps: int
+    pruning: PruningPlan | None
+    pace: ValidationPace
+    notes: tuple[str, ...]
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_rows * self.length
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run, which ends with a whole batch."""
+        return self.steps * self.batch_tokens
+
+
+def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
+    """The plan of a recipe for a source model with this config. Raises UsageError for what cannot be run on it."""
+    space, length = space_of(source), recipe.data.sequence_length
+    pruning = pruning_plan(recipe, source)
+    pace = validation_pace(recipe, space, pruning)
+    if length > source.max_position_embeddings:
+        raise UsageError(
+            f"data.sequence_length {length} is more than the {source.max_position_embeddings} positions that the "
+            f"source was built for; set it to {source.max_position_embeddings} or less"
+        )
+    return RunPlan(
+        recipe,
+        source,
+        space,
+        length,
+        recipe.train.batch_rows(length),
+        recipe.train.steps(length),
+        pruning,
+        pace,
+        (*notes_of(recipe, pruning), *([pace.said] if pace.said else [])),
+    )
+
+
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
-    """The plan for a source model with this config; None where the recipe prunes nothing.
+    """How a source model with this config is pruned; None where the recipe prunes nothing.
 
     Raises UsageError for a target that cannot be reached or a criterion that does not exist.
     """
@@ -34,10 +91,8 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     if prune is None:
         return None
     space = space_of(source)
-    refuse_uneven_depth(prune, source)
     try:
-        cost = cost_of(prune, source, recipe.data.sequence_length)
-        options, landings = options_and_landings(prune, space, seed=recipe.train.seed, cost=cost)
+        options, landings = decided(prune, source, recipe.data.sequence_length, seed=recipe.train.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return PruningPlan(
@@ -51,7 +106,17 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
     )
 
 
-def refuse_uneven_depth(prune: PruneConfig, source: PretrainedConfig) -> None:
+def decided(
+    prune: PruneConfig, source: PretrainedConfig, sequence_length: int, *, seed: int = 0
+) -> tuple[PrunerOptions, tuple[Landing, ...]]:
+    """How the engine decides on this source, and where it lands. Raises UsageError or ValueError for what cannot be
+    had."""
+    _refuse_uneven_depth(prune, source)
+    cost = cost_of(prune, source, sequence_length)
+    return options_and_landings(prune, space_of(source), seed=seed, cost=cost)
+
+
+def _refuse_uneven_depth(prune: PruneConfig, source: PretrainedConfig) -> None:
     """Raises UsageError where layers are to fall although they cannot take each other's places."""
     if DEPTH in prune.types and uneven_layers(source):
         raise UsageError(
