@@ -96,7 +96,7 @@ class Passes(ABC):
                 with inputs.taken(first) if inputs is not None and counts else nullcontext():
                     summed = state.runner.run(partial(rows.loss, part))
                 mean = summed / (rows.predicted if counts else math.inf)
-                mean.backward()  # type: ignore[no-untyped-call]
+                mean.backward()
                 loss += mean.detach()
                 first += len(part)
                 ranks.beat()
