@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,18 @@ from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.gates import GateSums
-from efficientllm.pruning.groups import Space
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.capture import Inputs, captured_inputs, unwatched, watched_gates
 from efficientllm.training.looks import correction_tokens
-from efficientllm.training.optim import load_moments, shaped_moments
+from efficientllm.training.optim import optimizer_like
 from efficientllm.training.planning import decided
-from efficientllm.training.replay import Replay
-from efficientllm.training.snapshot import cut, model_of, snapshot_of
+from efficientllm.training.replay import CurrentBatch
+from efficientllm.training.snapshot import Snapshot, cut, model_of
+from efficientllm.training.state import PruningPlan, adopt, assemble, capture, compaction_widths, prune
 
 # Keys of the prune section that say how our own loop is run.
 RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every"})
-LossFunction = Callable[[], Tensor]
 
 
 class Pruner:
@@ -68,7 +66,7 @@ class Pruner:
         steps: int,
         start: int = 0,
         sequence_length: int | None = None,
-        loss_fn: LossFunction | None = None,
+        loss_fn: Callable[[], Tensor] | None = None,
         types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
     ) -> None:
@@ -88,31 +86,35 @@ class Pruner:
         check_space(space, model)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
-        self.model, self.optimizer = model, optimizer
-        self._source = copy.deepcopy(model.config)
-        self.calls = 0
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-        self._options, (*_, self._landing) = decided(options, model.config, sequence_length or 1)
-        size = self._landing.cost(space.widths)
-        self._schedule = SpanSchedule(start, start + steps, size, self._landing.target, options.curve)
-        self._correction_tokens = correction_tokens(space, None)
+        decides, landings = decided(options, model.config, sequence_length or 1)
+        size, landing = landings[-1].cost(space.widths), landings[-1]
+        schedule = SpanSchedule(start, start + steps, size, landing.target, options.curve)
+        tokens, source = correction_tokens(space, None), copy.deepcopy(model.config)
+        self._plan = PruningPlan(source, landings, schedule, decides, compact_at=0.0, correction_tokens=tokens)
+        self._state = assemble(model, optimizer, self._plan)
         self._observed = False
-        self._given_loss = loss_fn
-        self._bind(space)
+        self._loss_fn = loss_fn
+        self._passes = CurrentBatch(self._state, tokens, loss_fn)
 
-    def _bind(self, space: Space) -> None:
-        """Points the engine at the model and optimizer in hand."""
-        params = dict(self.model.named_parameters())
-        self._replay = None if self._given_loss else Replay(self.model)
-        self.engine = PruningEngine(
-            space,
-            params,
-            lambda name: shaped_moments(self.optimizer, params[name]),
-            landings=[self._landing],
-            schedule=self._schedule,
-            options=self._options,
-        )
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._state.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._state.optimizer
+
+    @property
+    def engine(self) -> PruningEngine:
+        assert self._state.pruner is not None
+        return self._state.pruner
+
+    @property
+    def calls(self) -> int:
+        """How often step() has been called."""
+        return self._state.step
 
     @property
     def finished(self) -> bool:
@@ -141,54 +143,30 @@ class Pruner:
         """
         if not (self._observed or self.finished):
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
-        self.calls += 1
-        report = self.engine.step(self.calls, self)
-        if report.events:
-            self.optimizer.zero_grad(set_to_none=True)
-        return report
-
-    def _current_loss(self) -> Tensor:
-        function = self._given_loss or self._replay
-        assert function is not None
-        return function()
+        self._state.step += 1
+        return prune(self._state, self.calls, self._passes)
 
     def measure(self) -> Callable[[], float]:
         """For the engine: measures the loss of the current batch in nats, without a gradient."""
+        return self._passes.measure()
 
-        @torch.no_grad()
-        def loss() -> float:
-            return float(self._current_loss())
-
-        return loss
-
-    def gates(self) -> None:
-        """For the engine: the passes of somebody's loop are not watched."""
-        return None
+    def gates(self) -> GateSums | None:
+        """For the engine: None, since the passes of somebody's loop are not watched."""
+        return self._passes.gates()
 
     def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
         """For the engine: the gradient of the current batch at the current weights, in .grad; inputs on the way."""
-        self.optimizer.zero_grad(set_to_none=True)
-        watching = watched_gates(self.model, self.engine.space, gates) if gates is not None else nullcontext(unwatched)
-        with self._capturing(names) as inputs, watching as watch:
-            with inputs.taken(0), watch(0):
-                loss = self._current_loss()
-            loss.backward()
-        return inputs
+        return self._passes.gradient(names, gates)
 
-    @torch.no_grad()
     def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """For the engine: inputs (tokens, inputs) of linear layers, on the current batch's first tokens."""
-        with self._capturing(names) as inputs, inputs.taken(0):
-            self._current_loss()
-        return inputs
+        return self._passes.inputs(names)
 
-    def _capturing(self, names: Sequence[str]) -> AbstractContextManager[Inputs]:
-        return captured_inputs(self.model, names, self._correction_tokens, waits=True)
-
-    def _aligned_widths(self) -> Widths:
-        if self.finished:
-            return self.widths
-        return self._landing.align.round_up(self.widths, self.engine.space.widths)
+    def _cut(self, *, moments: bool = True) -> Snapshot:
+        """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""
+        widths = compaction_widths(self._state, self._plan) or self._state.space.widths
+        whole = capture(self._state)
+        return cut(whole if moments else replace(whole, moments={}), widths, self._plan.source)
 
     def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
@@ -202,45 +180,22 @@ class Pruner:
                 f"compact() cannot replace a wrapped optimizer ({type(self.optimizer).__name__}); give Pruner the "
                 "plain one, or leave the tensors at their size and call save_pretrained() at the end"
             )
-        widths = self._aligned_widths()
-        snapshot = cut(snapshot_of(self.model, self.optimizer, self.engine), widths, self._source)
-        device = next(self.model.parameters()).device
-        after = names_after(self.engine.space, choose_kept(self.engine.live, widths))
-        names = {weight: after[name] for name, weight in self.model.named_parameters() if name in after}
-        training = self.model.training
-        model = model_of(snapshot, device)
-        model.train(training)
-        model.generation_config = self.model.generation_config
-        model.config.use_cache = self.model.config.use_cache
-        model.set_attn_implementation(self.model.config._attn_implementation)
-        if is_recomputed(self.model):
-            recompute(model)
-        fresh = dict(model.named_parameters())
-        for weight, name in names.items():
-            fresh[name].requires_grad_(weight.requires_grad)
-        groups = [
-            {**group, "params": [fresh[names[weight]] for weight in group["params"] if weight in names]}
-            for group in self.optimizer.param_groups
-        ]
-        kind: Any = type(self.optimizer)  # its hyperparameters travel in the groups
-        self.optimizer = kind(groups)
-        load_moments(self.optimizer, model, snapshot.moments)
-        if self._replay:
-            self._replay.remove()
-        self.model = model
-        self._bind(space_of(model.config))
-        assert snapshot.pruner_facts is not None
-        self.engine.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
-        return model, self.optimizer
+        snapshot = self._cut()
+        model = model_like(self.model, model_of(snapshot, self._state.device))
+        weights = dict(model.named_parameters())
+        kept = choose_kept(self.engine.live, space_of(model.config).widths)
+        heirs = {old: weights[new] for old, new in names_after(self.engine.space, kept).items()}
+        optimizer = optimizer_like(self.optimizer, self.model, heirs)
+        adopt(self._state, assemble(model, optimizer, self._plan, snapshot=snapshot))
+        self._passes.close()
+        self._passes = CurrentBatch(self._state, self._passes.tokens, self._loss_fn)
+        return self.model, self.optimizer
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Writes the model, cut to its live widths, as a folder that plain transformers loads."""
-        widths = self._aligned_widths()
         model = self.model
-        if widths != self.engine.space.widths:
-            snapshot = snapshot_of(self.model, self.optimizer, self.engine)
-            snapshot.moments = {}
-            model = model_of(cut(snapshot, widths, self._source), next(self.model.parameters()).device)
+        if compaction_widths(self._state, self._plan):
+            model = model_of(self._cut(moments=False), self._state.device)
         export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
 
 
@@ -253,6 +208,16 @@ def _refuse_several_processes() -> None:
             f"Pruner prunes in one process, and this is one of {world}: each would zero units of its own; use "
             "`efficientllm prune` under torchrun, which prunes on several, or start one process"
         )
+
+
+def model_like(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
+    """The new model in the old one's mode and settings."""
+    new.train(old.training)
+    new.generation_config, new.config.use_cache = old.generation_config, old.config.use_cache
+    new.set_attn_implementation(old.config._attn_implementation)
+    if is_recomputed(old):
+        recompute(new)
+    return new
 
 
 def _options(values: dict[str, Any]) -> PruneConfig:

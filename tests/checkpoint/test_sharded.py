@@ -11,7 +11,7 @@ import torch
 
 from efficientllm.checkpoint import store
 from efficientllm.checkpoint.sharded import agreed, write_shards
-from efficientllm.distributed.ranks import ALONE, Ranks
+from efficientllm.distributed.ranks import ALONE, Ranks, World
 from efficientllm.errors import UsageError
 from efficientllm.training.snapshot import COUNTS
 
@@ -42,7 +42,7 @@ def test_what_one_disk_refuses_is_raised_on_all() -> None:
 def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     monkeypatch.setattr("efficientllm.checkpoint.sharded.facts", lambda file: refuse())
-    monkeypatch.setattr(Ranks, "gathered", lambda self, part: said.append(part) or [part])
+    monkeypatch.setattr(World, "gathered", lambda self, part: said.append(part) or [part])
     with pytest.raises(OSError, match="Input/output error"):
         write_shards(tmp_path, {"weight": torch.ones(2)}, ALONE)
     assert said == [(None, "[Errno 5] Input/output error")]  # before it leaves

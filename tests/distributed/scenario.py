@@ -21,7 +21,7 @@ from efficientllm.checkpoint.store import checkpoints, load, save
 from efficientllm.config import DistributedConfig, PruneConfig, TrainConfig
 from efficientllm.distributed.launch import joined
 from efficientllm.distributed.layout import with_mesh
-from efficientllm.distributed.ranks import Ranks
+from efficientllm.distributed.ranks import World
 from efficientllm.errors import UsageError
 from efficientllm.models.space import space_of
 from efficientllm.pruning.schedule import SpanSchedule
@@ -60,7 +60,7 @@ class Batches:
 
 
 @patch("efficientllm.training.optim.EPS", 1e-3)  # so that rounding moves no weight whose gradient is all but zero
-def play(case: Case, ranks: Ranks, folder: Path) -> None:
+def play(case: Case, ranks: World, folder: Path) -> None:
     """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""
     tokens = 8 * ROWS * LENGTH
     train = TrainConfig.model_validate(

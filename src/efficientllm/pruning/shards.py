@@ -54,7 +54,7 @@ class World:
         process makes, because sharded weights are gathered in each."""
         return math.ceil(math.ceil(rows / self.world) / micro_batch)
 
-    run = staticmethod(call)  # a body that uses the model: as it is, and without a frame of its own
+    run: Any = staticmethod(call)  # a body that uses the model: as it is, and without a frame of its own
 
     def last(self, is_last: bool) -> None:
         """Whether the coming backward pass is the step's last."""

@@ -48,6 +48,25 @@ def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
     return value.detach().to(weight.device if value.ndim or fused else value.device)
 
 
+def optimizer_like(
+    old: torch.optim.Optimizer, model: nn.Module, heirs: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """One of the same kind and hyperparameters, which travel in its groups, without state. heirs: the weight that takes
+    the place of each of the model's, by its name there; those without one have fallen. Heirs are trained where their
+    forebears were."""
+    places = {}
+    for name, weight in model.named_parameters():
+        if name in heirs:
+            places[weight] = heirs[name].requires_grad_(weight.requires_grad)
+    groups = [
+        {**group, "params": [places[weight] for weight in group["params"] if weight in places]}
+        for group in old.param_groups
+    ]
+    kind: Any = type(old)
+    fresh: torch.optim.Optimizer = kind(groups)
+    return fresh
+
+
 def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> float:
     """Learning rate for the step that begins after `tokens` tokens, `lowered` of them while the rate was held down.
 

@@ -132,8 +132,7 @@ def assemble(
     *,
     snapshot: Snapshot | None = None,
 ) -> TrainState:
-    """A run around a model that has its weights, and an optimizer on them; where the snapshot left off, if there is
-    one."""
+    """A run around a model that has its weights, and an optimizer on them; where the snapshot, if any, left off."""
     space, pruner = space_of(model.config), None
     if plan is not None:
         params = dict(model.named_parameters())
@@ -213,15 +212,13 @@ def whole_model(state: TrainState) -> PreTrainedModel | None:
 
 
 def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:
-    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over.
-
-    exactly: to the live widths, whatever that frees.
-    """
+    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over; with
+    `exactly` the live widths, whatever that frees."""
     pruner = state.pruner
     if pruner is None or pruner.live.all_live():
         return None
-    exactly = exactly or pruner.finished
-    return narrower(pruner.widths, state.space.widths, plan, state.space.num_params, exactly=exactly)
+    space, exactly = state.space, exactly or pruner.finished
+    return narrower(pruner.widths, space.widths, plan, space.num_params, exactly=exactly)
 
 
 def narrower(

@@ -105,7 +105,7 @@ class Passes(ABC):
                         counted.enter_context(watch(first))
                     summed = state.runner.run(partial(rows.loss, part))
                 mean = summed / (rows.predicted if counts else math.inf)
-                mean.backward()  # type: ignore[no-untyped-call]
+                mean.backward()
                 loss += mean.detach()
                 first += len(part)
                 ranks.beat()
