@@ -16,6 +16,7 @@ from efficientllm.comparison.arms import parse_arms
 from efficientllm.comparison.budget import CLOSE, close
 from efficientllm.comparison.work import Comparison
 from efficientllm.config import Recipe
+from efficientllm.jobs import report as jobs_report
 
 
 def call(*argv: str | Path) -> int:
@@ -45,6 +46,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", lambda *_, **__: Path("report.html"))
 
 
+@pytest.fixture
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of runs with the first of its figures alone: drawing all takes longer than the runs."""
+    figures = jobs_report.figures
+    monkeypatch.setattr(jobs_report, "figures", lambda records: [next(figures(records))])
+
+
 class Inline:
     def __init__(self, max_workers: int) -> None:
         self.map = map
@@ -56,7 +64,7 @@ class Inline:
         pass
 
 
-def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[str]) -> None:
+def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[str], one_figure: None) -> None:
     out = world.folder / "comparison"
     tokens = 64 * 64  # steps enough to meet a budget of FLOPs
     train = {"tokens": tokens, "batch_tokens": 64, "micro_batch": 2}
@@ -89,6 +97,7 @@ def test_a_comparison_at_equal_tokens_and_flops(world: World, in_process: list[s
     page = (out / "comparison.md").read_text()
     assert "| one-shot:wanda@loop |" in page
     assert (out / "curves-flops.svg").stat().st_size > 5_000
+    assert "<figure" in (out / "report.html").read_text()
     ran = len(in_process)
     assert call("compare", path, *options) == 0  # finished runs are only read
     assert len(in_process) == ran

@@ -39,7 +39,7 @@ from data.corpus_samples import (
 )
 from efficientllm import cache, files
 from efficientllm.cache import file_digest
-from efficientllm.data import corpus, rows, sources
+from efficientllm.data import corpus, documents, rows, sources
 from efficientllm.data.corpus import Corpus
 
 
@@ -96,9 +96,16 @@ def test_processes_and_pieces_change_nothing(tmp_path: Path, load: Any, monkeypa
 
 def test_long_texts_are_cut_where_words_end() -> None:
     text = "one two\nthree four\nfive" + "x" * 40
-    assert list(rows.pieces(text, 12)) == ["one two\n", "three four\n", "five" + "x" * 8, "x" * 12, "x" * 12, "x" * 8]
-    assert list(rows.pieces("one two three", 8)) == ["one two", " three"]
-    assert list(rows.pieces("short", 5)) == ["short"]
+    assert list(documents.pieces(text, 12)) == [
+        "one two\n",
+        "three four\n",
+        "five" + "x" * 8,
+        "x" * 12,
+        "x" * 12,
+        "x" * 8,
+    ]
+    assert list(documents.pieces("one two three", 8)) == ["one two", " three"]
+    assert list(documents.pieces("short", 5)) == ["short"]
 
 
 def test_a_second_call_tokenises_nothing_and_a_change_does(

@@ -341,6 +341,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(
     assert same_weights(world.folder / "runs" / "full", finished)
 
 
+@pytest.mark.slow
 def test_help_starts_without_loading_torch() -> None:
     code = "import sys, efficientllm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

@@ -16,7 +16,7 @@ import transformers
 from efficientllm.benching.contract import Backend, Settings
 from efficientllm.benching.energy import counter_for
 from efficientllm.benching.subjects import Candidate
-from efficientllm.benching.timing import measure, threads, turn
+from efficientllm.benching.timing import Joules, measure, threads, turn
 from efficientllm.errors import UsageError
 from efficientllm.models.process_memory import memory_in_a_sentence, peak_resident, resident
 
@@ -50,7 +50,8 @@ def serve(asked: Connection, source: str, settings: Settings) -> None:
 
 def answer_all(asked: Connection, source: str, settings: Settings) -> None:
     """Bytes: resident before the model was loaded, and the most since, in main memory and on the device."""
-    joules, about = None, "llama.cpp does not say which board it computes on"
+    joules: Joules | None = None
+    about = "llama.cpp does not say which board it computes on"
     if settings.device != "gpu":
         joules, about = counter_for(torch.device(settings.device))
     load, full = loader(settings), "does not fit in the memory of the device"
@@ -120,7 +121,8 @@ def measure_all(candidates: list[Candidate], settings: Settings, advance: Callab
     every run. Raises UsageError where a model cannot be loaded or measured.
     """
     with ExitStack() as stack:
-        workers, found = [], []
+        workers: list[Worker] = []
+        found: list[dict[str, Any]] = []
         for candidate in candidates:
             workers.append(stack.enter_context(Worker(candidate, settings)))
             samples: dict[int, list[Any]] = {batch: [] for batch in settings.batches}

@@ -1,4 +1,5 @@
-"""Records of JSON and text files, read one by one, packed or not; and what is said of files that cannot be read."""
+"""Records of JSON and text files, read one by one, packed or not; long ones in pieces; and what is said of files that
+cannot be read."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from efficientllm.errors import UsageError
 
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 TEXT_COLUMN = "text"
+_PIECE_CHARS = 1 << 20  # a tokenizer needs about 100 bytes of memory per token while it works
 
 
 def documents(files: Sequence[str], kind: str, column: str) -> Iterator[dict[str, str | None]]:
@@ -59,6 +61,23 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode()
     return text
+
+
+def pieces(text: str, limit: int = _PIECE_CHARS) -> Iterator[str]:
+    """A text in order, in pieces of at most `limit` characters, cut after a line or before a space where there is one.
+
+    Only a text of over a million characters is cut; at a cut its tokens may differ from those of the text in one go.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1
+        if end <= start:
+            end = text.rfind(" ", start + 1, start + limit)
+        if end <= start:
+            end = start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _opened(path: Path) -> TextIO:

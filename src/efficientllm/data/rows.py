@@ -22,9 +22,10 @@ from datasets import Dataset, Features, Sequence, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from efficientllm.data.documents import pieces
+
 COLUMN = "input_ids"
 _DIGEST = "digest"
-_PIECE_CHARS = 1 << 20  # a tokenizer needs about 100 bytes of memory per token while it works
 _GROUP_CHARS = 1 << 20
 _BATCH_BYTES = 16 << 20
 _PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenising less than this
@@ -78,31 +79,11 @@ class Encoder:
         return [np.asarray(ids, dtype=self.dtype) for ids in encoded]
 
 
-def pieces(text: str, limit: int = _PIECE_CHARS) -> Iterator[str]:
-    """A text in order, in pieces of at most `limit` characters, cut after a line or before a space where there is one.
-
-    Only a text of over a million characters is cut; at a cut its tokens may differ from those of the text in one go.
-    """
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1
-        if end <= start:
-            end = text.rfind(" ", start + 1, start + limit)
-        if end <= start:
-            end = start + limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def _groups(texts: Iterable[pa.Scalar]) -> Iterator[list[tuple[str, int | None]]]:
     """Pieces in groups of bounded size; with the last piece of a document comes the digest of its whole text."""
     group: list[tuple[str, int | None]] = []
     chars = 0
-    for scalar in texts:
-        text = scalar.as_py()
-        if not text:
-            continue
+    for text in filter(None, (scalar.as_py() for scalar in texts)):
         rest = len(text)
         for piece in pieces(text):
             rest -= len(piece)
@@ -129,8 +110,7 @@ def encode(batch: pa.Table, *, encoder: Encoder) -> pa.Table:
                 lengths.append(length + 1)
                 digests.append(digest)
                 length = 0
-    offsets = pa.array(np.cumsum(lengths), type=pa.int32())
-    tokens = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values)))
+    tokens = pa.ListArray.from_arrays(pa.array(np.cumsum(lengths), type=pa.int32()), pa.array(np.concatenate(values)))
     return pa.table({COLUMN: tokens, _DIGEST: pa.array(digests, type=pa.uint64())})
 
 
@@ -245,8 +225,7 @@ class RowWriter:
         full = rows * self._length
         if rows:
             array = pa.FixedSizeListArray.from_arrays(pa.array(stream[:full]), type=self._type)
-            batch = pa.record_batch([array], schema=pa.schema({COLUMN: self._type}))
-            self._writer.write_table(pa.Table.from_batches([batch]), max(1, _WRITE_TOKENS // self._length))
+            self._writer.write_table(pa.table({COLUMN: array}), max(1, _WRITE_TOKENS // self._length))
         self._rows += rows
         self._waiting = [stream[full:].copy()]
         self._waiting_tokens = len(stream) - full

@@ -157,9 +157,8 @@ def read(located: Located, folder: Path, workers: int) -> Dataset:
 def load_from_hub(located: Located) -> Dataset:
     """A hub data set, from the local cache of `datasets` if it is there. Never runs code from the hub."""
     source = located.source
-    options: dict[str, Any] = {}
-    if "trust_remote_code" in inspect.signature(load_dataset).parameters:  # datasets < 4 may otherwise ask
-        options["trust_remote_code"] = False
+    code: dict[str, Any] = {"trust_remote_code": False}  # datasets < 4 may otherwise ask
+    options = code if "trust_remote_code" in inspect.signature(load_dataset).parameters else {}
     try:
         return load_dataset(source.place, source.name, split=source.split or "train", **options)
     except Exception as error:
@@ -215,11 +214,7 @@ def _read_arrow(located: Located) -> Dataset:
 
 def _read_documents(located: Located, folder: Path, workers: int) -> Dataset:
     """JSON and text. Read record by record: the library's JSON reader wants all metadata of all records alike."""
-    arguments: dict[str, Any] = {
-        "files": [str(path) for path in located.paths],
-        "kind": located.kind,
-        "column": located.column,
-    }
+    arguments: dict[str, Any] = {"files": list(map(str, located.paths)), "kind": located.kind, "column": located.column}
     try:
         return Dataset.from_generator(
             documents,
@@ -238,8 +233,7 @@ def _read_documents(located: Located, folder: Path, workers: int) -> Dataset:
 
 
 def _processes(paths: Sequence[Path], workers: int) -> int | None:
-    size = sum(path.stat().st_size for path in paths)
-    count = min(workers, len(paths), size // _PROCESS_BYTES)
+    count = min(workers, len(paths), sum(path.stat().st_size for path in paths) // _PROCESS_BYTES)
     return count if count > 1 else None
 
 
