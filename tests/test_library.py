@@ -14,6 +14,8 @@ from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of, widths_of
+from efficientllm.pruning.gates import GateSums
+from efficientllm.training.capture import watched_gates
 
 OPTIONS = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 
@@ -110,6 +112,29 @@ def test_bad_requests_get_one_sentence() -> None:
     pruner.observe()
     with pytest.raises(ValueError, match="pass labels to it, or loss_fn"):
         pruner.step()
+
+
+def test_the_caller_s_own_passes_are_watched() -> None:
+    """Gates of two micro-batches, seen on the way, are those of a look at both at once; no pass of the pruner's own."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 61, (4, 12))
+    watched, looked = tiny_model("llama-gqa").train(), tiny_model("llama-gqa").train()
+    pruner = Pruner(watched, torch.optim.AdamW(watched.parameters()), target="40%", steps=5, **OPTIONS)
+    for part in ids.split(2):
+        (watched(input_ids=part, labels=part).loss / 2).backward()
+    watched.eval()(input_ids=ids)
+    with torch.no_grad():
+        watched.train()(input_ids=ids)
+    own = pruner.gates()
+    assert own is not None
+    assert pruner.gates() is None
+    gates = GateSums(pruner.engine.space, torch.device("cpu"))
+    with watched_gates(looked, pruner.engine.space, gates) as watch:
+        with watch(0):
+            loss = looked(input_ids=ids, labels=ids).loss
+        loss.backward()
+    for name, scores in gates.scores().items():
+        torch.testing.assert_close(own.scores()[name], scores, rtol=1e-4, atol=1e-9)
 
 
 def test_saliency_must_have_been_seen() -> None:

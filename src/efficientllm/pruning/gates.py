@@ -14,6 +14,7 @@ not have, are gated at all norms' outputs at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ class GateSums:
         if self._joint:
             self._tokens += len(next(iter(self._joint.values())))
         self._joint = {}
+
+    def handed_over(self) -> GateSums | None:
+        """What there is so far, and begins anew; None where nothing has been added."""
+        self.close()
+        if not self._tokens:
+            return None
+        sums = copy(self)
+        self._squares = {name: torch.zeros_like(each) for name, each in self._squares.items()}
+        self._tokens = 0
+        return sums
 
     def scores(self, reduction: World = ALONE) -> Mapping[str, Tensor]:
         """F of every unit of every type, fp32 (rows, units), for the mean loss over the look's tokens.

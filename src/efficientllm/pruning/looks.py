@@ -69,9 +69,9 @@ class Looks:
 
     def observe(self) -> None:
         """A look at the gradients now in .grad, where a criterion wants them."""
+        if self.needs & {"gradient", "gates"} and all(weight.grad is None for weight in self._params.values()):
+            raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
         if "gradient" in self.needs:
-            if all(weight.grad is None for weight in self._params.values()):
-                raise ValueError("observe() found no gradient; call it after backward() and before zero_grad()")
             self._take("gradient")
 
     def before_bundle(

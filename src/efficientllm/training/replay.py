@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from efficientllm.pruning.gates import GateSums
+from efficientllm.training.capture import Watch, watched_gates
 from efficientllm.training.state import TrainState
 from efficientllm.training.step import Passes, Rows, Use
 
@@ -63,22 +65,51 @@ class Replay:
 
 class CurrentBatch(Passes):
     """Every look is at the caller's own batch. tokens: whose inputs are kept; loss: of that batch, a mean, with its
-    graph; default: the last forward call's."""
+    graph; default: the last forward call's.
+
+    Where a criterion wants gates, the caller's own passes in training mode are watched, so that they cost none.
+    """
 
     def __init__(self, state: TrainState, tokens: int, loss: Callable[[], Tensor] | None) -> None:
         super().__init__(state)
         self.tokens = tokens
+        self._hooks, self._looking = ExitStack(), False
         self._replay = Replay(state.model) if loss is None else None
         self._loss = loss or self._replay
+        if state.pruner and "gates" in state.pruner.looks.needs:
+            self._gates = GateSums(state.space, state.device)
+            self._watch(self._hooks.enter_context(watched_gates(state.model, state.space, self._gates)))
+
+    def _watch(self, watch: Watch) -> None:
+        """Enters `watch` around every forward call of the caller's that a backward pass may follow."""
+        call = ExitStack()
+
+        def before(module: torch.nn.Module, _args: object) -> None:
+            call.close()  # where the call before has failed
+            finished = self.state.pruner is None or self.state.pruner.finished
+            if module.training and torch.is_grad_enabled() and not self._looking and not finished:
+                call.enter_context(watch(0))
+
+        self._hooks.callback(self.state.model.register_forward_pre_hook(before).remove)
+        self._hooks.callback(self.state.model.register_forward_hook(lambda *_: call.close()).remove)
+
+    def gates(self) -> GateSums | None:
+        """Those of the caller's passes since the last look."""
+        return self._gates.handed_over() if self._gates is not None else None
 
     def rows(self, use: Use) -> Rows:
         return Rows([(ONE, True)], self._of_batch, limit=self.tokens)
 
     def _of_batch(self, rows: Tensor) -> Tensor:
         assert self._loss is not None
-        return self._loss().reshape(())
+        self._looking = True
+        try:
+            return self._loss().reshape(())
+        finally:
+            self._looking = False
 
     def close(self) -> None:
         """Lets go of the model."""
+        self._hooks.close()
         if self._replay:
             self._replay.remove()
