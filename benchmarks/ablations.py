@@ -23,7 +23,7 @@ from efficientllm.errors import UsageError
 from efficientllm.jobs.prune import run
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.pruning.criteria import CRITERIA, DEFAULT
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import parse_count
@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "curve linear": {"curve": "linear"},
     "curve exponential": {"curve": "exponential"},
     "depth as a fourth type": {"types": ["attention", "ffn", "stem", "depth"]},
-    **{f"criterion {name}": {"saliency": name} for name in CRITERIA if name != "taylor-element"},
+    **{f"criterion {name}": {"saliency": name} for name in CRITERIA if name != DEFAULT},
 }
 
 

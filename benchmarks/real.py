@@ -51,7 +51,7 @@ FREE = {"target": None}  # stands for --target, in the arms below
 ARMS: dict[str, dict[str, Any] | None] = {
     "loop": FREE,
     "loop, FFN only": FREE | {"types": ["ffn"]},
-    "loop, taylor-element": FREE | {"saliency": "taylor-element"},
+    "loop, flap": FREE | {"saliency": "flap"},
     "one-shot": FREE | {"mode": "one-shot"},
     "one-shot, loop's shape": {"mode": "one-shot", "target": "loop"},
     "proportional widths": {"target": "proportional"},

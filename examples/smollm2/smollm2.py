@@ -116,11 +116,12 @@ def estimate(arguments: argparse.Namespace, source: Path) -> None:
     from efficientllm.config import load_recipe
     from efficientllm.models.loading import load_config
     from efficientllm.planning.plan import plan_of
+    from efficientllm.training.planning import run_plan
 
     file = arguments.dir / "estimate.json"
     if not file.exists():
         recipe = load_recipe(RECIPE, settings(arguments, source))
-        plan = plan_of(recipe, load_config(recipe.source), bf16=False, gpu=False)
+        plan = plan_of(run_plan(recipe, load_config(recipe.source)), bf16=False)
         row = recipe.data.sequence_length
         say(f"estimate: measuring a training step of {row} tokens")
         step = seconds_of_a_step(source, row) * plan.batch_tokens / row

@@ -74,7 +74,7 @@ def test_a_finished_run_shows_everything(run: Path) -> None:
     assert "result</td>" in text
     assert text.count('<td class="text">') == 9  # three samples: prompt, source, result
     assert "(not at hand)" not in text
-    assert "saliency: taylor-element" in text
+    assert "saliency: gate-fisher" in text
     ids = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     names = [set(re.findall(r'id="([^"]+)"', each)) for each in ids]
     assert sum(map(len, names)) == len(set.union(*names))  # no figure takes another's shapes
