@@ -2,7 +2,7 @@
 
 pruner = Pruner(model, optimizer, target="469M", steps=2000)
 loss = model(input_ids=ids, labels=ids).loss
-loss.backward();  pruner.observe()       # saliency from the gradient that training has just computed
+loss.backward();  pruner.observe()       # saliency from the backward pass that training has just made
 optimizer.step(); pruner.step()          # zero the next groups when the schedule says so
 """
 
@@ -28,7 +28,6 @@ from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PruningEngine
-from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
@@ -48,11 +47,12 @@ class Pruner:
 
     model: a supported decoder (Llama, Mistral, Qwen2, Qwen3). optimizer: built on its parameters (Adam, AdamW, SGD).
     target: parameters ("469M"), a share ("40%", 0.4), widths ({"hidden": 512}) or a size in another cost, with that
-    cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the
-    target is reached, from the `start`-th on. loss_fn: returns the loss of the current batch, with its graph;
-    default: the last forward call is run again, in its autocast. With a GradScaler call unscale_(optimizer) before
-    observe(). Further keywords are the recipe's prune keys: curve, saliency, types, selection, bound, correction,
-    align, floors, cost, latency_table. sequence_length: tokens at which cost "flops" counts. One process.
+    cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the target is reached, from the `start`-th on.
+    loss_fn: returns the loss of the current batch, with its graph; default: the last forward call is run again, in its
+    autocast. Gates are seen where model(...) itself is called; elsewhere, and under fp16 autocast, a look is a pass of
+    its own. With a GradScaler call unscale_(optimizer) before observe(). Further keywords are the recipe's prune keys:
+    curve, saliency, types, selection, bound, correction, align, floors, cost, latency_table. sequence_length: tokens at
+    which cost "flops" counts. One process.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -131,7 +131,8 @@ class Pruner:
         return self.engine.widths
 
     def observe(self) -> None:
-        """After backward(), best before clipping: takes the saliency from .grad. Every step, also once finished."""
+        """After backward(), best before clipping: a criterion that looks at gradients takes them from .grad; gates have
+        been seen on the way. Every step, also once finished: what is dead is kept so here."""
         self.engine.observe()
         self._observed = True
 
@@ -145,22 +146,6 @@ class Pruner:
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         self._state.step += 1
         return prune(self._state, self.calls, self._passes)
-
-    def measure(self) -> Callable[[], float]:
-        """For the engine: measures the loss of the current batch in nats, without a gradient."""
-        return self._passes.measure()
-
-    def gates(self) -> GateSums | None:
-        """For the engine: None, since the passes of somebody's loop are not watched."""
-        return self._passes.gates()
-
-    def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
-        """For the engine: the gradient of the current batch at the current weights, in .grad; inputs on the way."""
-        return self._passes.gradient(names, gates)
-
-    def inputs(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """For the engine: inputs (tokens, inputs) of linear layers, on the current batch's first tokens."""
-        return self._passes.inputs(names)
 
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""

@@ -140,6 +140,10 @@ def test_parts_of_memory(family: str) -> None:
     small = step_memory(config, TrainConfig(micro_batch=2, **train), 32, bf16=False)
     large = step_memory(config, TrainConfig(micro_batch=4, **train), 32, bf16=False)
     less = step_memory(config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 32, bf16=False)
+    watched = step_memory(
+        config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 32, bf16=False, gates=True
+    )
+    assert less.total < watched.total
     assert small.weights == small.gradients == small.optimizer // 2 == 4 * space_of(config).num_params()
     assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
     assert less.activations < large.activations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import pytest
@@ -18,16 +19,17 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.training.capture import watched_gates
 
 IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
+PREDICTED = 5 * 19
 
 
 def mean_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """Over all tokens of the rows, the last of each included in the count, as a look's mean is meant."""
+    """Of the look's mean: its rows' summed loss over all that is predicted in the look."""
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum") / IDS.numel()
+    return functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum") / PREDICTED
 
 
 def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
-    """Half the mean over tokens of (dL/dc_t)^2, c_t a gate of the unit at token t and L the loss summed over tokens."""
+    """Half the mean over predictions of (dL/dc_t)^2, c_t a gate of the unit at token t and L the summed loss."""
     model = tiny_model(family).double()
     widths, gate = space_of(model.config).widths, torch.ones(IDS.shape, dtype=torch.float64, requires_grad=True)
     hd, group = model.config.head_dim, widths.queries_per_kv
@@ -59,8 +61,8 @@ def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
                 close(layer.self_attn.o_proj, slice(head * hd, (head + 1) * hd))
         if pruning_type == "stem":
             close(model.lm_head, slice(unit, unit + 1))
-        (gradient,) = torch.autograd.grad(mean_loss(model, IDS) * IDS.numel(), gate)
-    return float(gradient.square().mean() / 2)
+        (gradient,) = torch.autograd.grad(mean_loss(model, IDS) * PREDICTED, gate)
+    return float(gradient.square().sum() / PREDICTED / 2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -77,9 +79,34 @@ def test_scores_equal_the_reference(family: str, checkpointing: bool) -> None:
             loss.backward()
         mean_loss(model, IDS[:1]).backward()  # one that does not count
     scores = gates.scores()
+    assert_reference(scores, family)
+    assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks
+
+
+def test_passes_may_overlap() -> None:
+    """Two forward passes of unequal length before one backward pass, and a third that none follows."""
+    model = tiny_model("llama-gqa")
+    space = space_of(model.config)
+    together, apart = (GateSums(space, torch.device("cpu")) for _ in range(2))
+    parts = IDS[:2, :9], IDS[2:]
+    with watched_gates(model, space, together) as watch:
+        losses = []
+        for part in (*parts, IDS[:1]):
+            with watch(0):
+                losses.append(mean_loss(model, part))
+        (losses[0] + losses[1]).backward()
+    for part in parts:
+        with watched_gates(model, space, apart) as watch:
+            with watch(0):
+                loss = mean_loss(model, part)
+            loss.backward()
+    for name, score in apart.scores().items():
+        torch.testing.assert_close(together.scores()[name], score)
+
+
+def assert_reference(scores: Mapping[str, Tensor], family: str) -> None:
     for pruning_type in PRUNING_TYPES:
         rows, units = scores[pruning_type].shape
         for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
             want = reference(family, pruning_type, row, unit)
             assert float(scores[pruning_type][row, unit]) == pytest.approx(want, rel=1e-3)
-    assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from transformers import PretrainedConfig
 
 from efficientllm.config import TrainConfig
 from efficientllm.models.parts import recompute
-from efficientllm.models.space import build
+from efficientllm.models.space import build, space_of
+from efficientllm.pruning.gates import GateSums
+from efficientllm.training.capture import unwatched, watched_gates
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
 
@@ -36,11 +39,12 @@ class StepMemory:
 
 
 def step_memory(
-    config: PretrainedConfig, train: TrainConfig, length: int, *, bf16: bool, gpu: bool = False
+    config: PretrainedConfig, train: TrainConfig, length: int, *, bf16: bool, gpu: bool = False, gates: bool = False
 ) -> StepMemory:
     """Of the source at full shape, one micro-batch at a time; the kernels are the CPU's.
 
-    gpu: whether it is for one, which decides on the loss where train.loss is auto.
+    gates: the step is watched for gate Fisher, whose inputs checkpointing does not drop. gpu: whether it is for one,
+    which decides on the loss where train.loss is auto.
     """
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -56,9 +60,14 @@ def step_memory(
         ids = torch.zeros(rows, length, dtype=torch.long)
         chunked = loss_is_chunked(train, length, "cuda" if gpu else "cpu", config.vocab_size)
         with tracker:
-            for _ in range(2):
-                summed_loss(model, ids, precision, chunked=chunked).backward()
-                tracker.reset_mod_stats()
+            sums = GateSums(space_of(config), torch.device("cpu"))
+            with watched_gates(model, space_of(config), sums) if gates else nullcontext(unwatched) as watch:
+                for _ in range(2):
+                    with watch(0):
+                        loss = summed_loss(model, ids, precision, chunked=chunked)
+                    loss.backward()
+                    del loss
+                    tracker.reset_mod_stats()
     (parts,) = tracker.get_tracker_snapshot("peak").values()
     size = {getattr(kind, "name", str(kind)): int(value) for kind, value in parts.items()}
     weights = sum(weight.numel() * 4 for weight in model.parameters())

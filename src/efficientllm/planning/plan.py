@@ -12,6 +12,7 @@ from efficientllm.models.flops import forward_flops, teacher_flops, training_flo
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.walk import StepFlops, Walk, Walker
+from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
@@ -79,7 +80,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
         plan.pace.flops,
         int(cost(space.widths).total),
         replace(
-            step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu),
+            step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu, gates=_watches_gates(plan)),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
         ),
         checkpoint=12 * parameters,
@@ -112,6 +113,13 @@ def _phases(plan: RunPlan, events: int) -> tuple[int, int, int]:
     end = span if span is not None else start + events * (recipe.prune.every or 1) * plan.batch_tokens
     end = int(min(total, end))
     return start, end - start, total - end
+
+
+def _watches_gates(plan: RunPlan) -> bool:
+    if plan.pruning is None:
+        return False
+    options = plan.pruning.options
+    return any(each.needs == "gates" for each in criteria_of(options.saliency, options.types).values())
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
@@ -150,5 +158,6 @@ def _walk(plan: RunPlan, cost: StepFlops) -> Walk:
         length=plan.length,
         recomputes=train.gradient_checkpointing,
         compiles=train.compile,
+        distills=plan.recipe.distill is not None,
     )
     return walker.walk(plan.steps)

@@ -59,9 +59,11 @@ class Walker:
         length: int,
         recomputes: bool,
         compiles: bool,
+        distills: bool,
     ) -> None:
         self._space, self._plan, self._step_flops = space, plan, step_flops
         self._batch, self._length, self._recomputes, self._compiles = rows, length, recomputes, compiles
+        self._watched = not (compiles or distills)  # a step's own pass shows its gates
         self._rows = LookRows.of(plan, rows, length)
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
@@ -78,7 +80,7 @@ class Walker:
                 self._prune(done, step * batch)
             done.flops.add(self._step_flops(done.allocated))
             if not self._plan.at_rest:
-                done.fresh = not (self._compiles and "gates" in self._needs)  # a step's own pass shows them
+                done.fresh = self._watched or "gates" not in self._needs
                 self._prune(done, (step + 1) * batch)
         return done
 

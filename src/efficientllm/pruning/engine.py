@@ -114,11 +114,11 @@ class PruningEngine:
     def step(self, position: float, probe: Probe) -> PruneReport:
         """Carries out every event that is due at `position` (the schedule's unit).
 
-        Removes at most `bound` of the live parameters between two looks at the model; where the schedule asks for
-        more, the probe looks anew, without a weight update, before the next bundle. An event larger than `bound` is a
-        bundle of its own. Where every look so far has been left out as no number, nothing falls.
+        Removes at most `bound` of the live parameters (or one larger event) between two looks; where more is due, the
+        probe looks anew, without a weight update. Where all looks have been left out as no numbers, nothing falls.
         """
         report = PruneReport()
+        self.looks.begin()
         while self.due(position) and report.rung is None:
             names = self.reads()
             gathers = 1 if report.events else self.options.gathers

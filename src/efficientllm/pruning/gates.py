@@ -24,69 +24,88 @@ from efficientllm.pruning.groups import Space, mask_shapes
 from efficientllm.pruning.shards import ALONE, World
 
 
-class GateSums:
-    """Adds up squared gate gradients over the micro-batches of a look, on the model's device, in fp32.
+class GatePass:
+    """One forward pass and the backward pass that follows it: gate gradients (tokens, units) of the units that many
+    layers read, added up token by token."""
 
-    Call `add` once for every distinct input x of a linear layer during a micro-batch's backward pass, and `close` after
-    it. Units of one layer (FFN channels, heads) are read from one x; those of the model (residual channels, layers)
-    from many, which are added up token by token before they are squared.
+    def __init__(self) -> None:
+        self.joint: dict[str, Tensor] = {}
+        self.predicted = 0  # next tokens in its rows
+
+    def add(self, name: str, products: Tensor, units: int, first: int = 0) -> None:
+        """products: (tokens, some units), from unit `first` on, of so many."""
+        if name not in self.joint:
+            self.joint[name] = products.new_zeros(len(products), units)
+        self.joint[name][:, first : first + products.shape[1]] += products
+
+
+class GateSums:
+    """Adds up squared gate gradients over the passes of a look, on the model's device, in fp32.
+
+    `begin` a pass before its forward pass and `add` every distinct input x of its linear layers during the backward
+    pass. Units of one layer (FFN channels, heads) are read from one x; those of the model (residual channels, layers)
+    from many, which are added up before they are squared.
     """
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self._shapes = dict(mask_shapes(space.widths))
         self._squares = {name: torch.zeros(shape, device=device) for name, shape in self._shapes.items()}
-        self._joint: dict[str, Tensor] = {}  # (tokens, units) of the micro-batch at hand
-        self._tokens = 0  # in the micro-batches closed
+        self._open: list[GatePass] = []
+        self._predicted = 0  # in the passes closed
+
+    def begin(self) -> GatePass:
+        """A new pass. Those before it that a backward pass has reached are over."""
+        self._close()
+        self._open.append(GatePass())
+        return self._open[-1]
 
     @torch.no_grad()
-    def add(self, axis: str, layer: int | None, inputs: Tensor, gradient: Tensor) -> None:
-        """inputs: x, (..., length of the axis), of a layer's readers or of the model's; gradient: of the mean loss."""
+    def add(self, passed: GatePass, axis: str, layer: int | None, inputs: Tensor, gradient: Tensor) -> None:
+        """inputs: x, (rows, length, entries of the axis), of a layer's readers or of the model's; gradient: of the mean
+        loss in x."""
+        passed.predicted = inputs.shape[0] * (inputs.shape[1] - 1)
         products = (inputs.float() * gradient.float()).flatten(0, -2)
         if not DIMENSIONS[axis].within:
-            self._add_jointly(axis, products)
+            passed.add(axis, products, products.shape[1])
             return
         assert layer is not None
         for name in DIMENSIONS[axis].chain:
             if name == LAYERS:
-                self._add_jointly(LAYERS, products.sum(1, keepdim=True), layer)
+                passed.add(LAYERS, products.sum(1, keepdim=True), self._shapes[LAYERS][0], layer)
             else:
                 units = products.view(len(products), *self._shapes[name][1:], -1).sum(-1)
                 self._squares[name][layer] += units.square().sum(0)
 
-    def _add_jointly(self, name: str, products: Tensor, first: int = 0) -> None:
-        if name not in self._joint:
-            self._joint[name] = products.new_zeros(len(products), *self._shapes[name])
-        self._joint[name][:, first : first + products.shape[1]] += products
-
     @torch.no_grad()
-    def close(self) -> None:
-        """The micro-batch is over."""
-        for name, gradients in self._joint.items():
-            self._squares[name] += gradients.square().sum(0)
-        if self._joint:
-            self._tokens += len(next(iter(self._joint.values())))
-        self._joint = {}
+    def _close(self) -> None:
+        for passed in self._open:
+            for name, gradients in passed.joint.items():
+                self._squares[name] += gradients.square().sum(0)
+            self._predicted += passed.predicted
+        self._open = [passed for passed in self._open if not passed.joint]
 
-    def handed_over(self) -> GateSums | None:
+    def take(self) -> GateSums | None:
         """What there is so far, and begins anew; None where nothing has been added."""
-        self.close()
-        if not self._tokens:
+        self._close()
+        self._open = []
+        if not self._predicted:
             return None
         sums = copy(self)
         self._squares = {name: torch.zeros_like(each) for name, each in self._squares.items()}
-        self._tokens = 0
+        self._predicted = 0
         return sums
 
-    def scores(self, reduction: World = ALONE) -> Mapping[str, Tensor]:
-        """F of every unit of every type, fp32 (rows, units), for the mean loss over the look's tokens.
+    def scores(self, world: World = ALONE) -> Mapping[str, Tensor]:
+        """F of every unit of every type, fp32 (rows, units), for the mean loss over the look's predicted tokens.
 
-        The gradient of a mean over n tokens is 1/n of the sum's, so that n / 2 times its summed squares is meant; n is
-        of one process, whose gradients are of its own mean, and the processes' scores are averaged.
+        With n predictions over all of w processes, each of which has the gradient of w / n times its own summed loss, F
+        is n / (2 w^2) times the squares summed over all of them (w = 1: the gradient of a mean is 1 / n of the sum's).
         """
-        self.close()
+        self._close()
         names = list(self._squares)
-        packed = torch.cat([self._squares[name].flatten() for name in names]) * (self._tokens / 2)
-        packed = reduction.over_batch(packed) / reduction.world
+        counted = torch.tensor([float(self._predicted)], device=self._squares[names[0]].device)
+        packed = world.over_batch(torch.cat([counted, *(self._squares[name].flatten() for name in names)]))
+        packed = packed[1:] * (packed[0] / (2 * world.world**2))
         parts = packed.split([self._squares[name].numel() for name in names])
         scores = {}
         for name, part in zip(names, parts, strict=True):

@@ -67,6 +67,11 @@ class Looks:
         self.fallen = {need: fallen + share for need, fallen in self.fallen.items()}
         self._fresh.clear()
 
+    def begin(self) -> None:
+        """The weights have been updated: what was seen on the way of a pass before is no fresh look any more, while the
+        gradients of that pass are, as training itself goes by them."""
+        self._fresh &= {"gradient"}
+
     def observe(self) -> None:
         """A look at the gradients now in .grad, where a criterion wants them."""
         if self.needs & {"gradient", "gates"} and all(weight.grad is None for weight in self._params.values()):
@@ -80,9 +85,10 @@ class Looks:
         """Looks anew at whatever has not been looked at since the last event, `gathers` times where that needs a pass.
         names: linear layers whose inputs are wanted; returned where a look has met them."""
         inputs: Mapping[str, Tensor] | None = None
-        for need in ("weights", "nothing"):
-            if need in self.needs and (need == "weights" or need not in self._fresh):
-                self._take(need)
+        if "weights" in self.needs:
+            self._take("weights")
+        if "nothing" in self.needs and not self.complete:
+            self._take("nothing")
         if "gates" in self.needs and "gates" not in self._fresh:
             own = probe.gates()
             if own is not None:
@@ -117,16 +123,16 @@ class Looks:
 
     def _take(self, need: str, *, gates: GateSums | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:
         """Scores of the types whose criteria need this, into their average."""
-        keep = self._decay ** max(self.fallen[need], 1.0 / MEMORY)
+        found: dict[str, Tensor] = {}
         for chosen in {each.name: each for each in self._criteria.values() if each.needs == need}.values():
             scores = self._scores(chosen, gates, inputs)
-            own = {name: scores[name] for name, each in self._criteria.items() if each.name == chosen.name}
-            if all_finite(own):
-                self.average.update(own, keep)
-                self.fallen[need] = 0.0
-                self._fresh.add(need)
-            else:  # in the average it would stay for good
-                self.nonfinite += 1
+            found |= {name: scores[name] for name, each in self._criteria.items() if each.name == chosen.name}
+        if not all_finite(found):  # in the average it would stay for good
+            self.nonfinite += 1
+            return
+        self.average.update(found, self._decay ** max(self.fallen[need], 1.0 / MEMORY))
+        self.fallen[need] = 0.0
+        self._fresh.add(need)
 
     def _scores(
         self, chosen: Criterion, gates: GateSums | None, inputs: Mapping[str, Tensor] | None

@@ -164,8 +164,8 @@ class MovingAverage:
     def update(self, scores: Mapping[str, Tensor], keep: float) -> None:
         """keep: share of its weight that each earlier look at these types keeps."""
         for name, score in scores.items():
-            total = float(score.sum(dtype=torch.float64)) or 1.0
-            old, share = self.sums.get(name), score / total
+            total = float(score.sum(dtype=torch.float64))
+            old, share = self.sums.get(name), score / (total or 1.0)
             self.sums[name] = share if old is None else old.mul_(keep).add_(share)
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1.0
             self.scale[name] = keep * self.scale.get(name, 0.0) + total

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from efficientllm.models.parts import HEAD_WEIGHT, body
 from efficientllm.pruning.dimensions import HIDDEN
-from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.gates import GatePass, GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.saliency import reader_specs
 
@@ -111,26 +111,32 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
     """While it lasts, backward passes add to `gates`. Yields what is to be entered around the forward pass of every
     micro-batch that counts; what is computed again in a backward pass does not count twice.
 
-    The inputs of all linear layers stay in memory until the backward pass is over, with activation checkpointing too.
+    Each linear layer's input stays in memory until the backward pass has come to it, with activation checkpointing too.
     """
-    entered, last = False, None
+    entered: GatePass | None = None
+    last: Tensor | None = None
 
     def watch(axis: str, layer: int | None, inputs: Tensor) -> None:
         nonlocal last
         # q, k and v are given one tensor, one after the other; its gradient is the sum of theirs.
-        if entered and inputs is not last and inputs.requires_grad:
-            last, kept = inputs, inputs.detach()
-            inputs.register_hook(lambda gradient: gates.add(axis, layer, kept, gradient))
+        if entered is None or inputs is last or not inputs.requires_grad:
+            return
+        last, passed, kept = inputs, entered, [inputs.detach()]
+
+        def reached(gradient: Tensor) -> None:
+            if kept:  # let go at once: the hook lives as long as the graph does
+                gates.add(passed, axis, layer, kept.pop(), gradient)
+
+        inputs.register_hook(reached)
 
     @contextmanager
     def counted(_row: int) -> Iterator[None]:
         nonlocal entered, last
-        gates.close()
-        entered = True
+        entered = gates.begin()
         try:
             yield
         finally:
-            entered, last = False, None
+            entered, last = None, None
 
     def hook_of(axis: str, layer: int | None) -> Any:
         return lambda module, args: watch(axis, layer, args[0])

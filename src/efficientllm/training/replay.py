@@ -67,13 +67,14 @@ class CurrentBatch(Passes):
     """Every look is at the caller's own batch. tokens: whose inputs are kept; loss: of that batch, a mean, with its
     graph; default: the last forward call's.
 
-    Where a criterion wants gates, the caller's own passes in training mode are watched, so that they cost none.
+    Where a criterion wants gates, the caller's own passes in training mode are watched in steps with events, so that no
+    other is needed for them; under fp16 autocast a look of its own is taken.
     """
 
     def __init__(self, state: TrainState, tokens: int, loss: Callable[[], Tensor] | None) -> None:
         super().__init__(state)
         self.tokens = tokens
-        self._hooks, self._looking = ExitStack(), False
+        self._hooks, self._looking, self._watched = ExitStack(), False, -1
         self._replay = Replay(state.model) if loss is None else None
         self._loss = loss or self._replay
         if state.pruner and "gates" in state.pruner.looks.needs:
@@ -86,16 +87,27 @@ class CurrentBatch(Passes):
 
         def before(module: torch.nn.Module, _args: object) -> None:
             call.close()  # where the call before has failed
-            finished = self.state.pruner is None or self.state.pruner.finished
-            if module.training and torch.is_grad_enabled() and not self._looking and not finished:
-                call.enter_context(watch(0))
+            step, pruner = self.state.step, self.state.pruner
+            if not (module.training and torch.is_grad_enabled() and not self._looking and pruner and self._gates):
+                return
+            if not pruner.due(step + 1) or self._is_scaled():
+                return
+            if self._watched != step:  # what was seen in an earlier step is of other weights
+                self._gates.take()
+            self._watched = step
+            call.enter_context(watch(0))
 
         self._hooks.callback(self.state.model.register_forward_pre_hook(before).remove)
         self._hooks.callback(self.state.model.register_forward_hook(lambda *_: call.close()).remove)
 
     def gates(self) -> GateSums | None:
         """Those of the caller's passes since the last look."""
-        return self._gates.handed_over() if self._gates is not None else None
+        return self._gates.take() if self._gates is not None else None
+
+    def _is_scaled(self) -> bool:
+        """Whether the caller's loss is likely to be multiplied against underflow, and its gates with it, squared."""
+        kind = self.state.device.type
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
     def rows(self, use: Use) -> Rows:
         return Rows([(ONE, True)], self._of_batch, limit=self.tokens)

@@ -107,6 +107,7 @@ class Passes(ABC):
                 mean = summed / (rows.predicted if counts else math.inf)
                 mean.backward()
                 loss += mean.detach()
+                del summed, mean  # with them the graph, before the next forward pass
                 first += len(part)
                 ranks.beat()
         self._kept = inputs
@@ -188,7 +189,8 @@ class Step(Passes):
         pruner, plan, names = self.state.pruner, self._plan, list[str]()
         if pruner and plan and not plan.at_rest and pruner.due(self.state.tokens + self.tokens):
             names = pruner.reads()
-            if "gates" in pruner.looks.needs and self.hooks_are_seen:
+            plain = self.hooks_are_seen and self._distillation is None  # a teacher's loss is not in nats of this one
+            if "gates" in pruner.looks.needs and plain:
                 self._gates = GateSums(self.state.space, self.state.device)
         return self.backward("step", names, self._gates)
 
