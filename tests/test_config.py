@@ -446,11 +446,50 @@ def test_what_an_older_version_has_dumped_loads_where_nothing_else_was_meant(loa
     old["data"] |= {"text_column": "text", "train": [{"path": "org/data", "name": "en", "split": "train"}]}
     old["prune"] |= {"ema": 0.5, "compact_at": "4%", "align": {"hidden": 64, "intermediate": 64}, "order": "saliency"}
     old["prune"] |= {"correction_damping": 0.3, "calibration_tokens": None}
+    old["prune"]["latency_on"] = {"device": "cpu", "dtype": "fp32"}  # it has only said what to expect of the table
     old["run"]["log_every"] = 10
     assert Recipe.model_validate(without_gone(old)) == load(text=text)
     old["prune"]["ema"] = 0.9
     with pytest.raises(UsageError, match=r"^prune\.ema is gone"):
         Recipe.model_validate(without_gone(old))
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "overrides"),
+    [
+        ("data", {"validation_fraction": "1%", "validation": None}, ["data.validation=1%"]),
+        (
+            "data",
+            {
+                "text_column": "content",
+                "train": [
+                    {"path": "a.jsonl", "text_column": None},
+                    {"path": "b.jsonl", "text_column": "body"},
+                    "c.jsonl",
+                ],
+                "validation": [{"path": "d.jsonl"}],
+            },
+            [
+                "data.train=[{path: a.jsonl, text_column: content}, {path: b.jsonl, text_column: body}, "
+                "{path: c.jsonl, text_column: content}]",
+                "data.validation={path: d.jsonl, text_column: content}",
+            ],
+        ),
+        (
+            "prune",
+            {"order": "ffn-first", "selection": "calibrated", "target": {"hidden": 512}},
+            ["prune.selection=ffn-first", "prune.target={hidden: 512}"],
+        ),
+    ],
+)
+def test_what_an_older_version_has_dumped_goes_on_under_the_key_that_came_after(
+    load: Load, section: str, old: dict[str, Any], overrides: list[str]
+) -> None:
+    content = yaml.safe_load(dump_recipe(load()))
+    del content["data"]["validation"]
+    before = content | {section: content[section] | old}
+    assert Recipe.model_validate(without_gone(before)) == load(*overrides)
+    assert before[section] == content[section] | old  # what was given stays as it was
 
 
 def test_facts_stand_in_the_definitions() -> None:
