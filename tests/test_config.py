@@ -492,6 +492,17 @@ def test_what_an_older_version_has_dumped_goes_on_under_the_key_that_came_after(
     assert before[section] == content[section] | old  # what was given stays as it was
 
 
+def test_the_config_of_a_run_folder_is_read_as_one_that_an_older_version_may_have_dumped(
+    load: Load, tmp_path: Path
+) -> None:
+    """`efficientllm prune RUN/config.yaml` is what users are told to type."""
+    text = BASE.replace("469M", "469M, ema: 0.5")
+    assert refusal(load, text=text).startswith("prune.ema is gone")
+    config = tmp_path / "config.yaml"
+    config.write_text(text, encoding="utf-8")
+    assert load_recipe(config) == load()
+
+
 def test_facts_stand_in_the_definitions() -> None:
     assert PruneConfig.having(Fact.ARM) == {"target", "cost", "ladder", "mode", "saliency", "correction"}
     assert free_keys()["data"] == {"cache_dir", "workers"}
