@@ -352,6 +352,9 @@ def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
     assert end("train.tokens=1B") == 150_000_000
     assert end("train.tokens=60M") == 20 * batch
     assert end("train.tokens=60M", "train.warmup=1M") == 20 * batch + 1_000_000
+    assert end("train.tokens=1B", "train.warmup=2%") == 170_000_000
+    assert end("train.tokens=1B", "prune.start=30%") == 450_000_000  # a long run has as long a span wherever it starts
+    assert end("train.tokens=1B", "prune.start=40%") == 500_000_000
     assert end("train.tokens=8M") == 4_000_000
     assert end("train.tokens=8M", "prune.end=15%") == 1_200_000
 
@@ -365,6 +368,10 @@ def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
         (
             ["prune.mode=iterative", "prune.end=5%"],
             "prune.end has no effect with prune.mode iterative, which sets",
+        ),
+        (
+            ["prune.saliency={depth: magnitude, ffn: flap}"],
+            "prune.saliency.depth has no effect: depth is not in prune.types",
         ),
         (["prune.mode=one-shot", "prune.bound=5%"], "prune.bound has no effect with prune.mode one-shot"),
         (["train.schedule=cosine", "train.decay=10%"], "train.decay has no effect with train.schedule cosine"),
@@ -490,6 +497,11 @@ def test_what_an_older_version_has_dumped_goes_on_under_the_key_that_came_after(
     before = content | {section: content[section] | old}
     assert Recipe.model_validate(without_gone(before)) == load(*overrides)
     assert before[section] == content[section] | old  # what was given stays as it was
+
+
+@pytest.mark.parametrize("share", ["0.001", "1e-3", "'1E-3'", "1.0e-3", "0.1%", "1e-1%"])
+def test_a_share_to_hold_out_is_no_path(load: Load, share: str) -> None:
+    assert load(f"data.validation={share}").data.held_out == 1e-3
 
 
 def test_the_config_of_a_run_folder_is_read_as_one_that_an_older_version_may_have_dumped(
