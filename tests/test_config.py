@@ -352,6 +352,9 @@ def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
     assert end("train.tokens=1B") == 150_000_000
     assert end("train.tokens=60M") == 20 * batch
     assert end("train.tokens=60M", "train.warmup=1M") == 20 * batch + 1_000_000
+    assert end("train.tokens=1B", "train.warmup=2%") == 170_000_000
+    assert end("train.tokens=1B", "prune.start=30%") == 450_000_000  # a long run has as long a span wherever it starts
+    assert end("train.tokens=1B", "prune.start=40%") == 500_000_000
     assert end("train.tokens=8M") == 4_000_000
     assert end("train.tokens=8M", "prune.end=15%") == 1_200_000
 
@@ -365,6 +368,10 @@ def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
         (
             ["prune.mode=iterative", "prune.end=5%"],
             "prune.end has no effect with prune.mode iterative, which sets",
+        ),
+        (
+            ["prune.saliency={depth: magnitude, ffn: flap}"],
+            "prune.saliency.depth has no effect: depth is not in prune.types",
         ),
         (["prune.mode=one-shot", "prune.bound=5%"], "prune.bound has no effect with prune.mode one-shot"),
         (["train.schedule=cosine", "train.decay=10%"], "train.decay has no effect with train.schedule cosine"),
@@ -446,11 +453,66 @@ def test_what_an_older_version_has_dumped_loads_where_nothing_else_was_meant(loa
     old["data"] |= {"text_column": "text", "train": [{"path": "org/data", "name": "en", "split": "train"}]}
     old["prune"] |= {"ema": 0.5, "compact_at": "4%", "align": {"hidden": 64, "intermediate": 64}, "order": "saliency"}
     old["prune"] |= {"correction_damping": 0.3, "calibration_tokens": None}
+    old["prune"]["latency_on"] = {"device": "cpu", "dtype": "fp32"}  # it has only said what to expect of the table
     old["run"]["log_every"] = 10
     assert Recipe.model_validate(without_gone(old)) == load(text=text)
     old["prune"]["ema"] = 0.9
     with pytest.raises(UsageError, match=r"^prune\.ema is gone"):
         Recipe.model_validate(without_gone(old))
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "overrides"),
+    [
+        ("data", {"validation_fraction": "1%", "validation": None}, ["data.validation=1%"]),
+        (
+            "data",
+            {
+                "text_column": "content",
+                "train": [
+                    {"path": "a.jsonl", "text_column": None},
+                    {"path": "b.jsonl", "text_column": "body"},
+                    "c.jsonl",
+                ],
+                "validation": [{"path": "d.jsonl"}],
+            },
+            [
+                "data.train=[{path: a.jsonl, text_column: content}, {path: b.jsonl, text_column: body}, "
+                "{path: c.jsonl, text_column: content}]",
+                "data.validation={path: d.jsonl, text_column: content}",
+            ],
+        ),
+        (
+            "prune",
+            {"order": "ffn-first", "selection": "calibrated", "target": {"hidden": 512}},
+            ["prune.selection=ffn-first", "prune.target={hidden: 512}"],
+        ),
+    ],
+)
+def test_what_an_older_version_has_dumped_goes_on_under_the_key_that_came_after(
+    load: Load, section: str, old: dict[str, Any], overrides: list[str]
+) -> None:
+    content = yaml.safe_load(dump_recipe(load()))
+    del content["data"]["validation"]
+    before = content | {section: content[section] | old}
+    assert Recipe.model_validate(without_gone(before)) == load(*overrides)
+    assert before[section] == content[section] | old  # what was given stays as it was
+
+
+@pytest.mark.parametrize("share", ["0.001", "1e-3", "'1E-3'", "1.0e-3", "0.1%", "1e-1%"])
+def test_a_share_to_hold_out_is_no_path(load: Load, share: str) -> None:
+    assert load(f"data.validation={share}").data.held_out == 1e-3
+
+
+def test_the_config_of_a_run_folder_is_read_as_one_that_an_older_version_may_have_dumped(
+    load: Load, tmp_path: Path
+) -> None:
+    """`efficientllm prune RUN/config.yaml` is what users are told to type."""
+    text = BASE.replace("469M", "469M, ema: 0.5")
+    assert refusal(load, text=text).startswith("prune.ema is gone")
+    config = tmp_path / "config.yaml"
+    config.write_text(text, encoding="utf-8")
+    assert load_recipe(config) == load()
 
 
 def test_facts_stand_in_the_definitions() -> None:

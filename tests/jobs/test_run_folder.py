@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from conftest import World
+from efficientllm.comparison.work import placed
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder, fingerprint
@@ -25,6 +27,27 @@ def test_a_check_writes_nothing(world: World) -> None:
         with pytest.raises(UsageError, match=r"belongs to a recipe with train\.lr=0\.01, not 0\.005"):
             refused(other)
     assert folder.config.read_bytes() == before
+
+
+def test_a_run_of_an_older_version_says_so_and_another_is_placed_beside_it(world: World) -> None:
+    recipe = Recipe.model_validate(world.recipe("older"))
+    folder = RunFolder(recipe.run.dir)
+    folder.adopt(recipe)
+    (folder.checkpoints / "step-8").mkdir(parents=True)
+    content = yaml.safe_load(folder.config.read_text())
+    content["prune"]["ema"] = 0.9
+    folder.config.write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError) as error:
+        folder.check(recipe)
+    message = str(error.value)
+    assert message.startswith(
+        f"run folder {folder.path} was begun by an older version: prune.ema is gone: leave it out"
+    )
+    assert message.endswith("; choose another run.dir")
+    assert placed(recipe).run.dir == f"{recipe.run.dir}-{fingerprint(recipe)}"
+    folder.config.write_text("{half")
+    with pytest.raises(UsageError, match=r"config\.yaml is damaged; restore it"):
+        placed(recipe)
 
 
 def test_a_fingerprint_is_of_what_a_run_is_to_learn(world: World) -> None:

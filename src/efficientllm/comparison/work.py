@@ -16,7 +16,7 @@ from efficientllm.comparison.runner import Outcome, run_all
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import EvalRequest, check_tasks
-from efficientllm.jobs.run_folder import RunFolder, fingerprint
+from efficientllm.jobs.run_folder import OlderRun, RunFolder, fingerprint
 from efficientllm.models.loading import load_config
 from efficientllm.pruning.groups import Space
 from efficientllm.training.planning import RunPlan, run_plan
@@ -173,9 +173,12 @@ def placed(recipe: Recipe) -> Recipe:
     """The recipe in its own run folder, or, where that holds a run of another recipe, in one beside it.
 
     An arm that takes the loop's shape is another run once the loop's best rate has changed, and so is one that is
-    given other tokens to meet a budget; both runs stay, and each is found again.
+    given other tokens to meet a budget; both runs stay, and each is found again. So does one of an older version.
     """
-    if RunFolder(recipe.run.dir).difference(recipe) is None:
-        return recipe
+    try:
+        if RunFolder(recipe.run.dir).difference(recipe) is None:
+            return recipe
+    except OlderRun:
+        pass
     run = recipe.run.model_copy(update={"dir": f"{recipe.run.dir}-{fingerprint(recipe)}"})
     return recipe.model_copy(update={"run": run})

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from efficientllm.config.fields import Count, Fact, Real, Section, Share, Text, one_or_more
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+):([^:]*)(?::(.*))?")
-_SHARE = re.compile(r"\s*[\d.]+\s*%?\s*")
+_SHARE = re.compile(r"\s*[\d.]+([eE][+-]?\d+)?\s*%?\s*")  # PyYAML reads 1e-3 as text
 
 
 class DataSource(Section):

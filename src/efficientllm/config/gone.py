@@ -32,7 +32,6 @@ GONE: Mapping[str, Gone] = {
     "train.eps": Gone("leave it out: it is Adam's own, 1e-8", (1e-8,)),
     "prune.latency_on": Gone(
         "leave it out: the first lines of a run and of `efficientllm plan` say what the table was measured on",
-        ({"device": None, "dtype": None},),
     ),
     "prune.calibration_batch": Gone("leave it out: bundles are always measured on rows to come"),
     "prune.calibration_batches": Gone("leave it out: one-shot takes its scores from eight batches", (8,)),
@@ -62,21 +61,34 @@ GONE: Mapping[str, Gone] = {
 
 
 def without_gone(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe that an older version has dumped, without the keys that mean what their absence means today."""
-    found = {
+    """A recipe that an older version has dumped, in today's keys: those that have a successor go on as that, and those
+    that mean what their absence means today are left out."""
+    found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
+    data, prune = found.get("data"), found.get("prune")
+    if isinstance(data, dict):
+        _renew_data(data)
+    if isinstance(prune, dict):
+        if prune.get("order") not in (None, "saliency"):
+            prune["selection"] = prune.pop("order")  # under a path, selection had no effect
+        if isinstance(prune.get("align"), Mapping) and len({*prune["align"].values()}) == 1:
+            (prune["align"],) = {*prune["align"].values()}
+    return {
         name: {key: each for key, each in value.items() if not _dropped(f"{name}.{key}", each)}
-        if isinstance(value, Mapping)
+        if isinstance(value, dict)
         else value
-        for name, value in recipe.items()
+        for name, value in found.items()
         if not _dropped(name, value)
     }
-    data, prune = found.get("data"), found.get("prune")
-    for part in ("train", "validation"):
-        if isinstance(data, dict) and isinstance(data.get(part), list):
-            data[part] = [_joined(each) for each in data[part]]
-    if isinstance(prune, dict) and isinstance(prune.get("align"), Mapping) and len({*prune["align"].values()}) == 1:
-        (prune["align"],) = {*prune["align"].values()}
-    return found
+
+
+def _renew_data(data: dict[str, Any]) -> None:
+    """In place: name, split and text column of each source stand with the source, a share as validation."""
+    parts = [part for part in ("train", "validation") if isinstance(data.get(part), list)]
+    column = data.pop("text_column", None) if "train" in parts else None
+    for part in parts:
+        data[part] = [_renewed(each, column) for each in data[part]]
+    if data.get("validation") is None and data.get("validation_fraction") is not None:
+        data["validation"] = data.pop("validation_fraction")
 
 
 def _dropped(key: str, value: Any) -> bool:
@@ -84,12 +96,16 @@ def _dropped(key: str, value: Any) -> bool:
     return gone is not None and (gone.was is None or value is None or value in gone.was)
 
 
-def _joined(source: Any) -> Any:
-    """A source whose name and split stand beside its path, with all of them in the path."""
+def _renewed(source: Any, column: str | None) -> Any:
+    """A source whose name and split stand beside its path, with all of them in the path; column: where it has none."""
+    if isinstance(source, str):
+        source = {"path": source}
     if not isinstance(source, Mapping):
         return source
     parts = [source.get("path"), source.get("name"), source.get("split")]
     while parts[-1] is None and len(parts) > 1:
         parts.pop()
     kept = {key: value for key, value in source.items() if key not in ("name", "split")}
+    if column is not None and kept.get("text_column") is None:
+        kept["text_column"] = column
     return kept | {"path": ":".join(part or "" for part in parts)}

@@ -97,8 +97,8 @@ class PruneConfig(Section):
     )
     end: Annotated[AutoPlace, AT_REST, PACED] = Field(
         default="auto",
-        description="Where the target is reached; auto: after 15 % of the run, but no fewer than 20 steps, as far as "
-        "half of the run allows",
+        description="Where the target is reached; auto: 15 % of the run after prune.start, no fewer than 20 steps, "
+        "within the first half",
     )
     every: Annotated[Count | None, AT_REST] = Field(
         default=None, description="The paper's N: one event every N batches until the target, in place of end"
@@ -187,4 +187,12 @@ class PruneConfig(Section):
         twice = next((name for name in self.types if self.types.count(name) > 1), None)
         if twice:
             raise UsageError(f"prune.types names {twice} more than once: drop the repetition")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_are_of_its_types(self) -> Self:
+        named = self.saliency if isinstance(self.saliency, Mapping) else {}
+        idle = next((name for name in named if name not in self.types), None)
+        if idle:
+            raise UsageError(f"prune.saliency.{idle} has no effect: {idle} is not in prune.types")
         return self

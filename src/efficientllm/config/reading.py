@@ -30,9 +30,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, dumped: bool
     """The recipe in a YAML file, with overrides such as "train.lr=1e-3" whose values are read as YAML.
 
     An override to null restores the default. dumped: we wrote the file, perhaps in an older version; keys that went
-    since may stand in it with what they were. Raises UsageError for anything a user can get wrong.
+    since may stand in it with what they were. So they may in a run folder's config.yaml, which users are told to give
+    to `efficientllm prune`. Raises UsageError for anything a user can get wrong.
     """
-    data = without_gone(_read(Path(path))) if dumped else _read(Path(path))
+    path = Path(path)
+    data = _read(path)
+    if dumped or path.name == "config.yaml":
+        data = without_gone(data)
     for text in overrides:
         _override(data, text)
     return Recipe.model_validate(data)

@@ -28,7 +28,7 @@ from efficientllm.config.prune import PruneConfig
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count
 
-SPAN, SPAN_STEPS = Position(0.15), 20  # what prune.end auto gives the loop to prune in
+SPAN, SPAN_STEPS = Position(0.15), 20  # what prune.end auto gives the loop to prune in: the longer
 SCHEDULED = "with train.schedule {0.schedule}"
 
 
@@ -195,7 +195,7 @@ class Recipe(Section):
             return self.prune.end.tokens(total)
         length = self.data.sequence_length
         steps = SPAN_STEPS * self.train.batch_rows(length) * length
-        return max(SPAN.tokens(total), min(self.pruning_starts + steps, total // 2))
+        return min(self.pruning_starts + max(SPAN.tokens(total), steps), total // 2)
 
     @model_validator(mode="wrap")
     @classmethod

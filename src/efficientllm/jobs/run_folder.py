@@ -28,6 +28,10 @@ from efficientllm.reporting.journal import Journal
 FREE_KEYS = free_keys()
 
 
+class OlderRun(UsageError):
+    """A run folder that an older version has begun, with a recipe that this one does not take."""
+
+
 class RunFolder:
     """writes: whether this process leaves anything here; of several processes only the leading one does."""
 
@@ -86,7 +90,8 @@ class RunFolder:
 
     def difference(self, recipe: Recipe) -> tuple[str, Any, Any] | None:
         """The first essential key, with both values, in which the run begun here differs from a recipe; None where none
-        does or nothing was begun. Writes nothing. Raises UsageError where config.yaml is damaged."""
+        does or nothing was begun. Writes nothing. Raises UsageError where config.yaml is damaged, and OlderRun where it
+        is a recipe no longer."""
         if not self.config.is_file() or not (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
             return None
         try:
@@ -97,7 +102,11 @@ class RunFolder:
                 for each in (old, new):  # that number is what differs, not the pace that follows from it
                     each["run"].pop("validate_every", None)
             return first_difference(old, new)
-        except (OSError, yaml.YAMLError, UsageError, AttributeError, TypeError, KeyError) as error:
+        except UsageError as error:
+            raise OlderRun(
+                f"run folder {self.path} was begun by an older version: {error}; choose another run.dir"
+            ) from error
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
             raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
 
     def check(self, recipe: Recipe) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efficientllm.config import Recipe
+from efficientllm.config import Recipe, load_recipe
 from efficientllm.evaluation.validation import spread
 from efficientllm.files import write_json
 from efficientllm.jobs.job import choose_device, prepare
@@ -28,7 +27,7 @@ def write_samples(path: Path, say: Callable[[str], None]) -> None:
     if out.is_file() or not (path / "summary.json").is_file():
         return
     try:
-        recipe = Recipe.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+        recipe = load_recipe(path / "config.yaml", dumped=True)
         content = samples(recipe, RunFolder(path), say)
     except Exception as error:  # the report that asked for them is about more than these
         say(f"no sample generations for {path}: {error}")
