@@ -5,7 +5,8 @@
 A Llama of 10 M parameters from its config (hidden 256, 8 layers, FFN 1,024, vocabulary 4,096, untied), fp32, every
 weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward
 and backward (embedding, last norm and LM head once), gradients scattered in fp32, (n - 1) / n of the data each. The
-rest is counted where it is reduced (Ranks.communicated).
+rest is counted where it is reduced (Ranks.communicated). Saliency is taylor-element, whose scores are added up at every
+step, and calibrated.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     torch.manual_seed(0)
     model = build(CONFIG)
     space = space_of(model.config)
-    prune = PruneConfig.model_validate({"target": "92%", "correction": correction, "align": 1})
+    prune = PruneConfig.model_validate(
+        {"target": "92%", "saliency": "taylor-element", "correction": correction, "align": 1}
+    )
     options, landings = options_and_landings(prune, space)
     tokens = STEPS * ROWS * LENGTH
     schedule = SpanSchedule(0, tokens, space.num_params(), landings[-1].target, "linear")

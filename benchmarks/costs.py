@@ -8,9 +8,9 @@ head's parameter then stands for six times as many FLOPs as an FFN channel's (at
 the weights do not), and for all of the KV cache. It is fixed beforehand: no other context was tried.
 
 The source is pruned by each cost to four shares of it, once a seed (a seed is an order of batches; the source is one),
-with default bound, calibration and correction, widths of any number (`align: 1`) and floors out of the way. A table
-of latencies is measured first, and all results once more at the end. benchmarks/costs_report.py says how the arms
-are compared. Prints Markdown. Finished runs under FOLDER are not repeated.
+with taylor-element, default bound, calibration and correction, widths of any number (`align: 1`) and floors out of the
+way. A table of latencies is measured first, and all results once more at the end. benchmarks/costs_report.py says how
+the arms are compared. Prints Markdown. Finished runs under FOLDER are not repeated.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def stage(folder: Path, name: str, source: Path, tokens: int, **more: Any) -> Ro
 
 def prune_section(cost: str, share: str, table: Path) -> Row:
     size: Any = share if cost == "params" else {cost.replace("-", "_"): share}
-    section: Row = {"target": size, "cost": cost, "end": "50%", "align": 1, "floors": {"intermediate": LEAST_FFN}}
+    section: Row = {"target": size, "cost": cost, "saliency": "taylor-element", "end": "50%", "align": 1}
+    section["floors"] = {"intermediate": LEAST_FFN}
     return section | ({"latency_table": str(table)} if cost == "latency" else {})
 
 

@@ -163,7 +163,8 @@ class Subject:
             align=Alignment.automatic(space.widths),
             floors=Floors(hidden=space.head_dim, intermediate=32),
         )
-        return PruningPlan(config, (landing,), self.pace, PrunerOptions(DEFAULT_TYPES), compact_at=1.0)
+        options = PrunerOptions(DEFAULT_TYPES, saliency="taylor-element", calibrated=True)
+        return PruningPlan(config, (landing,), self.pace, options, compact_at=1.0)
 
     def _compile(self, wanted: bool) -> None:
         """Switches every block's forward, as efficientllm.distributed.layout.wrap sets it."""

@@ -40,7 +40,7 @@ ALLOWED = {
     "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "files", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"errors", "config", "models", "pruning", "training", "checkpoint"},
-    "trainer_callback": {"library"},
+    "trainer_callback": {"config", "library"},
     "cli": {
         "errors", "files", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning",
         "jobs", "distributed", "training", "comparison", "demo", "benching", "",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
-from efficientllm.training import planning
-from efficientllm.training.planning import pruning_plan
 
 
 def call(*argv: str | Path) -> int:
@@ -195,19 +192,6 @@ def test_bad_requests_get_one_sentence(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
-
-
-def test_a_low_rate_while_pruning_and_warm_up_after_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a loop's plan may ask for it; no recipe does."""
-    monkeypatch.setattr(planning, "pruning_plan", lambda *which: replace(pruning_plan(*which), lr_share=0.25))
-    prune = {"start": "0%", "end": "50%"}
-    assert call("prune", world.write("low", prune=prune, train={"warmup": 4 * 256, "decay": 0})) == 0
-    metrics = records(world, "low", "metrics")
-    last = records(world, "low", "events")[-1]["step"]
-    rates = [record["lr"] for record in metrics]
-    assert max(rates[:last]) == pytest.approx(0.25e-2)
-    after = rates[last:]
-    assert after[0] < after[1] < after[2] < after[3] < after[4] == pytest.approx(1e-2)
 
 
 def test_continue_wants_a_snapshot(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
 
 
 class Loop:
-    """A bare training loop around a tiny model; also the pruner's probe. Corrected unless asked otherwise."""
+    """A bare training loop around a tiny model; also the pruner's probe. Corrected and calibrated by default."""
 
     def __init__(self, family: str, *, share: float = 0.4, span: float = 10.0, **options: object) -> None:
         shape = {"num_hidden_layers": options.pop("num_hidden_layers", 2)} | options.pop("config", {})
@@ -39,7 +39,7 @@ class Loop:
         self.space = space_of(self.model.config)
         target = int(self.space.num_params() * share)
         types = tuple(options.pop("types", DEFAULT_TYPES))
-        options.setdefault("correction", SolverOptions())
+        options = {"correction": SolverOptions(), "saliency": "taylor-element", "calibrated": True} | options
         floors = Floors(**({"hidden": 8, "intermediate": 8} | options.pop("floors", {})))  # type: ignore[operator]
         landing = Landing(self.space, target, types=types, align=Alignment(4, 4), floors=floors)
         self.pruner = PruningEngine(

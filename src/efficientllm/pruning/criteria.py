@@ -143,7 +143,7 @@ def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
 
 DEFAULT = "gate-fisher"
 FREE = "free with training"
-LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of correction_tokens at each look"
+LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of a pass at each look"
 CRITERIA = {
     criterion.name: criterion
     for criterion in (

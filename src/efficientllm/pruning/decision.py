@@ -102,8 +102,8 @@ class Course:
 
 class ByDamage:
     """Towards the shape of the least damage, or along a pruning path (`order`, selection.py). live: the masks that the
-    ranking reads; what is taken falls there. damages: of each type's next event as last seen, calibrated, per parameter
-    (as PruneReport has them)."""
+    ranking reads; what is taken falls there. damages: of each type's next event as last seen, per parameter (as
+    PruneReport has them)."""
 
     def __init__(
         self, ranking: Ranking, live: Live, calibration: Calibration | None, types: Sequence[str], order: str

@@ -83,7 +83,7 @@ def train_steps(
         prunes = healthy and plan is not None and not plan.at_rest
         if prunes and state.pruner:
             state.pruner.observe()
-        lr = _take(state, train, plan, step.tokens, norm if healthy else None)
+        lr = _take(state, train, step.tokens, norm if healthy else None)
         if prunes:
             pruned = _prune(state, train, plan, step)
         report, compaction = pruned or (None, None)
@@ -101,12 +101,10 @@ def _prune(
     return report, _compact_if_due(state, train, plan, exactly=report.rung is not None)
 
 
-def _take(state: TrainState, train: TrainConfig, plan: PruningPlan | None, tokens: int, norm: float | None) -> float:
+def _take(state: TrainState, train: TrainConfig, tokens: int, norm: float | None) -> float:
     """The optimizer's step with the gradient of so many tokens, and its learning rate. The weights stay as they are
     where the gradient is not finite (norm None)."""
-    share = lr_share(state, plan)
-    lr = share * learning_rate(state.tokens, train, state.lowered_tokens if share == 1.0 else 0)
-    state.lowered_tokens += tokens if share < 1.0 else 0
+    lr = learning_rate(state.tokens, train)
     if lr and norm is not None:
         update(state.optimizer, state.model.parameters(), lr=lr, clip=train.grad_clip, norm=norm)
     else:
@@ -139,13 +137,6 @@ def _count_health(state: TrainState, loss: float, norm: float) -> bool:
             f"finite for {MOST_SKIPPED} steps in a row"
         )
     return False
-
-
-def lr_share(state: TrainState, plan: PruningPlan | None) -> float:
-    """Share of the learning rate in this step: that of the plan from where pruning begins until it is over."""
-    if plan is None or state.pruner is None or state.pruner.finished or state.tokens < plan.begins:
-        return 1.0
-    return plan.lr_share
 
 
 def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan, *, exactly: bool) -> Compaction | None:

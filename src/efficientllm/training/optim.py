@@ -67,15 +67,15 @@ def optimizer_like(
     return fresh
 
 
-def learning_rate(tokens: float, train: TrainConfig, lowered: float = 0) -> float:
-    """Learning rate for the step that begins after `tokens` tokens, `lowered` of them while the rate was held down.
+def learning_rate(tokens: float, train: TrainConfig) -> float:
+    """Learning rate for the step that begins after `tokens` tokens.
 
     Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
     min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
-    (arXiv 1608.03983); "constant". Tokens at a lowered rate are no warm-up.
+    (arXiv 1608.03983); "constant".
     """
     warmup = train.warmup.tokens(train.tokens)
-    warm = min(1.0, (tokens - lowered + 1) / (warmup + 1))
+    warm = min(1.0, (tokens + 1) / (warmup + 1))
     if train.schedule == "cosine":
         x = min(1.0, max(0.0, tokens - warmup) / max(1, train.tokens - warmup))
         share = 0.5 * (1.0 + math.cos(math.pi * x))

@@ -20,7 +20,7 @@ from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_
 from efficientllm.pruning.widths import Widths
 
 # What a run counts; Snapshot and TrainState have a field of each name.
-COUNTS = ("step", "tokens", "refresh_tokens", "lowered_tokens", "flops", "skipped_steps", "skipped_in_a_row")
+COUNTS = ("step", "tokens", "refresh_tokens", "flops", "skipped_steps", "skipped_in_a_row")
 UNKNOWN_FLOPS = dict.fromkeys((part.name for part in fields(Ledger)), math.nan)
 
 
@@ -30,16 +30,15 @@ class Snapshot:
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
-    transformers config as a dict. Counts: optimizer steps done, tokens read in steps, those of them at a lowered
-    learning rate, tokens of looks at the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss
-    or gradient was not finite, in all and up to now without a good one between.
+    transformers config as a dict. Counts: optimizer steps done, tokens read in steps, tokens of looks at
+    the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss or gradient was not finite, in all
+    and up to now without a good one between.
     """
 
     config: dict[str, Any]
     step: int
     tokens: int
     refresh_tokens: int
-    lowered_tokens: int
     flops: dict[str, float]
     skipped_steps: int
     skipped_in_a_row: int

@@ -43,8 +43,8 @@ class PruningPlan:
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
     parameters that a compaction must free to be worth it. landings: the ladder's rungs, then the target.
     correction_tokens: whose inputs the correction sees; calibration_tokens: on which bundles are measured; None for
-    what training/looks.py chooses. lr_share: of the learning rate from token `begins` until pruning is over. at_rest:
-    all events of a landing at once, before a step, the weights at rest (one-shot, iterative).
+    what training/looks.py chooses. begins: the token at which pruning does. at_rest: all events of a landing at once,
+    before a step, the weights at rest (one-shot, iterative).
     """
 
     source: PretrainedConfig
@@ -54,7 +54,6 @@ class PruningPlan:
     compact_at: float
     correction_tokens: int | None = None
     calibration_tokens: int | None = None
-    lr_share: float = 1.0
     begins: int = 0
     at_rest: bool = False
 
@@ -81,7 +80,6 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     refresh_tokens: int = 0
-    lowered_tokens: int = 0
     flops: Ledger = field(default_factory=Ledger)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
