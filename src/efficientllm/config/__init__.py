@@ -5,8 +5,9 @@ from efficientllm.config.fields import Fact
 from efficientllm.config.gone import GONE, without_gone
 from efficientllm.config.prune import FloorsConfig, PruneConfig
 from efficientllm.config.reading import dump_recipe, effective_recipe, load_recipe
-from efficientllm.config.sections import DistillConfig, DistributedConfig, Recipe, RunConfig, TrainConfig
+from efficientllm.config.sections import DistillConfig, DistributedConfig, Recipe, RunConfig
 from efficientllm.config.targets import CostTarget, WidthTarget
+from efficientllm.config.train import TrainConfig
 
 __all__ = [
     "GONE",

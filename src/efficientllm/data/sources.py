@@ -32,14 +32,8 @@ if TYPE_CHECKING:
     from efficientllm.config import DataSource
 
 Kind = Literal["parquet", "json", "text", "arrow", "saved", "hub"]
-_KINDS: Mapping[str, Kind] = {
-    ".parquet": "parquet",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
+_KINDS: dict[str, Kind] = {".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+_KINDS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _PROCESS_BYTES = 32 << 20
 

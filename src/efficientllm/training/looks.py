@@ -1,16 +1,49 @@
-"""How many rows of the batches to come pruning looks at: for a gradient, for a measured loss, for a correction."""
+"""Rows that passes are made over: of a batch, and of those to come that pruning looks at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
 
 from efficientllm.pruning.groups import Space
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.saliency import reader_specs
+from efficientllm.training.gradient import SummedLoss
 from efficientllm.training.state import PruningPlan
 
 LOOK_SHARE, LOOK_TOKENS = 4, 512  # a look reads a quarter of a batch, and no fewer tokens
 CORRECTION_TOKENS = 8  # for each input of the widest layer: fewer would be fitted rather than learnt from
 CAPTURED = 1 << 31  # input elements that all layers together may keep of a pass
+
+
+class Batches(Protocol):
+    def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
+        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a pass is made over, and what it costs.
+
+    parts: micro-batches of this process, int64 (rows, length), and whether each counts (micro_batches). loss: of some
+    of these rows, summed over what is predicted there; any forward pass where inputs are all that is wanted. predicted:
+    what is predicted in the rows of all processes, divided by their number. Of the rows, of which this process's begin
+    at `first`, every so-manieth is kept as inputs, and of those no more than `limit` tokens. flops, refreshed: of the
+    pass, over all processes; refreshed are tokens of looks at the gradient.
+    """
+
+    parts: Sequence[tuple[Tensor, bool]]
+    loss: SummedLoss
+    predicted: float = 1.0
+    first: int = 0
+    every: int = 1
+    limit: int | None = None
+    flops: Ledger = field(default_factory=Ledger)
+    refreshed: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from efficientllm.pruning.gates import GateSums
 from efficientllm.training.capture import Watch, watched_gates
+from efficientllm.training.looks import Rows
 from efficientllm.training.state import TrainState
-from efficientllm.training.step import Passes, Rows, Use
+from efficientllm.training.step import Passes, Use
 
 ONE = torch.zeros(1, 2, dtype=torch.int64)  # a row with one prediction stands for the batch: its loss is a mean already
 

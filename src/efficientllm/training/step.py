@@ -11,9 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,40 +25,13 @@ from efficientllm.training.capture import Inputs, Watch, captured_inputs, watche
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import Precision, SummedLoss, mean_loss, micro_batches, summed_loss
-from efficientllm.training.looks import LookRows
+from efficientllm.training.looks import Batches, LookRows, Rows
 from efficientllm.training.state import PruningPlan, TrainState
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
 
-Use = Literal["step", "gradient", "measure", "inputs"]
-
-
-class Batches(Protocol):
-    def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
-        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a pass is made over, and what it costs.
-
-    parts: micro-batches of this process, int64 (rows, length), and whether each counts (micro_batches). loss: of some
-    of these rows, summed over what is predicted there; any forward pass where inputs are all that is wanted. predicted:
-    what is predicted in the rows of all processes, divided by their number. Of the rows, of which this process's begin
-    at `first`, every so-manieth is kept as inputs, and of those no more than `limit` tokens. flops, refreshed: of the
-    pass, over all processes; refreshed are tokens of looks at the gradient.
-    """
-
-    parts: Sequence[tuple[Tensor, bool]]
-    loss: SummedLoss
-    predicted: float = 1.0
-    first: int = 0
-    every: int = 1
-    limit: int | None = None
-    flops: Ledger = field(default_factory=Ledger)
-    refreshed: int = 0
+Use = Literal["step", "gradient", "measure", "inputs"]  # of a pass
 
 
 class Passes(ABC):
