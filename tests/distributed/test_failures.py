@@ -91,7 +91,8 @@ def test_a_killed_rank_and_a_preemption_change_no_bit(world: World) -> None:
 def test_a_rank_that_hangs_is_named(world: World) -> None:
     """Two runs side by side: in one rank 0 hangs, in the other rank 1. Either time the other one has the words."""
     recipes = [world.write(f"two-hung-{rank}", **LONG) for rank in (0, 1)]
-    runs = [ranks_of(recipe, "distributed.timeout=15") for recipe in recipes]
+    # So long that neither is over before it is stopped, however slow this process is.
+    runs = [ranks_of(recipe, "distributed.timeout=15", "train.tokens=2M") for recipe in recipes]
     for rank, (recipe, processes) in enumerate(zip(recipes, runs, strict=True)):
         folder = world.folder / "runs" / recipe.stem
         wait_for(lambda: steps_done(folder) >= 3, lambda: all(map(is_alive, processes)), log_of(recipe))  # noqa: B023
