@@ -24,6 +24,7 @@ from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.evaluation.probe import criteria_scores
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
+from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
 from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.saliency import reader_specs
@@ -58,16 +59,12 @@ def increase(
     for cut in cuts:
         live.remove(cut)
     readers = list(losing_readers(space, cuts, live))
-    touched = {reader.name for reader in readers} | {part.name for part in group_slices(space, cuts)}
-    saved = {name: params[name].clone() for name in touched}
-    if inputs is not None:
-        correct(params, readers, inputs, SolverOptions())
-    for part in group_slices(space, cuts):
-        params[part.name].index_fill_(part.dim, part.indices, 0.0)
-    loss = loss_of(model, held)
-    for name, weight in saved.items():
-        params[name].copy_(weight)
-    return loss
+    with trial(space, params, cuts, [reader.name for reader in readers]):
+        if inputs is not None:
+            correct(params, readers, inputs, SolverOptions())
+        for part in group_slices(space, cuts):
+            params[part.name].index_fill_(part.dim, part.indices, 0.0)
+        return loss_of(model, held)
 
 
 def main() -> None:

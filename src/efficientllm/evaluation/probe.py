@@ -44,9 +44,10 @@ def criteria_scores(
             watched_gates(model, space, gates) as watch,
         ):
             gradient(model, batch, micro_batch, precision, watch)
-        add("gate-fisher", gates.scores())
         for criterion in CRITERIA.values():
-            if criterion.element:
+            if criterion.needs == "gates":
+                add(criterion.name, gates.scores())
+            elif criterion.element:
                 weights = (
                     (spec, params[spec.name].detach(), grad)
                     for spec in space.params

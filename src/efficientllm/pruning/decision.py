@@ -108,13 +108,8 @@ class ByDamage:
     def __init__(
         self, ranking: Ranking, live: Live, calibration: Calibration | None, types: Sequence[str], order: str
     ) -> None:
-        self._ranking, self._live, self._calibration, self._types, self._order = (
-            ranking,
-            live,
-            calibration,
-            types,
-            order,
-        )
+        self._ranking, self._live = ranking, live
+        self._calibration, self._types, self._order = calibration, types, order
         self.damages: dict[str, float] = {}
 
     def next(self, widths: Widths, landing: Landing) -> Event:
