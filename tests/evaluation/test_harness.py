@@ -123,10 +123,12 @@ def call(*argv: str | Path) -> int:
 
 
 def test_models_are_measured_and_missing_data_is_said(
-    world: World, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A CPU takes a fixed number of rows at once: the harness's search for one would leave every task out here."""
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM._detect_batch_size", None)
     source = str(world.folder / "source")
-    options = ("--data-dir", records, "--batch-size", "2", "--device", "cpu", "--json", tmp_path / "out.json")
+    options = ("--data-dir", records, "--device", "cpu", "--json", tmp_path / "out.json")
     assert call("eval", source, "--tasks", "boolq,openbookqa,copa", *options) == 2
     streams = capsys.readouterr()
     assert "copa is left out" in streams.err

@@ -28,7 +28,7 @@ def evaluate(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Records of each task drawn at random, the same for every model.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="A number, or auto (8 on a CPU).")] = "auto",
     data_dir: Annotated[
         Path | None, typer.Option(help="Local records: DIR/<hub id>/<config>/<split>.jsonl; default: the hub.")
     ] = None,

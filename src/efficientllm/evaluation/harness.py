@@ -23,13 +23,16 @@ from efficientllm.evaluation.records import drawn, right_records
 from efficientllm.evaluation.tasks import TASKS, common_sense_mean
 
 Say = Callable[[str], None]
+# The harness finds the largest batch by five passes over 64 of the longest requests, for every task. That takes a CPU
+# longer than the task itself, and more rows at once are no faster there.
+CPU_ROWS = 8
 _BY_TASK = ("results", "versions", "records", "right")
 
 
 @dataclass(frozen=True)
 class EvalRequest:
     """tasks: harness names, groups too. limit: the first records of a task (of each subtask); sample: so many drawn
-    from all of them, the same for every model. batch_size: a number or auto."""
+    from all of them, the same for every model. batch_size: a number or auto, which a CPU takes as 8."""
 
     tasks: Sequence[str] = tuple(TASKS)
     limit: int | None = None
@@ -64,7 +67,8 @@ def evaluate(
 
     quiet = logging.getLogger("lm_eval")
     quiet.setLevel(logging.ERROR)
-    limits: dict[str, Any] = {"batch_size": request.batch_size, "device": str(model.device)}
+    rows = CPU_ROWS if request.batch_size == "auto" and model.device.type == "cpu" else request.batch_size
+    limits: dict[str, Any] = {"batch_size": rows, "device": str(model.device)}
     with redirect_stdout(sys.stderr):
         runner = HFLM(pretrained=model, tokenizer=tokenizer, **limits)
     found: dict[str, Any] = {"results": {}, "problems": {}, "versions": {}, "records": {}, "right": {}}
