@@ -15,118 +15,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 import torch
 from real_peers import PEERS, prune_by_peer
+from real_text import LENGTH, SHARES, Losses, difference, measure, pooled, split_domains
 
 from efficientllm.config import Recipe
 from efficientllm.files import appearing
 from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops
-from efficientllm.models.loading import load_config, load_model, load_tokenizer
+from efficientllm.models.loading import load_config, load_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count, parse_count, parse_fraction
-from efficientllm.training.gradient import Precision, row_losses
 
-LENGTH, BATCH, MICRO_BATCH, RATE = 512, 4096, 2, 3e-4
-SHARES = {"c4-rp": 0.4, "book": 0.3, "wiki": 0.2, "cc": 0.1}  # of the training tokens; by how much text there is
-ROWS = 30  # held-out rows of a domain; of short documents fewer
-BOOK_ROWS = 7  # of each held-out book
+BATCH, MICRO_BATCH, RATE = 4096, 2, 3e-4
 FREE = {"target": None}  # stands for --target, in the arms below
 
-# What an arm sets in the recipe's prune section; None: it prunes nothing.
-ARMS: dict[str, dict[str, Any] | None] = {
-    "loop": FREE,
-    "loop, FFN only": FREE | {"types": ["ffn"]},
-    "loop, flap": FREE | {"saliency": "flap"},
-    "one-shot": FREE | {"mode": "one-shot"},
-    "one-shot, loop's shape": {"mode": "one-shot", "target": "loop"},
-    "proportional widths": {"target": "proportional"},
-    "source trained on": None,
+# The sections that an arm adds to the recipe; without `prune` it is plain training.
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "loop": {"prune": FREE},
+    "loop, FFN only": {"prune": FREE | {"types": ["ffn"]}},
+    "loop, flap": {"prune": FREE | {"saliency": "flap"}},
+    "loop, no correction": {"prune": FREE | {"correction": "none"}},
+    "loop, teacher": {"prune": FREE, "distill": {}},
+    "one-shot": {"prune": FREE | {"mode": "one-shot"}},
+    "one-shot, loop's shape": {"prune": {"mode": "one-shot", "target": "loop"}},
+    "one-shot, teacher": {"prune": FREE | {"mode": "one-shot"}, "distill": {}},
+    "proportional widths": {"prune": {"target": "proportional"}},
+    "source trained on": {},
 }
-Losses = dict[str, dict[str, list[float]]]  # held-out set -> document -> mean nats of its rows
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def split_domains(domains: Path, corpus: Path) -> None:
-    """NAME.jsonl to train on and NAME.held.jsonl: every fourth document of the small domains, every twentieth else."""
-    if corpus.is_dir():
-        return
-    with appearing(corpus) as partial:
-        for name in SHARES:
-            texts = [json.loads(line)["text"] for line in (domains / f"{name}.jsonl").open(encoding="utf-8")]
-            every = 20 if len(texts) >= 1000 else min(4, len(texts))
-            for suffix, held in (("", False), (".held", True)):
-                chosen = [text for at, text in enumerate(texts) if (at % every == every - 1) == held]
-                lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
-                (partial / f"{name}{suffix}.jsonl").write_text(lines)
-
-
-def held_out(corpus: Path, books: Path, tokenizer: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(set, document, its rows (rows, length)), rows spread evenly over each document; of a short one a short row."""
-    for name in SHARES:
-        texts = [json.loads(line)["text"] for line in (corpus / f"{name}.held.jsonl").open(encoding="utf-8")]
-        texts = texts[:ROWS]
-        for at, text in enumerate(texts):
-            number = ROWS // len(texts) + (at < ROWS % len(texts))
-            yield "domains", f"{name} {at}", rows_of(tokenizer, text, number)
-    for file in sorted(books.glob("validation-*.parquet")):
-        for at, text in enumerate(parquet.read_table(file, columns=["text"])["text"].to_pylist()):
-            yield "books", f"{file.stem} {at}", rows_of(tokenizer, text, BOOK_ROWS)
-
-
-def rows_of(tokenizer: Any, text: str, number: int) -> torch.Tensor:
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-    length = min(LENGTH, len(ids))
-    last = len(ids) - length
-    starts = sorted({last * at // max(1, number - 1) for at in range(number)})
-    return torch.stack([ids[start : start + length] for start in starts])
-
-
-def measure(model_path: Path | str, corpus: Path, books: Path, file: Path) -> Losses:
-    """Losses of a model on the held-out rows; kept in `file`."""
-    if file.is_file():
-        losses: Losses = json.loads(file.read_text())
-        return losses
-    model, precision = load_model(str(model_path), use="evaluated").eval(), Precision("cpu", bf16=False)
-    losses = {"domains": {}, "books": {}}
-    for kind, document, rows in held_out(corpus, books, load_tokenizer(str(model_path))):
-        parts = [row_losses(model, part, precision) for part in rows.split(MICRO_BATCH)]
-        losses[kind][document] = torch.cat(parts).tolist()
-    file.write_text(json.dumps(losses))
-    return losses
-
-
-def pooled(losses: dict[str, list[float]], documents: list[str]) -> float:
-    """Mean over the rows of some documents."""
-    return statistics.fmean([row for document in documents for row in losses[document]])
-
-
-def difference(own: dict[str, list[float]], base: dict[str, list[float]]) -> str:
-    """Own - base with its bootstrap interval over documents (all rows of a document fall or stay together)."""
-    names, chooser = sorted(own), random.Random(0)
-    draws = []
-    for _ in range(2000):
-        drawn = chooser.choices(names, k=len(names))
-        draws.append(pooled(own, drawn) - pooled(base, drawn))
-    draws.sort()
-    return f"{pooled(own, names) - pooled(base, names):+.3f} ({draws[50]:+.3f} to {draws[1949]:+.3f})"
 
 
 class Bench:
@@ -147,7 +78,7 @@ class Bench:
 
     def recipe(self, arm: str, seed: int) -> dict[str, Any]:
         """The recipe of an arm; of a peer the plain training of what the peer has pruned."""
-        source, prune = self.source, None if arm in PEERS else ARMS[arm]
+        source, sections = self.source, ARMS.get(arm, {})
         if arm in PEERS:
             source = str(self.folder / f"{arm}-{self.target}")
             if not Path(source).is_dir():
@@ -167,9 +98,9 @@ class Bench:
         }
         recipe["train"] |= {"warmup": "8%", "decay": "30%", "seed": seed}
         recipe["run"] |= {"checkpoint_every": "20%", "keep": 1, "trackers": []}
-        if prune is not None:
-            recipe["prune"] = prune | {"target": self._target(prune["target"], seed)}
-        return recipe
+        if prune := sections.get("prune"):
+            sections = sections | {"prune": prune | {"target": self._target(prune["target"], seed)}}
+        return recipe | sections
 
     def _target(self, target: str | None, seed: int) -> int | dict[str, int]:
         if target is None:
