@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from efficientllm.errors import UsageError
+from efficientllm.models.families import FAMILIES
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import head_dim_of
 
@@ -48,26 +49,52 @@ K_QUANTS = {
     "q5_k_m": "q5_1",
     "q6_k": "q8_0",
 }
-# By transformers' model_type. A family that is not here has not been held against llama.cpp.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp's code for an architecture expects of a model, beyond what all of them do.
+
+    paired: it rotates neighbouring pairs of a head's channels. scaled: it divides the rotary frequencies by those of
+    `rope_freqs.weight`, Llama 3's scaling. oblong: the architecture that takes models in which heads x head_dim is not
+    the hidden size, None: this one. lacks: fields of the config for which it has no weights.
+    """
+
+    paired: bool = False
+    scaled: bool = False
+    oblong: str | None = None
+    lacks: tuple[str, ...] = ()
+
+
+# By llama.cpp's name, which a family's row has (models/families.py).
+ARCHITECTURES = {
+    "llama": Architecture(paired=True, scaled=True),
+    "qwen2": Architecture(oblong="llama"),
+    "qwen3": Architecture(lacks=("attention_bias",)),
+}
 
 
 def architecture_of(config: PretrainedConfig) -> str:
-    """The llama.cpp architecture that computes this model: "llama", "qwen2" or "qwen3".
+    """The llama.cpp architecture that computes this model, a key of ARCHITECTURES.
 
     llama.cpp's qwen2 has no room for heads x head_dim other than the hidden size; its llama takes biases and any
     head_dim, so that a Qwen2 whose stem was pruned goes there. Raises UsageError for what none of them computes.
     """
-    if config.model_type not in ARCHITECTURES:
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.gguf is None:
         raise UsageError(f"models of type '{config.model_type}' are not written to GGUF; export with --to hf")
     if config.hidden_act != "silu":
         raise UsageError(f"llama.cpp computes these models with SiLU, this one has hidden_act={config.hidden_act}")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         raise UsageError("llama.cpp rotates whole heads in these models, this one has a partial_rotary_factor")
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise UsageError("llama.cpp's qwen3 has no attention biases, this model does; export with --to hf")
+    architecture = ARCHITECTURES[family.gguf]
+    for name in architecture.lacks:
+        if getattr(config, name, None):
+            raise UsageError(
+                f"llama.cpp's {family.gguf} has no weights for {name}, which this model sets; export with --to hf"
+            )
     square = config.num_attention_heads * head_dim_of(config) == config.hidden_size
-    return "llama" if config.model_type == "qwen2" and not square else ARCHITECTURES[config.model_type]
+    return family.gguf if square or architecture.oblong is None else architecture.oblong
 
 
 def paired(weight: Tensor, heads: int) -> Tensor:
@@ -79,7 +106,7 @@ def paired(weight: Tensor, heads: int) -> Tensor:
 
 def arranged(name: str, weight: Tensor, config: PretrainedConfig, architecture: str) -> Tensor:
     """A weight, by its transformers name, with its rows in the order of the architecture."""
-    if architecture != "llama":
+    if not ARCHITECTURES[architecture].paired:
         return weight
     if ".q_proj." in name:
         return paired(weight, config.num_attention_heads)
@@ -97,7 +124,7 @@ def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return None
-    if kind != "llama3" or architecture != "llama":
+    if kind != "llama3" or not ARCHITECTURES[architecture].scaled:
         raise UsageError(
             f"rope scaling of type '{kind}' in a {config.model_type} model is not written to GGUF (only llama3, in "
             "Llama and Mistral models); export with --to hf"

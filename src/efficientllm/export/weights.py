@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from efficientllm.errors import UsageError
-from efficientllm.models.adapter import registry
+from efficientllm.models.families import FAMILIES
 from efficientllm.models.loading import reason_of
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import space_of
@@ -92,10 +92,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
         raise UsageError(f"cannot read {folder / 'config.json'}: {reason_of(error)}") from error
-    adapters = registry()
-    if config.model_type not in adapters:
+    if config.model_type not in FAMILIES:
         raise UsageError(
-            f"models of type '{config.model_type}' cannot be exported; this writes {', '.join(adapters)} models"
+            f"models of type '{config.model_type}' cannot be exported; this writes {', '.join(FAMILIES)} models"
         )
     return config
 

@@ -1,1 +1,1 @@
-"""Model families: the only room that knows their attribute names. One adapter a family, one protocol."""
+"""Model families: the only room that knows their attribute names. A family is a row of data."""

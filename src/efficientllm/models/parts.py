@@ -1,4 +1,4 @@
-"""A model's parts by what they do: the same attributes in every family that is known here (adapter.py)."""
+"""A model's parts by what they do: the same attributes in every family that is known here (family.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+LAYERS_PREFIX = "model.layers."  # before the number of a layer
+NORM_WEIGHT = "model.norm.weight"
 HEAD_WEIGHT = "lm_head.weight"  # where it is not the embedding's
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from efficientllm.errors import UsageError
-from efficientllm.models.adapter import adapter_for
-from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from efficientllm.models.families import FAMILIES
+from efficientllm.models.family import FIELDS, HEAD, family_for
+from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS_PREFIX, NORM_WEIGHT
 from efficientllm.pruning.dimensions import HIDDEN
 from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.widths import Widths
@@ -21,14 +23,12 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _fields(config: PretrainedConfig) -> Mapping[str, str]:
+    return FAMILIES[config.model_type].fields if config.model_type in FAMILIES else FIELDS
+
+
 def widths_of(config: PretrainedConfig) -> Widths:
-    return Widths(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-    )
+    return Widths(**{width: getattr(config, name) for width, name in _fields(config).items()})
 
 
 def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
@@ -36,35 +36,35 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
 
     use: what is to be done with the model, for the sentence.
     """
-    adapter = adapter_for(config, use)
+    family = family_for(config, use)
     _check_widths(config)
-    widths = widths_of(config)
+    widths, head_dim = widths_of(config), head_dim_of(config)
     vocabulary = config.vocab_size
+    rows = {
+        name: tuple(head_dim if axis == HEAD else axis for axis in axes)
+        for name, axes in family.layer_axes(config).items()
+    }
     params = [ParamSpec(EMBEDDING_WEIGHT, (vocabulary, HIDDEN))]
     for layer in range(widths.layers):
-        for name, axes in adapter.layer_axes(config).items():
-            params.append(ParamSpec(f"model.layers.{layer}.{name}", axes, layer))
-    params.append(ParamSpec("model.norm.weight", (HIDDEN,)))
+        params += [ParamSpec(f"{LAYERS_PREFIX}{layer}.{name}", axes, layer) for name, axes in rows.items()]
+    params.append(ParamSpec(NORM_WEIGHT, (HIDDEN,)))
     if not config.tie_word_embeddings:
         params.append(ParamSpec(HEAD_WEIGHT, (vocabulary, HIDDEN)))
-    gains = {spec.name for spec in params if spec.axes == (HIDDEN,) and "norm" in spec.name}
-    feeding = {
-        spec.name for spec in params if spec.layer is not None and spec.name.endswith(adapter.norm_inputs() or ("\0",))
-    }
+    normed = [module for modules in family.normed.values() for module in modules]
+    feeding = tuple(f".{module}.{part}" for module in normed for part in ("weight", "bias"))
     return Space(
         tuple(params),
         widths,
-        head_dim_of(config),
+        head_dim,
         embeddings=frozenset({EMBEDDING_WEIGHT}),
-        stem_gains=frozenset(gains),
-        norm_inputs=frozenset(feeding),
+        stem_gains=frozenset(spec.name for spec in params if spec.axes == (HIDDEN,) and "norm" in spec.name),
+        norm_inputs=frozenset(spec.name for spec in params if spec.name.endswith(feeding)),
     )
 
 
 def _check_widths(config: PretrainedConfig) -> None:
     """Raises UsageError for a shape that no model has; transformers itself takes some of them."""
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    for name in (*names, "vocab_size"):
+    for name in (*_fields(config).values(), "vocab_size"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"the model's config.json has {name} {value}, which is no positive number; copy it anew")
@@ -83,18 +83,13 @@ def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfi
     values = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype"):
         values.pop(key, None)
-    values |= {
-        "num_hidden_layers": widths.layers,
-        "hidden_size": widths.hidden,
-        "num_attention_heads": widths.heads,
-        "num_key_value_heads": widths.kv_heads,
-        "intermediate_size": widths.intermediate,
-        "head_dim": head_dim_of(config),
-        "rms_norm_eps": config.rms_norm_eps * config.hidden_size / widths.hidden,
-    }
+    family, record = family_for(config), widths.record()
+    values |= {name: record[width] for width, name in family.fields.items()}
+    values["head_dim"] = head_dim_of(config)
+    values["rms_norm_eps"] = config.rms_norm_eps * config.hidden_size / widths.hidden
     if values.get("layer_types"):  # all alike where layers may be dropped (see uneven_layers)
         values["layer_types"] = values["layer_types"][: widths.layers]
-    return adapter_for(config).narrow(values, widths)
+    return family.config(values)
 
 
 def uneven_layers(config: PretrainedConfig) -> bool:

@@ -1,0 +1,138 @@
+"""What pruning must be told about a family of models, as data: one row a family (families.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from efficientllm.errors import UsageError
+from efficientllm.pruning.dimensions import FFN, HIDDEN, KV, QUERY
+
+HEAD = "head"  # the axis of a weight that all heads of a layer share: head_dim entries, of which none falls
+Axes = Mapping[str, tuple[str | int, ...]]
+Refusal = tuple[str, str]  # a fact, as a clause of its own, and how a sentence about pruning goes on after it
+
+ATTENTION: Axes = {
+    "self_attn.q_proj.weight": (QUERY, HIDDEN),
+    "self_attn.k_proj.weight": (KV, HIDDEN),
+    "self_attn.v_proj.weight": (KV, HIDDEN),
+    "self_attn.o_proj.weight": (HIDDEN, QUERY),
+}
+QKV_BIASES: Axes = {
+    "self_attn.q_proj.bias": (QUERY,),
+    "self_attn.k_proj.bias": (KV,),
+    "self_attn.v_proj.bias": (KV,),
+}
+HEAD_NORMS: Axes = {"self_attn.q_norm.weight": (HEAD,), "self_attn.k_norm.weight": (HEAD,)}
+GATED: Axes = {
+    "mlp.gate_proj.weight": (FFN, HIDDEN),
+    "mlp.up_proj.weight": (FFN, HIDDEN),
+    "mlp.down_proj.weight": (HIDDEN, FFN),
+}
+LAYER: Axes = {
+    "input_layernorm.weight": (HIDDEN,),
+    **ATTENTION,
+    "post_attention_layernorm.weight": (HIDDEN,),
+    **GATED,
+}
+FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "intermediate": "intermediate_size",
+}
+DROPOUTS = ("attention_dropout",)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """Another family with the same weights and function, whose config class takes more shapes.
+
+    without: fields of the config that it does not know. values: fields that it needs to compute the same.
+    """
+
+    model_type: str
+    without: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of RMSNorm decoders.
+
+    model_type: transformers' name. layer: every weight of a layer by its name after `model.layers.N.`, with the axis of
+    each dimension (pruning/groups.py, or HEAD); a weight with "norm" in its name is the gain of an RMSNorm over its
+    axis. optional: further weights of a layer, by the field of the config that says whether they are there.
+    normed: norms over another axis than the stem's, and the linear layers whose output they normalise. Weights outside
+    the layers are the same in all families (parts.py).
+    fields: the field of the config that holds each width of a record (pruning/widths.py).
+    carrier: who carries the shapes that the family's own config class refuses, a hidden size that is no multiple of
+    the heads; None: the class takes any.
+    refused: fields of the config that must not be set, and what to say where they are.
+    gguf: llama.cpp's name of the architecture, a row of export/gguf_tensors.py; None: it has none.
+    """
+
+    model_type: str
+    layer: Axes = field(default_factory=lambda: LAYER)
+    optional: Mapping[str, Axes] = field(default_factory=dict)
+    normed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=lambda: FIELDS)
+    carrier: Carrier | None = None
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    gguf: str | None = None
+
+    def layer_axes(self, config: PretrainedConfig) -> dict[str, tuple[str | int, ...]]:
+        """Names and axes of one layer's weights in a model of this config."""
+        axes = dict(self.layer)
+        for flag, more in self.optional.items():
+            if getattr(config, flag, None):
+                axes |= more
+        return axes
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        """What this particular configuration has that cannot be pruned, and why or what to do; None where it can."""
+        for flag, reason in self.refused.items():
+            if getattr(config, flag, None):
+                return reason
+        if getattr(config, "quantization_config", None):
+            return "its weights are quantised", "; use the unquantised checkpoint"
+        for name in DROPOUTS:
+            if getattr(config, name, 0.0):
+                return f"{name} is not 0 in its config.json", "; set it to 0.0, since a run must be repeatable"
+        return None
+
+    def config(self, values: Mapping[str, Any]) -> PretrainedConfig:
+        """A config of these values, of the family or, where its class refuses their shape, of its carrier."""
+        model_type, values = self.model_type, dict(values)
+        hidden, heads = values[self.fields["hidden"]], values[self.fields["heads"]]
+        if self.carrier and hidden % heads:
+            model_type = self.carrier.model_type
+            values = {key: value for key, value in values.items() if key not in self.carrier.without}
+            values |= self.carrier.values
+        config: PretrainedConfig = CONFIG_MAPPING[model_type](**values)
+        return config
+
+
+def family_for(config: PretrainedConfig, use: str = "pruned") -> Family:
+    """The family of a model. Raises UsageError listing the supported ones, or saying what is in the way.
+
+    use: what is to be done with the model, for the sentence.
+    """
+    from efficientllm.models.families import FAMILIES
+
+    model_type = getattr(config, "model_type", "unknown")
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"models of type '{model_type}' are not supported; choose a source of one of: {known}")
+    family = FAMILIES[model_type]
+    reason = family.refusal(config)
+    if reason:
+        fact, rest = reason
+        if use != "pruned":
+            rest = "; only models that could be pruned are supported here"
+        raise UsageError(f"this {model_type} model cannot be {use}: {fact}{rest}")
+    return family
