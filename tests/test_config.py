@@ -324,10 +324,6 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
             "train.warmup=50%",
             "pruning starts at the end of train.warmup (50%), which must come before prune.end (30M tokens)",
         ),
-        (
-            "distill.weight=1",
-            "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher",
-        ),
         ("prune.start=60%", "prune.start (60%) must come before prune.end (30M tokens)"),
         ("prune.end=70M", "prune.end (70M) lies beyond train.tokens (60M): lower it"),
         ("prune.end=110%", "prune.end: '110%' is no place in a run: write a share of it such as 15% or 0.15"),
@@ -342,6 +338,13 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
 )
 def test_bad_values_are_refused_in_one_sentence(load: Load, override: str, message: str) -> None:
     assert refusal(load, override).startswith(message)
+
+
+def test_a_teacher_alone_serves_scores_that_need_no_gradient_of_its_loss(load: Load) -> None:
+    """At first the source is its own teacher, and that loss has none."""
+    assert load("distill.weight=1").distill is not None
+    wanted = "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher"
+    assert refusal(load, "distill.weight=1", "prune.saliency={ffn: taylor-element}").startswith(wanted)
 
 
 def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:

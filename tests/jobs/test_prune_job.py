@@ -165,14 +165,24 @@ def test_plain_training_and_the_scratch_control(world: World, finished: Path) ->
     assert summary["result"]["validation_loss"] < summary["source"]["validation_loss"]
 
 
-def test_the_paper_s_cadence(world: World) -> None:
-    """One event every second batch; the target is not reached in time, and the run says so and exports what is live."""
+def test_the_paper_s_cadence(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One event every second batch; the target is not reached in time, and the run says so, beforehand too, and exports
+    what is live. Where a checkpoint is overdue at every step, every step leaves one."""
+    monkeypatch.setattr("efficientllm.jobs.prune.AT_LATEST", -1.0)
     path = world.write(
-        "every", prune={"target": "50%", "every": 2, "start": 0, "floors": {"intermediate": 8}, "end": None}
+        "every",
+        prune={"target": "50%", "every": 2, "start": 0, "floors": {"intermediate": 8}, "end": None},
+        run={"checkpoint_every": "100%", "keep": 30},
     )
     assert call("prune", path) == 0
-    events = read_journal(world.folder / "runs" / "every" / "events.jsonl")
+    folder = world.folder / "runs" / "every"
+    events = read_journal(folder / "events.jsonl")
     assert [event["step"] for event in events] == list(range(2, 25, 2))[: len(events)]
+    said = capsys.readouterr().err
+    assert "prune.every 2 leaves room for 12 events" in said
+    assert "train longer, or lower prune.every" in said
+    assert json.loads((folder / "summary.json").read_text())["target_reached"] is False
+    assert len(checkpoints(folder / "checkpoints")) == 24
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,8 @@ def test_inputs_that_are_no_numbers_end_in_no_loop_and_no_event(value: float) ->
     loop.inputs = broken  # type: ignore[method-assign]
     report = loop.train_step(1.0)
     assert report.events == []
-    assert report.nonfinite == 1
+    assert (report.nonfinite, report.blind) == (1, True)
     loop.inputs = inputs  # type: ignore[method-assign]
-    assert loop.train_step(2.0).events
+    after = loop.train_step(2.0)
+    assert after.events
+    assert not after.blind

@@ -19,6 +19,8 @@ import pytest
 
 from conftest import World
 from efficientllm.cli import main
+from efficientllm.config import load_recipe
+from efficientllm.jobs.report import report_after
 from efficientllm.reporting import plots
 from efficientllm.reporting.plot_style import run_style
 from efficientllm.reporting.run_record import read_run
@@ -81,6 +83,21 @@ def test_a_finished_run_shows_everything(run: Path) -> None:
     for name in FIGURES:
         for kind in ("svg", "png"):
             assert (run / "report" / f"{name}.{kind}").stat().st_size > 4_000
+
+
+def test_a_page_from_before_the_end_is_made_anew(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = load_recipe(folder / "config.yaml", [f"run.dir={folder}", "run.report=true"])
+    page, over = folder / "report.html", (folder / "summary.json").stat().st_mtime
+    page.write_text("under way")
+    os.utime(page, (over - 1, over - 1))
+    report_after(recipe, print)
+    text = page.read_text()
+    assert "result</td>" in text
+    page.write_text("of the whole run")
+    report_after(recipe, print)
+    assert page.read_text() == "of the whole run"
 
 
 def test_several_runs_are_overlaid(world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional
 
 from conftest import tiny_config, tiny_model
-from efficientllm.config import Recipe, TrainConfig
-from efficientllm.errors import UsageError
+from efficientllm.config import TrainConfig
 from efficientllm.models.parts import recompute
 from efficientllm.models.space import build
 from efficientllm.planning.memory import step_memory
@@ -107,13 +106,6 @@ def test_auto_is_plain_on_a_cpu_and_small_vocabularies() -> None:
     assert is_chunked("chunked", "cpu", 1, 2)
     assert not is_chunked("plain", "cuda", 2**14, 49152)
     assert (chunk_tokens(49152), chunk_tokens(128256), chunk_tokens(2**40)) == (2048, 1024, 1)
-
-
-def test_beside_a_teacher_it_is_refused() -> None:
-    recipe = {"source": "s", "data": {"train": "d"}, "run": {"dir": "r"}, "distill": {}}
-    Recipe.model_validate(recipe | {"train": {"tokens": 1000, "lr": 1}})
-    with pytest.raises(UsageError, match="no effect beside distill"):
-        Recipe.model_validate(recipe | {"train": {"tokens": 1000, "lr": 1, "loss": "plain"}})
 
 
 def test_compiled_blocks_beside_it() -> None:

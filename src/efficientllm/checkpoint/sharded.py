@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from efficientllm.distributed.layout import empty_sharded
 from efficientllm.distributed.ranks import World
 from efficientllm.errors import UsageError
+from efficientllm.training.snapshot import PREFIXES
 
 T = TypeVar("T")
 CHUNK = 1 << 24
-WHOLE = ("live.", "saliency.")  # tensors of the pruner: every process has them whole
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: World) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def read_shards(folder: Path, ranks: World, device: torch.device | str) -> dict[
     layout: dict[str, Any] = {}
     agreed(ranks, lambda: layout.update(reader.read_metadata().state_dict_metadata))
     for name, each in layout.items():
-        whole = name.startswith(WHOLE) or not len(each.size)
+        whole = name.startswith(PREFIXES) or not len(each.size)
         if whole:
             tensors[name] = torch.empty(each.size, dtype=each.properties.dtype)
         else:

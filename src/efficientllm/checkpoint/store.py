@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficientllm import __version__
-from efficientllm.checkpoint.sharded import WHOLE, facts, read_shards, write_shards
+from efficientllm.checkpoint.sharded import facts, read_shards, write_shards
 from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import PARTIAL, appearing
 from efficientllm.models.space import widths_of
-from efficientllm.training.snapshot import COUNTS, UNKNOWN_FLOPS, Snapshot, config_of
+from efficientllm.training.snapshot import COUNTS, PREFIXES, UNKNOWN_FLOPS, Snapshot, config_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -123,7 +123,7 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
     if not isinstance(counts["flops"], dict):  # of an earlier version: one number, whose parts nobody knows
         counts["flops"] = UNKNOWN_FLOPS
     moments = {key: value for key, value in tensors.items() if "|" in key}
-    pruner = {key: value for key, value in tensors.items() if key.startswith(WHOLE)}
+    pruner = {key: value for key, value in tensors.items() if key.startswith(PREFIXES)}
     return Snapshot(
         config=manifest["config"],
         **counts,

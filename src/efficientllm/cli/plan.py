@@ -176,6 +176,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
         ("memory, activations", f"{format_bytes(memory.activations)} (one micro-batch, {kind})"),
         ("memory, temporary", format_bytes(memory.temporary)),
         *([("memory, teacher", format_bytes(memory.teacher))] if memory.teacher else []),
+        *([("memory, inputs", f"{format_bytes(memory.inputs)} (for corrections)")] if memory.inputs else []),
         ("memory, in all", format_bytes(memory.total)),
         ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, "
          f"{format_bytes(plan.corpus)} for as many tokens as the run reads"),

@@ -22,6 +22,7 @@ from efficientllm.config.fields import (
 from efficientllm.config.prune import PruneConfig
 from efficientllm.config.train import TrainConfig
 from efficientllm.errors import UsageError
+from efficientllm.pruning.criteria import criteria_of
 from efficientllm.sizes import Position, exact_count
 
 SPAN, SPAN_STEPS = Position(0.15), 20  # what prune.end auto gives the loop to prune in: the longer
@@ -65,7 +66,7 @@ class RunConfig(Section):
         description="Run folder; the same command on an existing one resumes"
     )
     checkpoint_every: Annotated[Interval, Fact.FREE] = Field(
-        default=Position(0.1), description="Stretch between two checkpoints"
+        default=Position(0.1), description="Stretch between two checkpoints; after an hour one is made in any case"
     )
     keep: Annotated[Count, Fact.FREE] = Field(default=2, description="Checkpoints that are kept")
     validate_every: Annotated[AutoInterval, Fact.FREE] = Field(
@@ -103,7 +104,7 @@ class Recipe(Section):
         default=None,
         description="Checkpoint of another run, or snapshot of a ladder, to go on from: its weights, moments and place",
     )
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model or data set")
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model")
     data: DataConfig = Field(description="The corpus")
     train: TrainConfig = Field(description="The training loop")
     prune: PruneConfig | None = Field(default=None, description="Pruning; null: plain continued pretraining")
@@ -146,12 +147,14 @@ class Recipe(Section):
         if self.distill and self.distill.teacher is None and self.init == "random":
             raise UsageError("distill.teacher is missing: with init random the source has no weights to teach with")
         prune, distill = self.prune, self.distill
-        untrained = prune is not None and (prune.mode != "loop" or prune.start == "auto" or not self.pruning_starts)
-        if distill and distill.weight == 1.0 and distill.teacher is None and untrained:
-            raise UsageError(
-                "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: lower "
-                "it (0.5), or set prune.start"
-            )
+        if distill and distill.weight == 1.0 and distill.teacher is None and prune is not None:
+            untrained = prune.mode != "loop" or prune.start == "auto" or not self.pruning_starts
+            needs = {each.needs for each in criteria_of(prune.saliency, prune.types).values()}
+            if untrained and "gradient" in needs:
+                raise UsageError(
+                    "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: "
+                    "lower it (0.5), set prune.start, or leave prune.saliency at gate-fisher"
+                )
         return self
 
     @model_validator(mode="after")
@@ -161,15 +164,6 @@ class Recipe(Section):
             raise UsageError(
                 f"train.batch_tokens ({exact_count(tokens)}) is less than one row of data.sequence_length "
                 f"({exact_count(length)}): raise it to a row or more, or make rows shorter"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _loss_has_an_effect(self) -> Self:
-        if self.distill and self.train.loss != "auto":
-            raise UsageError(
-                f"train.loss {self.train.loss} has no effect beside distill, which always makes logits chunk "
-                "by chunk: remove it, or set it to null"
             )
         return self
 

@@ -38,10 +38,10 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dic
     loss = final_loss(job, state)
     if job.pruning and state.pruner and not state.pruner.finished:
         unit = job.pruning.landing.cost.unit
+        mend = "let pruning end earlier" if job.recipe.prune and job.recipe.prune.every is None else "lower prune.every"
         say(
             f"the run ended at {format_amount(state.pruner.size, unit)}, above the target of "
-            f"{format_amount(job.pruning.landing.target, unit)}: events are left undone; train longer, or let pruning "
-            "end earlier"
+            f"{format_amount(job.pruning.landing.target, unit)}: events are left undone; train longer, or {mend}"
         )
     if job.pruning and state.live_widths != state.space.widths:
         widths = job.pruning.landing.align.round_up(state.live_widths, state.space.widths)
@@ -121,6 +121,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "flops": without_nonfinite(state.flops.total),
         "flops_by_part": without_nonfinite(asdict(state.flops)),
         "skipped_steps": state.skipped_steps,
+        "target_reached": state.pruner.finished if state.pruner else None,
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),
@@ -133,7 +134,8 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of the GPU's memory where it trains there, else of main memory."""
+    """Most bytes that this process has held so far (a resumed run's last one): of the GPU's memory where it trains
+    there, else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = peak_resident()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -26,6 +27,7 @@ from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
 from efficientllm.training.state import TrainState, capture
 
+AT_LATEST = 3600.0  # seconds between two checkpoints, however long a tenth of the run is
 LINES = 10_000  # of metrics in a run, spread over its steps: more make no picture finer, and reports read them all
 OUT_OF_MEMORY = (
     "out of memory",
@@ -97,7 +99,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
     )
     name = job.folder.path.name
     with RunProgress(total, start=state.tokens, description=name, stream=job.stream) as progress:
-        before, warned = state.tokens, False
+        before, warned, saved_at = state.tokens, False, time.monotonic()
         for record in records:
             if record.compaction:
                 progress.note(compaction_line(record))
@@ -106,15 +108,16 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
                 leave_rung(job, state, record.prune.rung, progress)
             if state.skipped_in_a_row:
                 progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
-            if record.prune and record.prune.corrections.skipped and not warned:
+            if record.prune and (record.prune.corrections.skipped or record.prune.blind) and not warned:
                 warned = True
-                progress.note(SKIPPED)
+                progress.note(BLIND if record.prune.blind else SKIPPED)
             last = state.step == job.plan.steps
             due = last or crossed(job.plan.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
-            stopping = agreed(job, stop)  # once: a signal from here on is for the next step, whose line comes first
-            saving = last or rung or stopping is not None or crossed(checkpoint_every, before, state.tokens)
+            # Asked once: a signal from here on is for the next step, whose line comes first.
+            stopping, late = stop_or_save(job, stop, time.monotonic() - saved_at > AT_LATEST)
+            saving = last or rung or late or stopping is not None or crossed(checkpoint_every, before, state.tokens)
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(
@@ -122,6 +125,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             )
             if saving:
                 checkpoint(job, state)
+                saved_at = time.monotonic()
             if stopping is not None:
                 raise Interrupted(
                     f"stopped and saved after {format_count(state.tokens)} of {format_count(total)} tokens; the same "
@@ -133,7 +137,14 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
 
 def agreed(job: Job, stop: StopRequest) -> int | None:
     """The signal that asked any of the processes to stop, the same on all of them."""
-    return job.ranks.largest(stop.signum or 0) or None
+    return stop_or_save(job, stop, False)[0]
+
+
+def stop_or_save(job: Job, stop: StopRequest, late: bool) -> tuple[int | None, bool]:
+    """The signal that asked any of the processes to stop, and where there is none whether any has waited too long for
+    a checkpoint; the same on all of them, who meet once for both."""
+    signum, waited = divmod(job.ranks.largest(2 * (stop.signum or 0) + late), 2)
+    return signum or None, bool(waited)
 
 
 def after_divergence(job: Job) -> str:
@@ -143,6 +154,10 @@ def after_divergence(job: Job) -> str:
     return f"{last}; run it again with a lower train.lr in another run.dir{again}"
 
 
+BLIND = (
+    "pruning was due, but every score was no number, so that nothing fell; metrics.jsonl counts such looks under "
+    "nonfinite (lower train.lr, or train without bf16, if it goes on)"
+)
 SKIPPED = (
     "a correction did not converge and was left out; metrics.jsonl counts them under corrections.skipped (set "
     "prune.correction to none if they are many)"

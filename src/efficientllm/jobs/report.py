@@ -64,9 +64,15 @@ def _draw(records: Sequence[RunRecord], folder: Path, notes: list[str]) -> dict[
 def report_after(recipe: Recipe, say: Callable[[str], None]) -> None:
     """The report at the end of a run, once. The run is done and saved: whatever goes wrong here is only said."""
     folder = Path(recipe.run.dir)
-    if not recipe.run.report or (folder / PAGE).is_file():
+    if not recipe.run.report or _is_of_the_whole_run(folder / PAGE):
         return
     try:
         say(f"report: {write_report([folder], folder, say)}")
     except Exception as error:
         say(f"the report could not be written ({error}); the run itself is done: efficientllm report {folder}")
+
+
+def _is_of_the_whole_run(page: Path) -> bool:
+    """Whether a page was made since the run was over; one that somebody has made before that does not show its end."""
+    summary = page.with_name("summary.json")
+    return page.is_file() and summary.is_file() and page.stat().st_mtime_ns >= summary.stat().st_mtime_ns

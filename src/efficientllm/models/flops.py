@@ -99,7 +99,7 @@ def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = Fals
 def teacher_flops(forward: ForwardFlops, *, keeps: bool = False) -> int:
     """What a teacher adds to a step on the same rows. A live one makes its logits twice, as the student does.
 
-    keeps: a teacher whose largest logits are kept on disk, counted as if it were asked once for every row, so that
+    keeps: a teacher whose draws are kept on disk, counted as if it were asked once for every row, so that
     the figure does not depend on what earlier runs have left there.
     """
     return forward.total if keeps else forward.total + forward.head

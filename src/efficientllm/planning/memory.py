@@ -23,7 +23,8 @@ class StepMemory:
     """Bytes at the worst moment of a step, the backward pass of its second micro-batch.
 
     activations: what the forward pass saved, logits among them; temporary: gradients of activations, largest where
-    those of the logits stand. teacher: the weights of one that is asked anew every step.
+    those of the logits stand. teacher: the weights of one that is asked anew every step. inputs: of linear layers, kept
+    over the whole step for corrections and for scores that read them.
     """
 
     weights: int
@@ -32,10 +33,12 @@ class StepMemory:
     activations: int
     temporary: int
     teacher: int = 0
+    inputs: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary + self.teacher
+        fixed = self.weights + self.gradients + self.optimizer + self.teacher + self.inputs
+        return fixed + self.activations + self.temporary
 
 
 def step_memory(

@@ -19,6 +19,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
+from efficientllm.training.looks import LookRows, captured_inputs_of
 from efficientllm.training.planning import RunPlan
 from efficientllm.training.state import PruningPlan
 
@@ -82,6 +83,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
         replace(
             step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu, gates=_watches_gates(plan)),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
+            inputs=_input_bytes(plan, bf16=bf16),
         ),
         checkpoint=12 * parameters,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
@@ -123,8 +125,21 @@ def _watches_gates(plan: RunPlan) -> bool:
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
-    """A live teacher stands whole on every device; one whose logits lie on disk is loaded only to fill the cache."""
+    """A live teacher stands whole on every device; one whose draws lie on disk is loaded only to fill the cache."""
     return int(teacher.num_params()) * (2 if bf16 else 4) if recipe.distill else 0
+
+
+def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:
+    """Of the rows whose inputs a step with events keeps (training/capture.py), in a single process."""
+    if plan.pruning is None:
+        return 0
+    options = plan.pruning.options
+    scored = any(each.needs == "inputs" for each in criteria_of(options.saliency, options.types).values())
+    if options.correction is None and not scored:
+        return 0
+    looks = LookRows.of(plan.pruning, plan.batch_rows, plan.length)
+    rows = -(-plan.batch_rows // looks.every(plan.batch_rows))
+    return rows * plan.length * captured_inputs_of(plan.space) * (2 if bf16 else 4)
 
 
 def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:

@@ -66,6 +66,7 @@ def sharding_of(
             step.activations,
             step.temporary,
             step.teacher,
+            step.inputs // gpus,
         ),
         0 if gpus == 1 else FP32 * outside + width * (layered if shards == 1 else 2 * block),
         0 if gpus == 1 else FP32 * outside + (width + FP32) * block,

@@ -6,7 +6,7 @@ of the same size, at about the same cost.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,10 +15,10 @@ from efficientllm.pruning.calibration import Calibration, trial_events
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
-from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, PRUNING_TYPES
+from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.saliency import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
@@ -69,7 +69,7 @@ class Walker:
         self._needs = {each.needs for each in chosen.values()}
         self._types = [name for name in PRUNING_TYPES if name in plan.options.types]
         self._course = Course(plan.landings, plan.schedule)
-        self._guide, self._sites = ByShape(self._types), _sites(space)
+        self._guide, self._sites = ByShape(self._types), read_tensors(space)
 
     def walk(self, steps: int) -> Walk:
         """The whole run."""
@@ -120,8 +120,7 @@ class Walker:
 
     def _rows_of(self, rows: int) -> int:
         """Those of a pass over so many rows whose inputs are kept."""
-        every = max(1, rows // self._rows.correction)
-        return -(-rows // every)
+        return -(-rows // self._rows.every(rows))
 
     def _calibrate(self, done: Walk, seen: int) -> None:
         """Types that are due, each settled with its SETTLES-th measurement."""
@@ -168,16 +167,3 @@ class Walker:
         if widths is not None:
             done.allocated = widths
             done.compactions += 1
-
-
-def _sites(space: Space) -> dict[tuple[str, str, bool], list[str | int]]:
-    """Output axes of the linear layers that read one tensor, by (its axis, the dimension that their outputs
-    lie within, whether in every layer): q, k and v of a layer share one, gate and up another."""
-    sites: dict[tuple[str, str, bool], list[str | int]] = defaultdict(list)
-    for spec in reader_specs(space):
-        if not spec.layer:
-            output = spec.axes[0]
-            chain = DIMENSIONS[output].chain if isinstance(output, str) else ()
-            outermost = next((each for each in chain if each != LAYERS), "")
-            sites[str(spec.axes[1]), outermost, spec.layer is not None].append(output)
-    return sites

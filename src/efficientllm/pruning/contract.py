@@ -15,6 +15,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.widths import Widths
 
 Moments = Callable[[str], Mapping[str, Tensor]]
+LIVE, SCORES = PREFIXES = ("live.", "saliency.")  # what the names of an engine's tensors begin with
 
 
 class Probe(Protocol):
@@ -89,7 +90,8 @@ class PruneReport:
     products in scores and solves; passes through the model are the probe's to count.
 
     refreshes: looks that were taken for a bundle. calibrations: how often types were measured, measured: bundles in
-    them. nonfinite: looks and measured losses that were left out because they are no numbers.
+    them. nonfinite: looks and measured losses that were left out because they are no numbers; blind: all looks were, so
+    that nothing fell of what was due.
 
     damages: damage per parameter of each type's next event, as last seen, whatever the run's cost is; calibrated where
     types are compared by measured loss.
@@ -103,5 +105,6 @@ class PruneReport:
     calibrations: int = 0
     measured: int = 0
     nonfinite: int = 0
+    blind: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     flops: Ledger = field(default_factory=Ledger)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
-from efficientllm.pruning.contract import AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
+from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
@@ -124,6 +124,7 @@ class PruningEngine:
             gathers = 1 if report.events else self.options.gathers
             inputs = self.looks.before_bundle(probe, names, gathers, report)
             if not self.looks.complete:
+                report.blind = True
                 break
             if names and inputs is None:
                 inputs = probe.inputs(names)
@@ -236,13 +237,13 @@ class PruningEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
         tensors, facts = self.looks.state()
-        tensors |= {f"live.{name}": mask for name, mask in self.live.tensors().items()}
+        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()}
         return tensors, facts | {"events": self.events, "rung": self.rung, "calibration": asdict(self.calibration)}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies; the tensors must belong to `space.widths`."""
         self.live = Live(
-            {name: tensors[f"live.{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
+            {name: tensors[f"{LIVE}{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
         )
         self.events, self.rung = facts["events"], facts["rung"]
         if self.looks.load_state(tensors, facts):

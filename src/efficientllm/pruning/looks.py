@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.contract import Probe, PruneReport
+from efficientllm.pruning.contract import SCORES, Probe, PruneReport
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import ParamSpec, Space
@@ -28,7 +28,6 @@ from efficientllm.pruning.saliency import (
 from efficientllm.pruning.shards import World
 
 MEMORY = 20
-PREFIX = "saliency."  # of scores among a run's tensors
 
 
 class Looks:
@@ -156,7 +155,7 @@ class Looks:
         return sum(criterion.statistic_flops(tokens, each.shape[1]) for criterion in chosen for each in distinct)
 
     def _weights(self, chosen: Criterion) -> Iterator[tuple[ParamSpec, Tensor, Tensor]]:
-        """(spec, w, g) of every weight, without those that want a gradient.
+        """(spec, w, g) of every weight but those that lack the gradient which the criterion needs.
 
         Sharded weights come as they are; whoever reads them takes the local part.
         """
@@ -169,7 +168,7 @@ class Looks:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As PruningEngine.state."""
         average = self.average
-        tensors = {f"{PREFIX}{name}": total for name, total in average.sums.items()}
+        tensors = {f"{SCORES}{name}": total for name, total in average.sums.items()}
         facts = {"saliency_weight": average.weight, "saliency_scale": average.scale, "fallen": self.fallen}
         return tensors, {name: dict(each) for name, each in facts.items()}
 
@@ -181,8 +180,8 @@ class Looks:
         self.average.weight, self.average.scale = dict(facts["saliency_weight"]), dict(facts["saliency_scale"])
         self.fallen = dict(facts["fallen"])
         self.average.sums = {
-            name.removeprefix(PREFIX): total.to(self._device, copy=True)
+            name.removeprefix(SCORES): total.to(self._device, copy=True)
             for name, total in tensors.items()
-            if name.startswith(PREFIX)
+            if name.startswith(SCORES)
         }
         return True

@@ -5,6 +5,7 @@ Each weight is reduced along its axes first, so that one pass over the weights s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -108,6 +109,19 @@ def reader_specs(space: Space) -> list[ParamSpec]:
     ]
 
 
+def read_tensors(space: Space) -> dict[tuple[str, str, bool], list[str | int]]:
+    """Output axes of the linear layers that read one tensor, by (its axis, the dimension that their outputs
+    lie within, whether in every layer): q, k and v of a layer share one, gate and up another."""
+    sites: dict[tuple[str, str, bool], list[str | int]] = defaultdict(list)
+    for spec in reader_specs(space):
+        if not spec.layer:
+            output = spec.axes[0]
+            chain = DIMENSIONS[output].chain if isinstance(output, str) else ()
+            outermost = next((each for each in chain if each != LAYERS), "")
+            sites[str(spec.axes[1]), outermost, spec.layer is not None].append(output)
+    return sites
+
+
 def input_scores(
     space: Space,
     chosen: Criterion,
@@ -164,7 +178,7 @@ class MovingAverage:
     def update(self, scores: Mapping[str, Tensor], keep: float) -> None:
         """keep: share of its weight that each earlier look at these types keeps."""
         for name, score in scores.items():
-            total = float(score.sum(dtype=torch.float64))
+            total = float(score.cpu().sum(dtype=torch.float64))  # some devices have no fp64
             old, share = self.sums.get(name), score / (total or 1.0)
             self.sums[name] = share if old is None else old.mul_(keep).add_(share)
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1.0

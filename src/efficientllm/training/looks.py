@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.saliency import read_tensors
 from efficientllm.training.gradient import SummedLoss
 from efficientllm.training.state import PruningPlan
 
@@ -65,10 +65,22 @@ class LookRows:
         correction = correction_tokens(plan.landing.space, plan.correction_tokens)
         return cls(within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)), within(calibration), within(correction))
 
+    def every(self, rows: int) -> int:
+        """Of a pass over so many rows every so-manieth is kept as inputs: about as many as a correction wants."""
+        return max(1, round(rows / self.correction))
+
 
 def correction_tokens(space: Space, wanted: int | None) -> int:
     """Tokens whose inputs a correction sees: as asked, or eight for each input of the widest layer."""
     if wanted is not None:
         return wanted
-    widths = {(spec.layer, str(spec.axes[1])): space.shape(spec, space.widths)[1] for spec in reader_specs(space)}
-    return max(1, min(CORRECTION_TOKENS * max(widths.values()), CAPTURED // sum(widths.values())))
+    widest = max(space.axis_length(axis, space.widths) for axis, _, _ in read_tensors(space))
+    return max(1, min(CORRECTION_TOKENS * widest, CAPTURED // captured_inputs_of(space)))
+
+
+def captured_inputs_of(space: Space) -> int:
+    """Numbers that are kept of one token: the inputs of all linear layers, those that layers share once."""
+    return sum(
+        space.axis_length(axis, space.widths) * (space.widths.layers if layered else 1)
+        for axis, _, layered in read_tensors(space)
+    )

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
+from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.landing import amount
+from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
 
 
@@ -14,7 +16,7 @@ def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
-    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_shapes(recipe.prune, plan))
+    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_shapes(recipe.prune, plan), *_pace(recipe, plan))
 
 
 def _latency(prune: PruneConfig) -> Iterator[str]:
@@ -39,3 +41,21 @@ def _shapes(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
         largest, smallest = amount(landing.sizes[0].item()), amount(landing.sizes[-1].item())
         choice = f"{number} shapes are feasible, of {smallest} to" if number > 1 else "one shape is feasible, of"
         yield f"at {amount(landing.target)} {unit}: {choice} {largest} {unit}"
+
+
+def _pace(recipe: Recipe, plan: PruningPlan) -> Iterator[str]:
+    """The paper's cadence sets no end: said where the run has no room for the events that its target takes. How many
+    these are depends on the types that saliency will choose; counted is the way to a balanced shape."""
+    if not isinstance(plan.schedule, EverySchedule):
+        return
+    at_once, guide = Course(plan.landings, SpanSchedule(0.0, 0.0, 0.0, 0.0)), ByShape(plan.options.types)
+    at = Standing(plan.landing.space.widths)
+    while not at_once.finished(at):
+        at = at_once.bundle(at, 0.0, guide, bound=1.0)[-1].after
+    assert recipe.prune is not None
+    room = int((recipe.train.tokens - plan.begins) // plan.schedule.every)
+    if room < at.events:
+        yield (
+            f"prune.every {recipe.prune.every} leaves room for {room:,} events, of about {at.events:,} that the target "
+            "takes: the run would end above its target; lower prune.every, or raise train.tokens"
+        )

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.models.parts import HEAD_WEIGHT
 from efficientllm.models.space import empty_model, narrowed_config, space_of
+from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
@@ -84,17 +85,17 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     """
     space = space_of(config_of(snapshot))
     assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
-    masks, prefix = {}, "live."
-    for key, value in snapshot.pruner_tensors.items():
-        if key.startswith(prefix):
-            masks[key.removeprefix(prefix)] = value
+    masks, scores = (
+        {key.removeprefix(prefix): value for key, value in snapshot.pruner_tensors.items() if key.startswith(prefix)}
+        for prefix in (LIVE, SCORES)
+    )
+    known = len(masks) + len(scores)
+    assert known == len(snapshot.pruner_tensors), f"a tensor of the pruner is none of {PREFIXES}, and would be lost"
     live = Live(masks)
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
-    prefix = "saliency."
-    scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
-    tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
-    tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
+    tensors = {f"{LIVE}{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
+    tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
@@ -111,7 +112,8 @@ def fill_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
     None may be missing: norm gains are made as ones, and nobody would notice.
     """
-    holes = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
-    holes -= {HEAD_WEIGHT} if model.config.tie_word_embeddings else set()
+    found = model.load_state_dict(weights, strict=False, assign=True)
+    holes = set(found.missing_keys) - ({HEAD_WEIGHT} if model.config.tie_word_embeddings else set())
     assert not holes, f"the snapshot lacks {min(holes)}"
+    assert not found.unexpected_keys, f"the model has no place for {found.unexpected_keys[0]}"
     model.tie_weights()

@@ -176,7 +176,7 @@ class Step(Passes):
             self._loss(use),
             predicted=number * (length - 1) / ranks.world,
             first=ranks.share(number).start,
-            every=max(1, number // looks.correction) if use in ("step", "gradient") else 1,
+            every=looks.every(number) if use in ("step", "gradient") else 1,
             flops=self._flops(use, number),
             refreshed=number * length if use == "gradient" else 0,
         )
