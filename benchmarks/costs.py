@@ -27,8 +27,8 @@ import torch
 from costs_report import MEASURED, Row, comparison_table, results_table
 
 from comparison import write_text
-from efficientllm.benching.contract import Settings
-from efficientllm.benching.table import TableRequest, latencies, measure_table
+from efficientllm.benching.settings import Settings
+from efficientllm.benching.table import grid_of, held_out_shapes, latencies, measure_table
 from efficientllm.config import Recipe
 from efficientllm.demo.story import DemoSize, stage_recipe, write_architecture
 from efficientllm.jobs.prune import run
@@ -77,9 +77,9 @@ def table_of(folder: Path, model: Path) -> Path:
     file = folder / "table.json"
     if not file.is_file():
         say("measuring a table of latencies")
-        content = measure_table(
-            load_config(str(model)), SETTINGS, TableRequest(held_out=12, least_ffn=LEAST_FFN), lambda: None
-        )
+        config = load_config(str(model))
+        grid = grid_of(config, least_ffn=LEAST_FFN)
+        content = measure_table(config, SETTINGS, grid, held_out_shapes(config, grid, 12))
         file.write_text(json.dumps(content, indent=1) + "\n")
     return file
 

@@ -15,11 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_config, tiny_model
-from efficientllm.benching.checks import llamacpp_dtype
-from efficientllm.benching.contract import Settings
-from efficientllm.benching.facts import facts_of_config, facts_of_gguf
 from efficientllm.benching.results import machine
-from efficientllm.benching.subjects import candidates
+from efficientllm.benching.settings import Settings, llamacpp_dtype
+from efficientllm.benching.subjects import facts_of_config, facts_of_gguf, subjects
 from efficientllm.benching.transformers_backend import load_backend
 from efficientllm.errors import UsageError
 
@@ -36,49 +34,46 @@ def greedy(folder: Path, prompts: torch.Tensor, count: int) -> torch.Tensor:
     return tokens[:, prompts.shape[1] :]
 
 
+def cache_of(backend: Any, batch: int, steps: int) -> int:
+    """Bytes of keys and values after the prompts and `steps` further tokens of each sequence."""
+    tokens, cache = next(backend.run(batch)), None
+    for _ in range(1 + steps):
+        tokens, cache = backend.step(tokens, cache)
+    assert cache is not None
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cache_and_weights_take_what_facts_say(family: str, dtype: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     asked = Settings(**(SETTINGS.__dict__ | {"dtype": dtype}))
     backend = load_backend(str(tmp_path), asked)
-    backend.begin(3)
-    backend.prefill()
-    backend.decode(asked.generate)  # one more than a run: every position of the context is then in the cache
-    kept = [tensor for layer in backend.cache.layers for tensor in (layer.keys, layer.values)]
+    kept = cache_of(backend, 3, asked.generate)  # one step more than a run: every position is then in the cache
     facts = facts_of_config(backend.model.config, asked.prompt, asked.context, getattr(torch, dtype))
-    assert 3 * facts.cache_bytes == sum(tensor.nbytes for tensor in kept)
+    assert 3 * facts["cache_bytes"] == kept
     weights = list(backend.model.parameters())
-    assert facts.weight_bytes == sum(weight.nbytes for weight in weights)
-    assert facts.parameters == sum(weight.numel() for weight in weights)
-    backend.end()
-    assert backend.cache is None
+    assert facts["weight_bytes"] == sum(weight.nbytes for weight in weights)
+    assert facts["parameters"] == sum(weight.numel() for weight in weights)
 
 
 def test_a_sliding_window_bounds_cache_and_attention(tmp_path: Path) -> None:
     tiny_model("mistral-gqa-tied", sliding_window=5).save_pretrained(tmp_path)
     backend = load_backend(str(tmp_path), SETTINGS)
-    backend.begin(1)
-    backend.prefill()
-    backend.decode(6)
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in backend.cache.layers)
+    kept = cache_of(backend, 1, 6)
     config = backend.model.config
     facts = facts_of_config(config, 11, 17, torch.float32)
-    assert facts.cache_bytes == kept
-    assert facts.decode_flops == facts_of_config(config, 11, 5, torch.float32).decode_flops
+    assert facts["cache_bytes"] == kept
+    assert facts["decode_flops"] == facts_of_config(config, 11, 5, torch.float32)["decode_flops"]
 
 
 def test_transformers_generates_greedily(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     backend = load_backend(str(tmp_path), SETTINGS)
-    backend.begin(3)
-    prompts = backend.tokens
+    prompts, first, last = backend.run(3)
     want = greedy(tmp_path, prompts, 6)
-    backend.prefill()
-    assert torch.equal(backend.tokens, want[:, :1])
-    backend.decode(5)
-    assert torch.equal(backend.tokens, want[:, -1:])
-    backend.begin(3)
-    assert torch.equal(backend.tokens, prompts)  # every run of a batch has the same work
+    assert torch.equal(first, want[:, :1])
+    assert torch.equal(last, want[:, -1:])
+    assert torch.equal(next(backend.run(3)), prompts)  # every run of a batch has the same work
 
 
 @pytest.fixture
@@ -103,14 +98,8 @@ def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) ->
     _, file = make_gguf(family)
     of_config = facts_of_config(tiny_config(family, vocab_size=300), 11, 17, torch.float32)
     of_file = facts_of_gguf(file, 11, 17)
-    assert of_file.prefill_flops == pytest.approx(of_config.prefill_flops, rel=1e-12)
-    assert (of_file.parameters, of_file.weight_bytes, of_file.decode_flops, of_file.positions) == (
-        of_config.parameters,
-        of_config.weight_bytes,
-        of_config.decode_flops,
-        of_config.positions,
-    )
-    assert of_file.cache_bytes == of_config.cache_bytes // 2  # f16
+    assert of_file.pop("prefill_flops") == pytest.approx(of_config.pop("prefill_flops"), rel=1e-12)
+    assert of_file == of_config | {"type": "f32", "cache_bytes": of_config["cache_bytes"] // 2}  # a cache in f16
 
 
 @pytest.mark.parametrize(("kind", "said"), [("f32", "f32"), ("bf16", "bf16"), ("q8_0", "f16")])
@@ -120,7 +109,7 @@ def test_a_gguf_file_says_what_its_weights_are(make_gguf: Any, tmp_path: Path, k
 
     folder, _ = make_gguf("llama-gqa")  # rows of 40, 24 and 52: no multiples of 32
     file = export_gguf(GGUFRequest(subject_of(folder), kind, tmp_path / "other.gguf"), lambda note: None)
-    assert facts_of_gguf(file, 11, 17).type == said
+    assert facts_of_gguf(file, 11, 17)["type"] == said
 
 
 def test_files_that_are_no_whole_decoder_are_refused(tmp_path: Path) -> None:
@@ -144,10 +133,9 @@ def test_files_that_are_no_whole_decoder_are_refused(tmp_path: Path) -> None:
         facts_of_gguf(written("part.gguf", "token_embd.weight", 3), 2, 3)
 
 
-def test_what_a_gguf_measurement_is_headed_with() -> None:
+def test_the_type_that_folders_are_exported_to() -> None:
     pytest.importorskip("gguf", reason="the gguf package is not installed")
-    assert llamacpp_dtype("auto", ["a.gguf", "b.gguf"]) == "as in the file"
-    assert llamacpp_dtype("auto", ["a.gguf", "run"]) == "f16 (.gguf files: as in the file)"
+    assert llamacpp_dtype("auto", ["a.gguf", "run"]) == "f16"
     assert llamacpp_dtype("auto", ["run"]) == "f16"
     assert llamacpp_dtype("q8_0", ["run"]) == "q8_0"
 
@@ -170,7 +158,7 @@ def test_a_full_disk_for_temporary_files_names_the_mend(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     asked = replace(SETTINGS, backend="llamacpp", dtype="f16")
     with pytest.raises(UsageError, match=r"set TMPDIR") as raised:
-        candidates([str(folder)], asked, tmp_path / "temporary", lambda note: None)
+        subjects([str(folder)], asked, tmp_path / "temporary", lambda note: None)
     assert "--out" not in str(raised.value)
 
 
@@ -192,11 +180,8 @@ def test_llamacpp_generates_greedily(make_gguf: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(llamacpp_backend, "PHYSICAL_BATCH", chunk)
     folder, file = make_gguf("llama-gqa")
     backend = llamacpp_backend.LlamaCppBackend(str(file), SETTINGS)
-    want = greedy(folder, torch.tensor(backend.prompts(3)), 6)
     for _ in range(2):
-        backend.begin(3)
-        backend.prefill()
-        assert backend.last == want[:, 0].tolist()
-        backend.decode(5)
-        assert backend.last == want[:, -1].tolist()
-        backend.end()
+        prompts, first, last = backend.run(3)
+        want = greedy(folder, torch.tensor(prompts), 6)
+        assert first == want[:, 0].tolist()
+        assert last == want[:, -1].tolist()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import World, need_llamacpp, tiny_config, tiny_model
 from efficientllm.benching import process, table
-from efficientllm.benching.contract import Facts, Sample, Settings
-from efficientllm.benching.subjects import Candidate
+from efficientllm.benching.settings import Settings
+from efficientllm.benching.subjects import Subject
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
@@ -33,37 +37,27 @@ def call(*argv: str | Path) -> int:
 def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
-    class Recorded:
-        def __init__(self, candidate: Candidate, settings: Settings) -> None:
-            self.name = candidate.name
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def answer(self) -> dict[str, object]:
-            return {}
-
-        def ask(self, batch: int | None) -> Any:
-            if batch is None:
+    @contextmanager
+    def recorded(name: str) -> Iterator[Callable[..., Any]]:
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            if function.__name__ == "_load":
                 return {}
-            asked.append((self.name, batch))
-            return Sample(float(len(asked)), 1.0)
+            asked.append((name, *arguments))
+            return {"prefill_seconds": float(len(asked))}, {"peak": len(asked)}
 
-    monkeypatch.setattr(process, "Worker", Recorded)
+        yield call
+
+    monkeypatch.setattr(process, "process_of", recorded)
     settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
-    facts = Facts(1, 1, 1.0, 1, 1, 64)
-    found = process.measure_all([Candidate(name, name, facts) for name in "ab"], settings, lambda: None)
+    found = process.measure_all([Subject(name, name, {}) for name in "ab"], settings)
     assert asked == [
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
         ("a", 1), ("b", 1), ("a", 4), ("b", 4),
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),
     ]  # fmt: skip
-    assert len(asked) == process.runs(2, settings)
-    assert [each.prefill_seconds for each in found[0]["samples"][1]] == [5.0, 10.0]
-    assert [each.prefill_seconds for each in found[1]["samples"][4]] == [8.0, 11.0]
+    assert [each["prefill_seconds"] for each in found[0]["samples"][1]] == [5.0, 10.0]
+    assert [each["prefill_seconds"] for each in found[1]["samples"][4]] == [8.0, 11.0]
+    assert [each["memory"]["peak"] for each in found] == [12, 11]  # of the last run
 
 
 def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +115,6 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
     assert call("bench", folder, file, *options) == 0
     page = capsys.readouterr().out
     assert "llamacpp on cpu" in page
-    assert "f16 (.gguf files: as in the file)" in page
     assert f"| {folder} | f16 |" in page
     assert f"| {file} | f32 |" in page
     result = json.loads(out.read_text())
@@ -136,22 +129,13 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
     assert result["models"][1]["batches"]["2"]["prefill_ratio"]["median"] > 0
 
 
-def test_a_process_that_dies_is_one_sentence(world: World) -> None:
-    settings = Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
-    with process.Worker(Candidate("mine", "mine", Facts(1, 1, 1.0, 1, 1, 64)), settings) as worker:
-        worker.process.kill()
-        with pytest.raises(UsageError, match=r"that measured mine has died \(killed by the system"):
-            worker.ask(1)
-
-
-class Asking:
-    """The other end of a measuring process's line, which asks for one run of one sequence after another."""
-
-    def send(self, answer: object) -> None:
-        pass
-
-    def recv(self) -> int:
-        return 1
+def test_a_process_that_dies_is_one_sentence() -> None:
+    with process.process_of("mine") as call:
+        pid = call(os.getpid)
+        with pytest.raises(UsageError, match=r"that measured mine has died, which the system does to it when memory"):
+            call(os.kill, pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +157,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setattr(process, "loader", lambda settings: load)
     monkeypatch.setattr(process, "measure", fail)
     with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
-        process.answer_all(Asking(), "mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1))
+        process.Measured("mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)).run(1)
 
 
 def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

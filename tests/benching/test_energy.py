@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from efficientllm.benching.contract import Sample
 from efficientllm.benching.energy import counter_for, rapl, rapl_zones
-from efficientllm.benching.timing import measure
+from efficientllm.benching.process import measure
 
 CPU = torch.device("cpu")
 
@@ -61,28 +61,23 @@ def test_clock_and_counter_stand_around_each_phase() -> None:
     class Machine:
         now, used, ended = 0.0, 0.0, 0
 
-        def begin(self, batch: int) -> None:
-            self.now += 100
-
-        def prefill(self) -> None:
-            self.now, self.used = self.now + 2, self.used + 5
-
-        def decode(self, steps: int) -> None:
-            self.now, self.used = self.now + 3 * steps, self.used + 7 * steps
-
-        def end(self) -> None:
-            self.now, self.ended = self.now + 100, self.ended + 1
-
-        def device_peak(self) -> None:
-            return None
-
-        def joules(self) -> float:
-            return self.used
+        def run(self, batch: int) -> Iterator[None]:
+            try:
+                self.now += 100
+                yield
+                self.now, self.used = self.now + 2, self.used + 5
+                yield
+                self.now, self.used = self.now + 12, self.used + 28 / batch
+                yield
+                self.now += 100
+            finally:
+                self.ended += 1
 
     machine = Machine()
-    assert measure(machine, 1, 4, machine.joules, lambda: machine.now) == Sample(2.0, 12.0, 5.0, 28.0)
-    assert measure(machine, 1, 4, None, lambda: machine.now) == Sample(2.0, 12.0)
-    machine.prefill = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    seconds = {"prefill_seconds": 2.0, "decode_seconds": 12.0}
+    counted = measure(machine, 1, lambda: machine.used, lambda: machine.now)
+    assert counted == seconds | {"prefill_joules": 5.0, "decode_joules": 28.0}
+    assert measure(machine, 1, None, lambda: machine.now) == seconds | {"prefill_joules": None, "decode_joules": None}
     with pytest.raises(ZeroDivisionError):
-        measure(machine, 1, 4)
+        measure(machine, 0)
     assert machine.ended == 3

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from efficientllm.benching.process import turn
 from efficientllm.benching.results import energy_per_token, ratios, spread
-from efficientllm.benching.timing import turn
 
 SECONDS = st.floats(1e-4, 1e3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 
 from conftest import World, tiny_config
 from efficientllm.benching import table
-from efficientllm.benching.contract import Settings
-from efficientllm.benching.table import TableRequest, grid_of, held_out_shapes, measure_table, runs_of
+from efficientllm.benching.settings import Settings
+from efficientllm.benching.table import grid_of, held_out_shapes, measure_table
 from efficientllm.cli import main
 from efficientllm.models.latency_table import load_table
 from efficientllm.pruning.costs import TABLE_AXES
@@ -29,17 +30,17 @@ def call(*argv: str | Path) -> int:
 
 
 def test_the_grid_goes_from_the_floors_to_the_source_on_aligned_widths() -> None:
-    grid = dict(zip(TABLE_AXES, grid_of(CONFIG, TableRequest()), strict=True))
+    grid = dict(zip(TABLE_AXES, grid_of(CONFIG), strict=True))
     assert grid["layers"] == (2,)
     assert grid["hidden"] == (16, 136, 256)
     assert grid["kv_heads"] == (1, 2)
     assert grid["queries_per_kv"] == (1, 2, 4)
     assert grid["intermediate"] == (32, 416, 800)
-    assert grid_of(CONFIG, TableRequest(levels=2, depth=True))[0] == (1, 2)
+    assert grid_of(CONFIG, 2, depth=True)[0] == (1, 2)
 
 
 def test_shapes_held_out_lie_within_the_grid_but_not_on_it() -> None:
-    grid = grid_of(CONFIG, TableRequest())
+    grid = grid_of(CONFIG)
     shapes = held_out_shapes(CONFIG, grid, 12)
     assert len(set(shapes)) == 12
     for widths in shapes:
@@ -57,9 +58,17 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPa
         return (1 + widths.hidden / 10 + widths.intermediate / 100) * load[0], 34.6 * load[0]
 
     monkeypatch.setattr(table, "_turn", turn)
-    advanced: list[None] = []
-    content = measure_table(CONFIG, SETTINGS, TableRequest(held_out=5), lambda: advanced.append(None))
-    assert len(advanced) == runs_of(CONFIG, SETTINGS, TableRequest(held_out=5))
+    grid = grid_of(CONFIG)
+    order: list[int] = []
+
+    def shown(turns: list[int]) -> list[int]:
+        order.extend(turns)
+        return turns
+
+    content = measure_table(CONFIG, SETTINGS, grid, held_out_shapes(CONFIG, grid, 5), shown)
+    measured = math.prod(map(len, grid)) + 5
+    assert sorted(order) == sorted(3 * list(range(measured)))
+    assert order[::measured] == [0, measured // 3, measured * 2 // 3]  # each repeat begins with another shape
     assert content["seconds"][-1] / content["seconds"][0] == pytest.approx(34.6 / 2.92)
     assert content["worst_error"] == pytest.approx(0.0, abs=1e-9)
     assert content["median_range"] == pytest.approx(0.0, abs=1e-9)
@@ -102,7 +111,7 @@ def test_a_source_as_narrow_as_the_floors_has_shapes_to_check_too() -> None:
     """No multiple of the alignment lies between its floor and itself."""
     heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 130}
     config = tiny_config("llama-gqa", hidden_size=130, **heads)
-    grid = grid_of(config, TableRequest())
+    grid = grid_of(config)
     assert dict(zip(TABLE_AXES, grid, strict=True))["hidden"] == (130,)
     shapes = held_out_shapes(config, grid, 4)
     assert shapes

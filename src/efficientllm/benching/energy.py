@@ -5,12 +5,12 @@ RAPL counts the whole processor. https://www.kernel.org/doc/html/latest/power/po
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from efficientllm.benching.timing import Joules
-
+Joules = Callable[[], float]  # energy since some moment; it only grows
 POWERCAP = Path("/sys/class/powercap")
 
 

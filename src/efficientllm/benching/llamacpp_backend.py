@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from efficientllm.benching.contract import Settings
+from efficientllm.benching.settings import Settings
 from efficientllm.errors import UsageError
 
 PHYSICAL_BATCH = 512  # most tokens of one graph, as llama-bench has them
@@ -36,66 +36,52 @@ class LlamaCppBackend:
         if not self._model:
             raise UsageError(f"llama.cpp cannot load {source}; its own messages are above")
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._context: Any = None
-        self._prompt: Any = None  # all prompts as one batch, and the next token of each sequence
-        self._next: Any = None
-        self._position = 0
-        self.last: list[int] = []  # the latest token of each sequence
 
-    def begin(self, batch: int) -> None:
-        settings = self._settings
-        length = settings.prompt
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = batch * settings.context, batch
-        options.n_batch, options.n_ubatch = batch * length, min(batch * length, PHYSICAL_BATCH)
-        options.n_threads = options.n_threads_batch = settings.threads
-        options.offload_kqv = options.op_offload = settings.device == "gpu"
-        self._context = llama_cpp.llama_init_from_model(self._model, options)
-        if not self._context:
-            raise UsageError(f"llama.cpp cannot make a context of {batch} x {settings.context} tokens; lower --batch")
-        self._prompt = _batch(
+    def run(self, batch: int) -> Iterator[list[Any]]:
+        """As process.measure takes it: random prompts, the same for every run of a batch, then (batch) tokens twice."""
+        length = self._settings.prompt
+        prompts = np.random.default_rng(batch).integers(self._vocabulary, size=(batch, length)).tolist()
+        context = self._context(batch)
+        whole = _batch(
             (row, position, token, position == length - 1)
-            for row, prompt in enumerate(self.prompts(batch))
+            for row, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         )
-        self._next = _batch((row, 0, 0, True) for row in range(batch))
+        following = _batch((row, 0, 0, True) for row in range(batch))
+        try:
+            yield prompts
+            last = self._compute(context, whole)
+            yield last
+            for position in range(length, self._settings.context - 1):
+                for row, token in enumerate(last):
+                    following.token[row], following.pos[row] = token, position
+                last = self._compute(context, following)
+            yield last
+        finally:
+            llama_cpp.llama_batch_free(whole)
+            llama_cpp.llama_batch_free(following)
+            llama_cpp.llama_free(context)
 
-    def prompts(self, batch: int) -> list[list[int]]:
-        """Random tokens, the same ones for every run of a batch: (batch, prompt)."""
-        shape = (batch, self._settings.prompt)
-        tokens: list[list[int]] = np.random.default_rng(batch).integers(self._vocabulary, size=shape).tolist()
-        return tokens
+    def _context(self, batch: int) -> Any:
+        settings = self._settings
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = batch * settings.context, batch
+        options.n_batch, options.n_ubatch = batch * settings.prompt, min(batch * settings.prompt, PHYSICAL_BATCH)
+        options.n_threads = options.n_threads_batch = settings.threads
+        options.offload_kqv = options.op_offload = settings.device == "gpu"
+        context = llama_cpp.llama_init_from_model(self._model, options)
+        if not context:
+            raise UsageError(f"llama.cpp cannot make a context of {batch} x {settings.context} tokens; lower --batch")
+        return context
 
-    def prefill(self) -> None:
-        self._compute(self._prompt)
-        self._position = self._settings.prompt
-
-    def decode(self, steps: int) -> None:
-        for _ in range(steps):
-            for row, token in enumerate(self.last):
-                self._next.token[row], self._next.pos[row] = token, self._position
-            self._compute(self._next)
-            self._position += 1
-
-    def end(self) -> None:
-        for batch in (self._prompt, self._next):
-            if batch is not None:
-                llama_cpp.llama_batch_free(batch)
-        if self._context:
-            llama_cpp.llama_free(self._context)
-        self._prompt = self._next = self._context = None
-
-    def device_peak(self) -> int | None:
-        return None
-
-    def _compute(self, batch: Any) -> None:
-        """Keeps the most likely token of every sequence. Reading logits waits for the device."""
-        code = llama_cpp.llama_decode(self._context, batch)
+    def _compute(self, context: Any, batch: Any) -> list[int]:
+        """The most likely next token of every sequence. Reading logits waits for the device."""
+        code = llama_cpp.llama_decode(context, batch)
         if code != 0:
             raise RuntimeError(f"llama_decode gave {code}")
         wanted = (index for index in range(batch.n_tokens) if batch.logits[index])
-        rows = (llama_cpp.llama_get_logits_ith(self._context, index) for index in wanted)
-        self.last = [int(np.ctypeslib.as_array(row, shape=(self._vocabulary,)).argmax()) for row in rows]
+        rows = (llama_cpp.llama_get_logits_ith(context, index) for index in wanted)
+        return [int(np.ctypeslib.as_array(row, shape=(self._vocabulary,)).argmax()) for row in rows]
 
 
 def _batch(entries: Iterable[tuple[int, int, int, bool]]) -> Any:

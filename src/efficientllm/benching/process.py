@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any
 
 import torch
 import transformers
 
-from efficientllm.benching.contract import Backend, Settings
-from efficientllm.benching.energy import counter_for
-from efficientllm.benching.subjects import Candidate
-from efficientllm.benching.timing import Joules, measure, threads, turn
+from efficientllm.benching.energy import Joules, counter_for
+from efficientllm.benching.settings import Settings
+from efficientllm.benching.subjects import Subject
 from efficientllm.errors import UsageError
 from efficientllm.models.process_memory import memory_in_a_sentence, peak_resident, resident
 
 WARM_UPS = 1  # runs of each batch before the first that counts
+FULL = "does not fit in the memory of the device"
+Sample = dict[str, Any]  # seconds of the prompt and of all decode steps, and joules, None where not counted
 
 
-def loader(settings: Settings) -> Callable[[str, Settings], Backend]:
+def turn(models: int, repeat: int) -> list[int]:
+    """The order of the models within a repeat: each repeat begins with the next one, so that none is always first."""
+    return [(repeat + offset) % models for offset in range(models)]
+
+
+def measure(
+    backend: Any, batch: int, joules: Joules | None = None, clock: Callable[[], float] = time.perf_counter
+) -> Sample:
+    """One run with its clock and its energy counter around each phase. clock: seconds; no counter is read on it.
+
+    backend: its `run(batch)` yields thrice, the device having finished: the prompts when they are ready, the first
+    token of each sequence after the prefill, the last ones after all decode steps. An end of text does not end a run.
+    """
+    sample: Sample = {}
+    gc.collect()
+    with closing(backend.run(batch)) as run:
+        next(run)
+        for phase in ("prefill", "decode"):
+            used, begun = joules and joules(), clock()
+            next(run)
+            sample[f"{phase}_seconds"] = clock() - begun
+            sample[f"{phase}_joules"] = None if used is None or joules is None else joules() - used
+    return sample
+
+
+class Measured:
+    """A loaded model in the process that measures it."""
+
+    def __init__(self, source: str, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        self.source, self.settings = source, settings
+        self.joules: Joules | None = None
+        about = "llama.cpp does not say which board it computes on"
+        if settings.device != "gpu":
+            self.joules, about = counter_for(torch.device(settings.device))
+        self.energy = {"measurable": self.joules is not None, "about": about}
+        load = loader(settings)
+        self.before = resident()
+        with memory_in_a_sentence(f"{source} {FULL}", "choose a smaller --dtype"):
+            self.backend = load(source, settings)
+
+    def run(self, batch: int) -> tuple[Sample, dict[str, int | None]]:
+        """And bytes: resident before the model was loaded, and the most since, in main memory and of the GPU."""
+        device, what = self.settings.device, f"{self.source} with {batch} sequences of {self.settings.context} tokens"
+        with memory_in_a_sentence(f"{what} {FULL}", "lower --batch or --prompt"):
+            sample = measure(self.backend, batch, self.joules)
+        taken = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+        return sample, {"before": self.before, "peak": peak_resident(), "device_peak": taken}
+
+
+def loader(settings: Settings) -> Callable[[str, Settings], Any]:
     """What loads a model, once the libraries themselves take all the memory that they will."""
     if settings.backend == "llamacpp":
         from efficientllm.benching.llamacpp_backend import LlamaCppBackend
@@ -35,103 +89,67 @@ def loader(settings: Settings) -> Callable[[str, Settings], Backend]:
     return load_backend
 
 
-def serve(asked: Connection, source: str, settings: Settings) -> None:
-    """What the process of a model does: answers with what counts its energy, then each batch size with a Sample of one
-    run, and None with the memory taken. An error that is meant for the user is answered as itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then ends this one
-    os.dup2(2, 1)  # what libraries print is none of the page
-    transformers.utils.logging.disable_progress_bar()
-    with suppress(EOFError, ConnectionError), threads(settings.threads):  # until the asking process has ended
-        try:
-            answer_all(asked, source, settings)
-        except UsageError as error:
-            asked.send(error)
-
-
-def answer_all(asked: Connection, source: str, settings: Settings) -> None:
-    """Bytes: resident before the model was loaded, and the most since, in main memory and on the device."""
-    joules: Joules | None = None
-    about = "llama.cpp does not say which board it computes on"
-    if settings.device != "gpu":
-        joules, about = counter_for(torch.device(settings.device))
-    load, full = loader(settings), "does not fit in the memory of the device"
-    before = resident()
-    with memory_in_a_sentence(f"{source} {full}", "choose a smaller --dtype"):
-        backend = load(source, settings)
-    asked.send({"measurable": joules is not None, "about": about})
-    while True:
-        batch = asked.recv()
-        if batch is None:
-            asked.send({"before": before, "peak": peak_resident(), "device_peak": backend.device_peak()})
-            continue
-        what = f"{source} with {batch} sequences of {settings.context} tokens"
-        with memory_in_a_sentence(f"{what} {full}", "lower --batch or --prompt"):
-            sample = measure(backend, batch, settings.generate - 1, joules)
-        asked.send(sample)
-
-
-class Worker:
-    """The process of one model, seen from its parent."""
-
-    def __init__(self, candidate: Candidate, settings: Settings) -> None:
-        self._name = candidate.name
-        self._line, other = get_context("spawn").Pipe()
-        target = (other, candidate.source, settings)
-        self.process = get_context("spawn").Process(target=serve, args=target, daemon=True)
-        self.process.start()
-        other.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def answer(self) -> Any:
-        """Raises UsageError where the process cannot answer, or has died."""
-        try:
-            answer = self._line.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            code = self.process.exitcode
-            cause = "killed by the system, which happens when memory runs out" if code == -9 else f"exit code {code}"
-            raise UsageError(
-                f"the process that measured {self._name} has died ({cause}); see what it printed above"
-            ) from None
-        if isinstance(answer, UsageError):
-            raise answer
-        return answer
-
-    def ask(self, batch: int | None) -> Any:
-        with suppress(ConnectionError):  # it has died, and may have said why
-            self._line.send(batch)
-        return self.answer()
-
-
-def runs(models: int, settings: Settings) -> int:
-    """Runs of a whole measurement, warm-ups included."""
-    return models * len(settings.batches) * (WARM_UPS + settings.repeats)
-
-
-def measure_all(candidates: list[Candidate], settings: Settings, advance: Callable[[], None]) -> list[dict[str, Any]]:
+def measure_all(
+    subjects: list[Subject], settings: Settings, shown: Callable[[list[Any]], Iterable[Any]] = iter
+) -> list[dict[str, Any]]:
     """Of each model {"samples": batch -> one Sample a repeat, "energy", "memory"}.
 
-    Within a repeat every batch goes round the models, beginning with another one each time. advance: called after
-    every run. Raises UsageError where a model cannot be loaded or measured.
+    Within a repeat every batch goes round the models, beginning with another one each time. shown: passes the runs
+    on, and shows how many are done. Raises UsageError where a model cannot be loaded or measured.
     """
+    runs = [
+        (repeat, batch, index)
+        for repeat in range(-WARM_UPS, settings.repeats)
+        for batch in settings.batches
+        for index in turn(len(subjects), repeat)
+    ]
     with ExitStack() as stack:
-        workers: list[Worker] = []
-        found: list[dict[str, Any]] = []
-        for candidate in candidates:
-            workers.append(stack.enter_context(Worker(candidate, settings)))
-            samples: dict[int, list[Any]] = {batch: [] for batch in settings.batches}
-            found.append({"energy": workers[-1].answer(), "samples": samples})
-        for repeat in range(-WARM_UPS, settings.repeats):
-            for batch in settings.batches:
-                for index in turn(len(workers), repeat):
-                    sample = workers[index].ask(batch)
-                    if repeat >= 0:
-                        found[index]["samples"][batch].append(sample)
-                    advance()
-        return [each | {"memory": worker.ask(None)} for worker, each in zip(workers, found, strict=True)]
+        calls = [stack.enter_context(process_of(subject.name)) for subject in subjects]
+        found: list[dict[str, Any]] = [
+            {"energy": call(_load, subject.source, settings), "samples": {batch: [] for batch in settings.batches}}
+            for call, subject in zip(calls, subjects, strict=True)
+        ]
+        for repeat, batch, index in shown(runs):
+            sample, found[index]["memory"] = calls[index](_run, batch)
+            if repeat >= 0:
+                found[index]["samples"][batch].append(sample)
+    return found
+
+
+@contextmanager
+def process_of(name: str) -> Iterator[Callable[..., Any]]:
+    """A function that calls another one in a process of its own, which is killed in the end. It raises UsageError where
+    that process has died."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
+        pid = pool.submit(os.getpid).result()
+
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return pool.submit(function, *arguments).result()
+            except BrokenProcessPool:
+                cause = "which the system does to it when memory runs out; see what it printed above"
+                raise UsageError(f"the process that measured {name} has died, {cause}") from None
+
+        try:
+            yield call
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then kills this one
+    os.dup2(2, 1)  # what libraries print is none of the page
+    transformers.utils.logging.disable_progress_bar()
+
+
+_here: list[Measured] = []  # in the process that measures it
+
+
+def _load(source: str, settings: Settings) -> dict[str, Any]:
+    _here.append(Measured(source, settings))
+    return _here[0].energy
+
+
+def _run(batch: int) -> tuple[Sample, dict[str, int | None]]:
+    return _here[0].run(batch)

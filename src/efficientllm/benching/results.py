@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from efficientllm.benching.contract import Sample, Settings
-from efficientllm.benching.process import WARM_UPS
-from efficientllm.benching.subjects import Candidate
+from efficientllm.benching.process import WARM_UPS, Sample
+from efficientllm.benching.settings import Settings
+from efficientllm.benching.subjects import Subject
 
 Spread = dict[str, float]
 
@@ -36,7 +36,7 @@ def energy_per_token(joules: Sequence[float | None], tokens: int) -> float | Non
     return sum(known) / (tokens * len(known)) if len(known) == len(joules) and sum(known) > 0 else None
 
 
-def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
+def result_of(subjects: list[Subject], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
     """settings, machine, and of each model facts, memory, energy, and by batch all samples and what follows.
 
     Seconds, tokens per second, joules per token, bytes. Ratios are to the first model, above 1 where this one is
@@ -44,8 +44,8 @@ def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[
     """
     models = [
         {
-            "model": candidate.name,
-            "facts": asdict(candidate.facts),
+            "model": subject.name,
+            "facts": subject.facts,
             "memory": each["memory"],
             "energy": each["energy"],
             "batches": {
@@ -53,21 +53,25 @@ def result_of(candidates: list[Candidate], settings: Settings, found: list[dict[
                 for batch, own in each["samples"].items()
             },
         }
-        for candidate, each in zip(candidates, found, strict=True)
+        for subject, each in zip(subjects, found, strict=True)
     ]
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
 def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {"time_to_first_token": spread([each.prefill_seconds for each in own])}
+    found: dict[str, Any] = {"time_to_first_token": spread(_column(own, "prefill_seconds"))}
     for phase, tokens in (("prefill", batch * settings.prompt), ("decode", batch * (settings.generate - 1))):
-        seconds, others = ([getattr(each, f"{phase}_seconds") for each in side] for side in (own, first))
+        seconds, others = (_column(side, f"{phase}_seconds") for side in (own, first))
         found |= {
             f"{phase}_tokens_per_second": spread([tokens / value for value in seconds]),
-            f"{phase}_joules_per_token": energy_per_token([getattr(each, f"{phase}_joules") for each in own], tokens),
+            f"{phase}_joules_per_token": energy_per_token(_column(own, f"{phase}_joules"), tokens),
             f"{phase}_ratio": ratios(others, seconds),
         }
-    return found | {"samples": [asdict(each) for each in own]}
+    return found | {"samples": list(own)}
+
+
+def _column(samples: Sequence[Sample], key: str) -> list[Any]:
+    return [sample[key] for sample in samples]
 
 
 def machine(settings: Settings) -> dict[str, str]:

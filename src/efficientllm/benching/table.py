@@ -13,53 +13,40 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from efficientllm.benching.contract import Settings
+from efficientllm.benching.process import measure, turn
 from efficientllm.benching.results import machine
-from efficientllm.benching.timing import measure, threads, turn
+from efficientllm.benching.settings import Settings
 from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
-from efficientllm.pruning.costs import TABLE_AXES, shape_at
+from efficientllm.pruning.costs import AXIS_TYPES, TABLE_AXES, shape_at
 from efficientllm.pruning.landing import Alignment
 from efficientllm.pruning.widths import Widths
 
 SEED = 0  # of the shapes held out
 IN_A_ROW = 5  # sequences of a turn, after one that does not count
 Grid = tuple[tuple[int, ...], ...]
+Shown = Callable[[list[int]], Iterable[int]]  # passes turns on, and shows how many are done
 
 
-@dataclass(frozen=True)
-class TableRequest:
-    """levels: widths measured of each axis. held_out: shapes to check the table with. depth: fewer layers too.
-    least_ffn: FFN channels of the narrowest shape."""
-
-    levels: int = 3
-    held_out: int = 8
-    depth: bool = False
-    least_ffn: int = 32
-
-
-def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
+def grid_of(config: PretrainedConfig, levels: int = 3, *, depth: bool = False, least_ffn: int = 32) -> Grid:
     """Of each of TABLE_AXES evenly spaced widths from one layer, one head, `head_dim` residual and `least_ffn` FFN
     channels to the source's own, inner ones aligned as a run's would be. Fewer where an axis is short; layers stay
     unless `depth`."""
-    source, steps = widths_of(config), _steps(config)
-    least = {"hidden": head_dim_of(config), "intermediate": request.least_ffn}
+    source = widths_of(config)
+    least = {"hidden": head_dim_of(config), "intermediate": least_ffn, "layers": 1 if depth else source.layers}
     grid = []
-    for axis in TABLE_AXES:
+    for axis, step in _steps(config).items():
         high = getattr(source, axis)
-        low = high if axis == "layers" and not request.depth else min(least.get(axis, 1), high)
-        step, last = steps.get(axis, 1), request.levels - 1
+        low, last = min(least.get(axis, 1), high), levels - 1
         inner = (round((low + (high - low) * index / last) / step) * step for index in range(1, last))
         grid.append(tuple(sorted(level for level in {low, high, *inner} if low <= level <= high)))
     return tuple(grid)
@@ -67,15 +54,15 @@ def grid_of(config: PretrainedConfig, request: TableRequest) -> Grid:
 
 def _steps(config: PretrainedConfig) -> dict[str, int]:
     align = Alignment.automatic(widths_of(config))
-    return {"hidden": align.hidden, "intermediate": align.intermediate}
+    return {axis: align.step(kind) for axis, kind in zip(TABLE_AXES, AXIS_TYPES, strict=True)}
 
 
-def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[Widths]:
+def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int = 8) -> list[Widths]:
     """Different shapes within the grid but not on it, aligned as a run's would be; fewer where there are no more."""
-    choose, steps = random.Random(SEED), _steps(config)
+    choose = random.Random(SEED)
     axes: list[Sequence[int]] = []
-    for axis, (low, *_, high) in zip(TABLE_AXES, ((*levels, levels[-1]) for levels in grid), strict=True):
-        step = steps.get(axis, 1)
+    for step, levels in zip(_steps(config).values(), grid, strict=True):
+        low, high = levels[0], levels[-1]
         axes.append(range(-(-low // step) * step, high + 1, step) or (high,))  # no multiple: what the source has
     found: dict[Widths, None] = {}
     for _ in range(100 * number):
@@ -85,23 +72,15 @@ def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int) -> list[W
     return list(found)
 
 
-def runs_of(config: PretrainedConfig, settings: Settings, request: TableRequest) -> int:
-    """Runs of a whole measurement."""
-    grid = grid_of(config, request)
-    return settings.repeats * (math.prod(map(len, grid)) + len(held_out_shapes(config, grid, request.held_out)))
-
-
 def measure_table(
-    config: PretrainedConfig, settings: Settings, request: TableRequest, advance: Callable[[], None]
+    config: PretrainedConfig, settings: Settings, grid: Grid, held_out: list[Widths], shown: Shown = iter
 ) -> dict[str, Any]:
-    """The content of the table's file (models/latency_table.py). advance: called after every run.
+    """The content of the table's file (models/latency_table.py).
 
     Raises UsageError where a model does not fit in the memory of the device.
     """
-    grid = grid_of(config, request)
     shapes = [shape_at(place) for place in product(*grid)]
-    held_out = held_out_shapes(config, grid, request.held_out)
-    medians, spreads = latencies(config, [*shapes, *held_out], settings, advance)
+    medians, spreads = latencies(config, [*shapes, *held_out], settings, shown)
     model = {"family": family_of(config), "head_dim": head_dim_of(config), "vocabulary": config.vocab_size}
     asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
     measured_on = MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))
@@ -124,34 +103,31 @@ def measure_table(
 
 
 def latencies(
-    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, advance: Callable[[], None] = lambda: None
+    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, shown: Shown = iter
 ) -> tuple[list[float], list[float]]:
     """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
     median. Raises UsageError where a model does not fit in the memory of the device."""
     ratios: list[list[float]] = [[] for _ in shapes]
     source: list[float] = []
+    starts = (repeat * len(shapes) // settings.repeats for repeat in range(settings.repeats))
+    turns = [index for start in starts for index in turn(len(shapes), start)]
     lacking = f"two models of that size with {settings.context} tokens do not fit in the memory of the device"
-    with threads(settings.threads), uncollected(), memory_in_a_sentence(lacking, "lower --batch or --prompt"):
-        rehearse(settings)
-        reference = _model_of(config, widths_of(config), settings)
-        for repeat in range(settings.repeats):
-            for index in turn(len(shapes), repeat * len(shapes) // settings.repeats):
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    gc.freeze()  # what is there already is left out of the garbage collection before every sequence
+    try:
+        with memory_in_a_sentence(lacking, "lower --batch or --prompt"):
+            rehearse(settings)
+            reference = _model_of(config, widths_of(config), settings)
+            for index in shown(turns):
                 own, other = _turn(config, shapes[index], reference, settings)
                 ratios[index].append(own / other)
                 source.append(other)
-                advance()
-    ranges = [(max(each) - min(each)) / statistics.median(each) for each in ratios]
-    return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """What is there already is left out of the garbage collection before every sequence."""
-    gc.freeze()
-    try:
-        yield
     finally:
         gc.unfreeze()
+        torch.set_num_threads(before)  # it changes the order of sums: who trains hereafter must not keep another one's
+    ranges = [(max(each) - min(each)) / statistics.median(each) for each in ratios]
+    return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
 
 
 def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> TransformersBackend:
@@ -168,7 +144,7 @@ def _turn(
     models = (_model_of(config, widths, settings), reference)
     for run in range(1 + IN_A_ROW):
         for index, model in enumerate(models):
-            sample = measure(model, settings.batches[0], settings.generate - 1)
+            sample = measure(model, settings.batches[0])
             if run:
-                fastest[index] = min(fastest[index], sample.prefill_seconds + sample.decode_seconds)
+                fastest[index] = min(fastest[index], sample["prefill_seconds"] + sample["decode_seconds"])
     return fastest[0], fastest[1]

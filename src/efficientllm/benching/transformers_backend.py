@@ -1,18 +1,20 @@
 """A model in transformers and PyTorch: the model's own forward with its dynamic cache, greedy, without generate().
 
-It computes with as many threads as the process has; `timing.threads` sets them.
+It computes with as many threads as the process has.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from efficientllm.benching.contract import Settings
+from efficientllm.benching.settings import Settings
 from efficientllm.models.loading import load_model
 from efficientllm.models.space import build
 
@@ -21,35 +23,27 @@ class TransformersBackend:
     """Of a model that is on its device, in its dtype."""
 
     def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
-        self._device = torch.device(settings.device)
-        self._prompt = settings.prompt
         self.model: Any = model.eval()
-        self.cache: Any = None  # transformers' DynamicCache of the run under way
-        self.tokens = torch.empty(0)  # (batch, prompt) before prefill, then the last ones, (batch, 1)
+        self._settings = settings
 
-    def begin(self, batch: int) -> None:
-        generator = torch.Generator().manual_seed(batch)
-        tokens = torch.randint(self.model.config.vocab_size, (batch, self._prompt), generator=generator)
-        self.tokens, self.cache = tokens.to(self._device), None
-        self.decode(0)
-
-    def prefill(self) -> None:
-        self.decode(1)  # a step on the whole prompt
+    def run(self, batch: int) -> Iterator[Tensor]:
+        """As process.measure takes it: (batch, prompt) random tokens, the same every time, then (batch, 1) twice."""
+        settings, device = self._settings, torch.device(self._settings.device)
+        shape, generator = (batch, settings.prompt), torch.Generator().manual_seed(batch)
+        tokens = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(device)
+        cache = None
+        for steps in (0, 1, settings.generate - 1):
+            for _ in range(steps):
+                tokens, cache = self.step(tokens, cache)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield tokens
 
     @torch.inference_mode()
-    def decode(self, steps: int) -> None:
-        for _ in range(steps):
-            out = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = out.past_key_values
-            self.tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def end(self) -> None:
-        self.cache = None
-
-    def device_peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+    def step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """(batch, 1) most likely next tokens, and transformers' DynamicCache with these tokens in it."""
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
 
 
 def load_backend(source: str, settings: Settings) -> TransformersBackend:
@@ -66,8 +60,6 @@ def rehearse(settings: Settings) -> None:
     shape |= {"num_hidden_layers": 1, "num_attention_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         build(LlamaConfig(**shape)).save_pretrained(folder)
-        tiny = load_backend(folder, replace(settings, prompt=2))
-        tiny.begin(1)
-        tiny.decode(2)
+        list(load_backend(folder, replace(settings, prompt=2, generate=2)).run(1))
     if settings.device != "cpu":
         torch.cuda.reset_peak_memory_stats(settings.device)

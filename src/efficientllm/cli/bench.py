@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from efficientllm.cli.app import app, one_sentence, say
 from efficientllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from efficientllm.benching.contract import Settings
+    from efficientllm.benching.settings import Settings
 
 STOPPED = "stopped; nothing of this measurement is kept"
 
@@ -54,15 +55,14 @@ def bench(
     """
     import torch
 
-    from efficientllm.benching.checks import parse_batches, resolved
-    from efficientllm.benching.contract import Settings
+    from efficientllm.benching.settings import Settings, parse_batches, resolved
 
     count = torch.get_num_threads() if threads is None else threads
     batches = parse_batches(batch or ("1" if table else "1,4"))
     settings = resolved(Settings(prompt, generate, batches, repeats, backend, device, dtype, count), models)
     if table is not None:
-        asked = (3 if levels is None else levels, 8 if held_out is None else held_out, depth)
-        _measure_table(models, settings, table, out, asked)
+        _check_table(models, settings, table, out)
+        _measure_table(models[0], settings, table, levels or 3, held_out or 8, depth)
     elif depth or levels is not None or held_out is not None:
         raise UsageError("--levels, --held-out and --depth are of a table of latencies: add --table FILE")
     elif out is not None and out.is_dir():
@@ -75,41 +75,49 @@ def _measure(models: list[str], settings: Settings, out: Path | None) -> None:
     """Measures, prints the page, and writes it into the file asked for and the folders of the runs among the models."""
     from efficientllm.benching import process
     from efficientllm.benching.results import result_of
-    from efficientllm.benching.subjects import candidates, homes
+    from efficientllm.benching.subjects import homes, subjects
     from efficientllm.files import write_json
     from efficientllm.jobs.interruption import stopping
     from efficientllm.reporting.bench_table import bench_page
     from efficientllm.reporting.journal import without_nonfinite
-    from efficientllm.reporting.progress import track
+    from efficientllm.reporting.progress import tracked
 
     with stopping(STOPPED), tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
-        subjects = candidates(models, settings, Path(temporary), say)
-        with track("bench", process.runs(len(subjects), settings)) as bar:
-            result = result_of(subjects, settings, process.measure_all(subjects, settings, bar.advance))
+        asked = subjects(models, settings, Path(temporary), say)
+        result = result_of(asked, settings, process.measure_all(asked, settings, partial(tracked, "bench")))
     print(bench_page(result))
     kept = [home / "bench" / f"{settings.backend}.json" for home in homes(models)]
     for file in [*([out] if out else []), *kept]:
         write_json(file, without_nonfinite(result))
 
 
-def _measure_table(
-    models: list[str], settings: Settings, file: Path, out: Path | None, asked: tuple[int, int, bool]
-) -> None:
+def _check_table(models: list[str], settings: Settings, file: Path, out: Path | None) -> None:
+    """Raises UsageError for what a table of latencies cannot be measured with."""
+    if len(models) != 1 or len(settings.batches) != 1:
+        raise UsageError("--table is of one model's widths and of one --batch: name one of each")
+    if settings.backend != "transformers":
+        raise UsageError(f"--table measures in transformers; leave out --backend {settings.backend}")
+    if out is not None:
+        raise UsageError("--json goes with a comparison of models; --table FILE is itself JSON: leave one out")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"--table {file} cannot be written; name a file in a folder that is there")
+
+
+def _measure_table(model: str, settings: Settings, file: Path, levels: int, held_out: int, depth: bool) -> None:
     """bench --table: measures, writes the file and prints how far the table is off."""
-    from efficientllm.benching.checks import check_table
     from efficientllm.benching.subjects import config_of
-    from efficientllm.benching.table import TableRequest, measure_table, runs_of
+    from efficientllm.benching.table import grid_of, held_out_shapes, measure_table
     from efficientllm.files import write_json
     from efficientllm.jobs.interruption import stopping
     from efficientllm.models.latency_table import off_by
     from efficientllm.reporting.bench_table import table_page
-    from efficientllm.reporting.progress import track
+    from efficientllm.reporting.progress import tracked
 
-    request = TableRequest(*asked)
-    check_table(models, settings, file, out)
-    config = config_of(models[0], settings)
-    with stopping(STOPPED), track("bench", runs_of(config, settings, request)) as bar:
-        content = measure_table(config, settings, request, bar.advance)
+    config = config_of(model, settings)
+    grid = grid_of(config, levels, depth=depth)
+    with stopping(STOPPED):
+        shapes = held_out_shapes(config, grid, held_out)
+        content = measure_table(config, settings, grid, shapes, partial(tracked, "bench"))
     write_json(file, content)
     print(table_page(content, str(file)))
     if doubt := off_by(content["median_error"]):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +22,7 @@ from rich.text import Text
 from efficientllm.sizes import format_count
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 LINE_INTERVAL_SECONDS = 10.0
 QUIET_SECONDS = 2.0  # side work that is done sooner prints no plain line
@@ -200,6 +201,14 @@ def track(
             yield tracker
     finally:
         bars.stop()
+
+
+def tracked(description: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, one after another, with a bar over them."""
+    with track(description, len(items)) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 @contextmanager
