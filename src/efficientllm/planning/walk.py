@@ -16,7 +16,7 @@ from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, PRUNING_TYPES
-from efficientllm.pruning.groups import Space
+from efficientllm.pruning.groups import Axis, Space, labels
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.saliency import reader_specs
 from efficientllm.pruning.widths import Widths
@@ -173,11 +173,11 @@ class Walker:
 def _sites(space: Space) -> dict[tuple[str, str, bool], list[str | int]]:
     """Output axes of the linear layers that read one tensor, by (its axis, the dimension that their outputs
     lie within, whether in every layer): q, k and v of a layer share one, gate and up another."""
-    sites: dict[tuple[str, str, bool], list[str | int]] = defaultdict(list)
+    sites: dict[tuple[str, str, bool], list[Axis]] = defaultdict(list)
     for spec in reader_specs(space):
         if not spec.layer:
             output = spec.axes[0]
-            chain = DIMENSIONS[output].chain if isinstance(output, str) else ()
+            chain = DIMENSIONS[labels(output)[0]].chain if labels(output) else ()
             outermost = next((each for each in chain if each != LAYERS), "")
             sites[str(spec.axes[1]), outermost, spec.layer is not None].append(output)
     return sites

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import ParamSpec, Space, mask_shapes
+from efficientllm.pruning.groups import ParamSpec, Space, labels, mask_shapes
 from efficientllm.pruning.shards import ALONE, World, first_row, local
 
 
@@ -35,11 +35,16 @@ class AxisSums:
         if spec.layer is not None:
             self.sums[LAYERS][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
-            if isinstance(axis, str):
-                others = [other for other in range(scores.ndim) if other != dim]
-                vector = scores.sum(others) if others else scores
-                target = self._of(axis, spec)
-                (target[first : first + len(scores)] if dim == 0 else target).add_(vector)
+            if isinstance(axis, int):
+                continue
+            others = [other for other in range(scores.ndim) if other != dim]
+            vector = scores.sum(others) if others else scores
+            start = first if dim == 0 else 0  # of what is here, from the beginning of each label's stretch
+            for label in labels(axis):
+                target = self._of(label, spec)
+                low, high = (min(max(place, 0), len(target)) for place in (start, start + len(vector)))
+                target[low:high].add_(vector[low - start : high - start] if high > low else 0.0)
+                start -= len(target)
 
     def reduce(self, reduction: World) -> None:
         """Adds what the processes with other rows of the weights have: all axes as one packed vector."""

@@ -16,7 +16,7 @@ from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
 from efficientllm.pruning.widths import Widths
 
 # What a run counts; Snapshot and TrainState have a field of each name.
@@ -93,7 +93,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     prefix = "saliency."
     scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
-    tensors = {f"live.{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
+    tensors = {f"live.{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
