@@ -22,7 +22,7 @@ from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
-from efficientllm.pruning.dimensions import ATTENTION, FFN_TYPE, STEM
+from efficientllm.pruning.dimensions import ATTENTION, FFN_TYPE, HIDDEN, STEM
 from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
@@ -54,7 +54,8 @@ def loss_after(path: str, events: list[Cut], live: Live, rows: Tensor, held: Ten
     handles = []
     if "gain" in way:
         lost = torch.cat([event.units for event in events])
-        handles = [watch(model, name, lost, left) for name in space.stem_gains]
+        gains = [spec.name for spec in space.params if spec.axes == (HIDDEN,) and "norm" in spec.name]
+        handles = [watch(model, name, lost, left) for name in gains]
     with torch.no_grad(), captured_inputs(model, [reader.name for reader in readers]) as inputs:
         for part in rows.split(8):
             model(input_ids=part)

@@ -64,7 +64,7 @@ def test_cutting_keeps_the_live_entries_in_order() -> None:
     after, _ = cut_state(SPACE, kept, dict(before), {})
     rows = [1, 2, 3, 8, 9, 10]  # of layer 0: lane 0 without cell 0, lane 2 without cell 3
     columns = [0, 1, 2, 3, 5]
-    scale = (6 / 5) ** 0.5 if "layers.0.reader" in SPACE.stem_gains else 1.0
+    scale = (6 / 5) ** 0.5 if "layers.0.reader" in SPACE.scaling else 1.0
     assert torch.equal(after["layers.0.reader"], before["layers.0.reader"][rows][:, columns] * scale)
     assert torch.equal(after["layers.1.gate"], before["layers.1.gate"][[0, 1]])
     assert cut_live(live, kept).all_live()

@@ -10,9 +10,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from efficientllm.errors import UsageError
 from efficientllm.pruning.dimensions import FFN, HIDDEN, KV, QUERY
+from efficientllm.pruning.groups import Axis
 
 HEAD = "head"  # the axis of a weight that all heads of a layer share: head_dim entries, of which none falls
-Axes = Mapping[str, tuple[str | int, ...]]
+Axes = dict[str, tuple[Axis, ...]]
 Refusal = tuple[str, str]  # a fact, as a clause of its own, and how a sentence about pruning goes on after it
 
 ATTENTION: Axes = {
@@ -68,7 +69,8 @@ class Family:
     each dimension (pruning/groups.py, or HEAD); a weight with "norm" in its name is the gain of an RMSNorm over its
     axis. optional: further weights of a layer, by the field of the config that says whether they are there.
     normed: norms over another axis than the stem's, and the linear layers whose output they normalise. Weights outside
-    the layers are the same in all families (parts.py).
+    the layers are the same in all families (parts.py). offset: what norms add to their weights to get their gains.
+    root_scaled: the embedding's output is multiplied by the root of the hidden width.
     fields: the field of the config that holds each width of a record (pruning/widths.py).
     carrier: who carries the shapes that the family's own config class refuses, a hidden size that is no multiple of
     the heads; None: the class takes any.
@@ -80,12 +82,14 @@ class Family:
     layer: Axes = field(default_factory=lambda: LAYER)
     optional: Mapping[str, Axes] = field(default_factory=dict)
     normed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    offset: float = 0.0
+    root_scaled: bool = False
     fields: Mapping[str, str] = field(default_factory=lambda: FIELDS)
     carrier: Carrier | None = None
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     gguf: str | None = None
 
-    def layer_axes(self, config: PretrainedConfig) -> dict[str, tuple[str | int, ...]]:
+    def layer_axes(self, config: PretrainedConfig) -> Axes:
         """Names and axes of one layer's weights in a model of this config."""
         axes = dict(self.layer)
         for flag, more in self.optional.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from efficientllm.errors import UsageError
 from efficientllm.models.families import FAMILIES
-from efficientllm.models.family import FIELDS, HEAD, family_for
+from efficientllm.models.family import FIELDS, HEAD, Family, family_for
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS_PREFIX, NORM_WEIGHT
 from efficientllm.pruning.dimensions import HIDDEN
-from efficientllm.pruning.groups import ParamSpec, Space
+from efficientllm.pruning.groups import ParamSpec, Space, labels
 from efficientllm.pruning.widths import Widths
 
 
@@ -50,16 +50,36 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
     params.append(ParamSpec(NORM_WEIGHT, (HIDDEN,)))
     if not config.tie_word_embeddings:
         params.append(ParamSpec(HEAD_WEIGHT, (vocabulary, HIDDEN)))
-    normed = [module for modules in family.normed.values() for module in modules]
-    feeding = tuple(f".{module}.{part}" for module in normed for part in ("weight", "bias"))
     return Space(
         tuple(params),
         widths,
         head_dim,
         embeddings=frozenset({EMBEDDING_WEIGHT}),
-        stem_gains=frozenset(spec.name for spec in params if spec.axes == (HIDDEN,) and "norm" in spec.name),
-        norm_inputs=frozenset(spec.name for spec in params if spec.name.endswith(feeding)),
+        scaling=_scaling(family, params, tied=config.tie_word_embeddings),
+        offsets={spec.name: family.offset for spec in params if "norm" in spec.name and labels(spec.axes[0])},
     )
+
+
+def _scaling(family: Family, params: Sequence[ParamSpec], *, tied: bool) -> dict[str, tuple[tuple[str, int], ...]]:
+    """What keeps the function as it is when widths change, as Space.scaling has it.
+
+    A norm over n entries, n' of which are left, divides by the root of the mean square of those, plus the epsilon of
+    all norms, which grows by D/d with the stem's cut (narrowed_config). So gains grow by sqrt(n/n'), and the inputs of
+    the norm by sqrt(D/d * n'/n): not at all in the stem, by sqrt(D/d) where a norm keeps its length (Qwen3's heads).
+    An embedding whose output is multiplied by the root of the width grows by sqrt(D/d), and where it is the LM head
+    too, the gain before that does not.
+    """
+    gains = {spec.name: labels(spec.axes[0]) for spec in params if "norm" in spec.name}
+    scaling = {name: tuple((axis, 1) for axis in axes) for name, axes in gains.items()}
+    for spec in params:
+        for norm, modules in family.normed.items():
+            if spec.name.rpartition(".")[0].endswith(tuple(f".{module}" for module in modules)):
+                over = gains[f"{LAYERS_PREFIX}{spec.layer}.{norm}.weight"]
+                scaling[spec.name] = ((HIDDEN, 1), *((axis, -1) for axis in over))
+    if family.root_scaled:
+        scaling[EMBEDDING_WEIGHT] = ((HIDDEN, 1),)
+        scaling[NORM_WEIGHT] = () if tied else scaling[NORM_WEIGHT]
+    return scaling
 
 
 def _check_widths(config: PretrainedConfig) -> None:

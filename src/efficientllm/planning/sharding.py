@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from efficientllm.config import DistributedConfig
@@ -53,7 +54,7 @@ def sharding_of(
     else:
         why = f"distributed.shard {wanted.shard}"
     width = 2 if bf16 else FP32
-    layered = sum(_count(space, spec.axes) for spec in space.params if spec.layer is not None)
+    layered = sum(math.prod(space.shape(spec, space.widths)) for spec in space.params if spec.layer is not None)
     outside, block = parameters - layered, layered // space.widths.layers
     return Sharding(
         replicas,
@@ -72,13 +73,6 @@ def sharding_of(
         0 if gpus == 1 else FP32 * outside + (width + FP32) * block,
         _sent(outside, layered, replicas, shards, micro_batches, width),
     )
-
-
-def _count(space: Space, axes: tuple[str | int, ...]) -> int:
-    count = 1
-    for axis in axes:
-        count *= space.axis_length(axis, space.widths)
-    return count
 
 
 def _sent(outside: int, layered: int, replicas: int, shards: int, micro_batches: int, width: int) -> int:

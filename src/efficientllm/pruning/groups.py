@@ -11,6 +11,9 @@ kv         kv_heads * head_dim          per layer: KV head, channel
 ffn        intermediate                 per layer: FFN channels
 =========  ===========================  =======================================
 
+Fused weights have axes that stand one after the other along one dimension, a tuple of labels: (query, kv, kv) are the
+rows of a fused qkv, (ffn, ffn) those of a fused gate_up.
+
 Everything else follows from these labels: which slices fall with a unit, how many parameters a shape has, how a
 tensor is cut. Each label is a row of the table of dimensions (dimensions.py). A *pruning type* is a matrix of units,
 (rows, units); an event takes one live unit of each live row:
@@ -35,7 +38,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,13 +47,20 @@ from torch import Tensor
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 from efficientllm.pruning.widths import Widths
 
+Axis = str | int | tuple[str, ...]  # of one dimension: a label, a fixed length, or labels one after the other
+
+
+def labels(axis: Axis) -> tuple[str, ...]:
+    """The labels of an axis in order; none of a fixed length."""
+    return axis if isinstance(axis, tuple) else () if isinstance(axis, int) else (axis,)
+
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: its fully qualified name, the axis of each dimension (an int is a fixed length), its layer."""
+    """One weight: its fully qualified name, the axis of each dimension, its layer."""
 
     name: str
-    axes: tuple[str | int, ...]
+    axes: tuple[Axis, ...]
     layer: int | None = None
 
     def name_in(self, layer: int) -> str:
@@ -72,22 +82,24 @@ class Space:
     """A model as pruning sees it.
 
     embeddings: weights that are looked up by token rather than multiplied with an input.
-    stem_gains: norm gains over the hidden axis. Compaction from D to d hidden channels multiplies them by sqrt(D/d).
-    norm_inputs: weights whose output is normalised by a norm that shares the stem's epsilon without lying on the
-        hidden axis (Qwen3's q and k); they are multiplied alike, so that a changed epsilon changes nothing.
+    scaling: what compaction multiplies a weight by, as axes with powers: the square root of the product of
+        (length before / length after) ** power over them (models/space.py derives them from what the norms run over).
+    offsets: what a norm adds to its weight to get the gain, by the weight's name; 0 for those that are not here.
     """
 
     params: tuple[ParamSpec, ...]
     widths: Widths
     head_dim: int
     embeddings: frozenset[str] = frozenset()
-    stem_gains: frozenset[str] = frozenset()
-    norm_inputs: frozenset[str] = frozenset()
+    scaling: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    offsets: Mapping[str, float] = field(default_factory=dict)
 
-    def axis_length(self, axis: str | int, widths: Any) -> Any:
+    def axis_length(self, axis: Axis, widths: Any) -> Any:
         """Length of an axis; elementwise where the fields of `widths` are tensors."""
         if isinstance(axis, int):
             return axis
+        if isinstance(axis, tuple):
+            return sum(self.axis_length(part, widths) for part in axis)
         dimension = DIMENSIONS[axis]
         inner = [DIMENSIONS[name].width for name in dimension.chain if name != LAYERS]
         return math.prod([widths[width] for width in inner], start=self.head_dim if dimension.per_head else 1)
@@ -174,8 +186,10 @@ class Live:
         mask = self._masks[of_type(pruning_type).name]
         return mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
 
-    def entries(self, axis: str, layer: int, head_dim: int) -> Tensor:
+    def entries(self, axis: str | tuple[str, ...], layer: int, head_dim: int) -> Tensor:
         """Live entries along one axis of one layer, bool (length,)."""
+        if isinstance(axis, tuple):
+            return torch.cat([self.entries(part, layer, head_dim) for part in axis])
         dimension = DIMENSIONS[axis]
         mask = self._masks[axis]
         units = (mask[layer] if dimension.within else mask).flatten()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import ParamSpec, Space, mask_shapes
+from efficientllm.pruning.groups import Axis, ParamSpec, Space, labels, mask_shapes
 from efficientllm.pruning.shards import ALONE, World, first_row, local
 
 
@@ -36,11 +36,16 @@ class AxisSums:
         if spec.layer is not None:
             self.sums[LAYERS][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
-            if isinstance(axis, str):
-                others = [other for other in range(scores.ndim) if other != dim]
-                vector = scores.sum(others) if others else scores
-                target = self._of(axis, spec)
-                (target[first : first + len(scores)] if dim == 0 else target).add_(vector)
+            if isinstance(axis, int):
+                continue
+            others = [other for other in range(scores.ndim) if other != dim]
+            vector = scores.sum(others) if others else scores
+            start = first if dim == 0 else 0  # of what is here, from the beginning of each label's stretch
+            for label in labels(axis):
+                target = self._of(label, spec)
+                low, high = (min(max(place, 0), len(target)) for place in (start, start + len(vector)))
+                target[low:high].add_(vector[low - start : high - start] if high > low else 0.0)
+                start -= len(target)
 
     def reduce(self, reduction: World) -> None:
         """Adds what the processes with other rows of the weights have: all axes as one packed vector."""
@@ -109,14 +114,14 @@ def reader_specs(space: Space) -> list[ParamSpec]:
     ]
 
 
-def read_tensors(space: Space) -> dict[tuple[str, str, bool], list[str | int]]:
+def read_tensors(space: Space) -> dict[tuple[str, str, bool], list[Axis]]:
     """Output axes of the linear layers that read one tensor, by (its axis, the dimension that their outputs
     lie within, whether in every layer): q, k and v of a layer share one, gate and up another."""
-    sites: dict[tuple[str, str, bool], list[str | int]] = defaultdict(list)
+    sites: dict[tuple[str, str, bool], list[Axis]] = defaultdict(list)
     for spec in reader_specs(space):
         if not spec.layer:
             output = spec.axes[0]
-            chain = DIMENSIONS[output].chain if isinstance(output, str) else ()
+            chain = DIMENSIONS[labels(output)[0]].chain if labels(output) else ()
             outermost = next((each for each in chain if each != LAYERS), "")
             sites[str(spec.axes[1]), outermost, spec.layer is not None].append(output)
     return sites

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import Cut, Live, Slice, Space
+from efficientllm.pruning.groups import Cut, Live, Slice, Space, labels
 
 
 def group_slices(space: Space, events: Sequence[Cut]) -> Iterator[Slice]:
@@ -35,7 +35,7 @@ def _dead(space: Space, live: Live, dimension: str) -> Iterator[Slice]:
         return
     for spec in space.params:
         for dim, axis in enumerate(spec.axes):
-            if isinstance(axis, str) and dimension in DIMENSIONS[axis].chain:
+            if not isinstance(axis, int) and any(dimension in DIMENSIONS[part].chain for part in labels(axis)):
                 indices = (~live.entries(axis, spec.layer or 0, space.head_dim)).nonzero().flatten()
                 if len(indices):
                     yield Slice(spec.name, dim, indices)

@@ -1,12 +1,13 @@
 """Compaction: cutting {name: tensor} down to narrower widths. Pure; the same code serves memory and disk.
 
 Cutting the stem from D to d channels changes the mean inside RMSNorm from sum/D to sum/d. With the gains times
-sqrt(D/d) and epsilon times D/d the function is unchanged (docs/method.md). A weight scaled by a has its Adam
-moments scaled by 1/a and 1/a^2, as its gradient is.
+sqrt(D/d) and epsilon times D/d the function is unchanged (docs/method.md). What else a changed width changes is undone
+alike (Space.scaling). A weight scaled by a has its Adam moments scaled by 1/a and 1/a^2, as its gradient is.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS, of_type
+from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 from efficientllm.pruning.groups import Live, ParamSpec, Space, mask_shapes
 from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
 from efficientllm.pruning.widths import Widths
@@ -25,16 +26,24 @@ MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "mo
 @dataclass(frozen=True)
 class Kept:
     """Units that stay. units: int64, sorted along the last dimension, of every dimension (..., kept): one row for each
-    unit that stays of the dimensions that it lies within, numbered within that row as before the cut."""
+    unit that stays of the dimensions that it lies within, numbered within that row as before the cut. live: which of
+    them are live; the others pad."""
 
     units: Mapping[str, Tensor]
+    live: Live
 
     def __getitem__(self, dimension: str) -> Tensor:
         return self.units[dimension]
 
-    def entries(self, axis: str, layer: int, before: Widths, head_dim: int) -> Tensor:
-        """Entries along one axis that stay, int64. layer: place among the layers that stay."""
-        dimension = DIMENSIONS[axis]
+    def entries(self, axis: str | tuple[str, ...], layer: int, space: Space) -> Tensor:
+        """Entries along one axis of a space that stay, int64. layer: place among the layers that stay."""
+        if isinstance(axis, tuple):
+            lengths = [0, *(space.axis_length(part, space.widths) for part in axis)]
+            firsts = itertools.accumulate(lengths[:-1])
+            return torch.cat(
+                [self.entries(part, layer, space) + first for part, first in zip(axis, firsts, strict=True)]
+            )
+        dimension, before, head_dim = DIMENSIONS[axis], space.widths, space.head_dim
         entries = torch.zeros(1, dtype=torch.long)
         for name in dimension.chain:
             if name != LAYERS:
@@ -45,11 +54,24 @@ class Kept:
 
     def gather(self, table: Tensor, chain: Sequence[str]) -> Tensor:
         """What stays of a tensor that is indexed by the units of these dimensions, each within the one before it."""
-        for place, name in enumerate(chain):
-            units = self.units[name].to(table.device)
-            units = units.view(units.shape + (1,) * (table.ndim - place - 1))
-            table = table.gather(place, units.expand(*units.shape[: place + 1], *table.shape[place + 1 :]))
-        return table
+        return _gather(self.units, table, chain)
+
+    def factor(self, spec: ParamSpec, space: Space) -> float:
+        """What a weight is multiplied by when a space is cut to these units."""
+        widths = Widths.of({DIMENSIONS[name].width: units.shape[-1] for name, units in self.units.items()})
+        ratios = (
+            (space.axis_length(axis, space.widths) / space.axis_length(axis, widths)) ** power
+            for axis, power in space.scaling.get(spec.name, ())
+        )
+        return math.sqrt(math.prod(ratios))
+
+
+def _gather(kept: Mapping[str, Tensor], table: Tensor, chain: Sequence[str]) -> Tensor:
+    for place, name in enumerate(chain):
+        units = kept[name].to(table.device)
+        units = units.view(units.shape + (1,) * (table.ndim - place - 1))
+        table = table.gather(place, units.expand(*units.shape[: place + 1], *table.shape[place + 1 :]))
+    return table
 
 
 def _first(live: Tensor, count: int) -> Tensor:
@@ -62,9 +84,10 @@ def choose_kept(live: Live, widths: Widths) -> Kept:
     """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
     units: dict[str, Tensor] = {}
     for name, mask in sorted(live.tensors().items(), key=lambda each: len(DIMENSIONS[each[0]].chain)):
-        rows = Kept(units).gather(mask, DIMENSIONS[name].outer)
+        rows = _gather(units, mask, DIMENSIONS[name].outer)
         units[name] = _first(rows, widths[DIMENSIONS[name].width])
-    return Kept(units)
+    left = {name: _gather(units, mask, DIMENSIONS[name].chain) for name, mask in live.tensors().items()}
+    return Kept(units, Live(left))
 
 
 def cut_live(live: Live, kept: Kept) -> Live:
@@ -72,18 +95,28 @@ def cut_live(live: Live, kept: Kept) -> Live:
     return Live({name: kept.gather(mask, DIMENSIONS[name].chain) for name, mask in live.tensors().items()})
 
 
-def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space) -> Tensor:
+def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space, power: float = 1.0) -> Tensor:
     """One weight, or one of its moments, at the new widths; a new contiguous tensor on the same device.
 
-    layer: place of its layer among those that stay. A sharded weight is gathered, cut and laid out anew as it was:
-    the one place where a whole weight stands on a process, one at a time.
+    layer: place of its layer among those that stay. power: of the weight's factor that it is multiplied by. A sharded
+    weight is gathered, cut and laid out anew as it was: the one place where a whole weight stands on a process, one at
+    a time.
     """
     pattern, tensor = tensor, whole(tensor)
     for dim, axis in enumerate(spec.axes):
-        if isinstance(axis, str):
-            entries = kept.entries(axis, layer, space.widths, space.head_dim)
+        if not isinstance(axis, int):
+            entries = kept.entries(axis, layer, space)
             if len(entries) != tensor.shape[dim]:
                 tensor = tensor.index_select(dim, entries.to(tensor.device))
+    factor = kept.factor(spec, space)
+    if factor != 1.0:
+        offset = space.offsets.get(spec.name, 0.0) if power == 1.0 else 0.0
+        tensor = tensor * factor**power
+        if offset:  # the gain is offset + weight; the weights of dead units stay at 0, where nothing moves them
+            axis = spec.axes[0]
+            assert not isinstance(axis, int)
+            tensor += offset * (factor - 1.0)
+            tensor *= kept.live.entries(axis, layer, space.head_dim).to(tensor)
     if is_sharded(pattern):
         return laid_out_like(tensor.contiguous(), pattern)
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -119,7 +152,6 @@ def cut_state(
     } - MOMENT_POWER.keys()
     if unknown:
         raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
-    factor = math.sqrt(space.widths.hidden / len(kept[HIDDEN]))
     cut_weights: dict[str, Tensor] = {}
     cut_moments: dict[str, dict[str, Tensor]] = {}
     places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}
@@ -130,16 +162,13 @@ def cut_state(
             continue
         layer = 0 if spec.layer is None else places[spec.layer]
         name = spec.name if spec.layer is None else spec.name_in(layer)
-        scaled = factor != 1.0 and (spec.name in space.stem_gains or spec.name in space.norm_inputs)
-        weight = cut_weight(weights.pop(spec.name), spec, layer, kept, space)
-        cut_weights[name] = weight.mul_(factor) if scaled else weight
+        cut_weights[name] = cut_weight(weights.pop(spec.name), spec, layer, kept, space)
         cut_moments[name] = {}
         for key, moment in moments.pop(spec.name, {}).items():
             if moment.ndim == 0:  # AdamW's step count
                 cut_moments[name][key] = moment.clone()
                 continue
-            tensor = cut_weight(moment, spec, layer, kept, space)
-            cut_moments[name][key] = tensor.mul_(factor ** MOMENT_POWER[key]) if scaled else tensor
+            cut_moments[name][key] = cut_weight(moment, spec, layer, kept, space, MOMENT_POWER[key])
     return cut_weights, cut_moments
 
 

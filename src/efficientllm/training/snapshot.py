@@ -17,7 +17,7 @@ from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state
+from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
 from efficientllm.pruning.widths import Widths
 
 # What a run counts; Snapshot and TrainState have a field of each name.
@@ -94,7 +94,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     live = Live(masks)
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
-    tensors = {f"{LIVE}{name}": mask for name, mask in cut_live(live, kept).tensors().items()}
+    tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     narrow = narrowed_config(source, widths).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
