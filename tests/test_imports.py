@@ -39,7 +39,7 @@ ALLOWED = {
     },
     "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "files", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
-    "library": {"errors", "config", "models", "pruning", "training", "checkpoint"},
+    "library": {"config", "models", "pruning", "distributed", "training", "checkpoint"},
     "trainer_callback": {"config", "library"},
     "cli": {
         "errors", "files", "sizes", "config", "models", "pruning", "evaluation", "reporting", "export", "planning",

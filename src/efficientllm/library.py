@@ -17,25 +17,27 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
-from efficientllm.errors import UsageError
-from efficientllm.models.parts import is_recomputed, recompute
+from efficientllm.distributed.layout import as_found
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.schedule import SpanSchedule
+from efficientllm.pruning.shards import is_sharded, whole
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import optimizer_like
 from efficientllm.training.planning import decided
 from efficientllm.training.replay import CurrentBatch
-from efficientllm.training.snapshot import Snapshot, cut, model_of
+from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
 from efficientllm.training.state import PruningPlan, adopt, assemble, capture, compaction_widths, prune
 
 # Keys of the prune section that say how our own loop is run.
@@ -52,7 +54,11 @@ class Pruner:
     autocast. Gates are seen where model(...) itself is called; elsewhere, and under fp16 autocast, a look is a pass of
     its own. With a GradScaler call unscale_(optimizer) before observe(). Further keywords are the recipe's prune keys:
     curve, saliency, types, selection, bound, correction, align, floors, cost, latency_table. sequence_length: tokens at
-    which cost "flops" counts. One process.
+    which cost "flops" counts.
+
+    process_group: the processes whose loops train this model together (torch.distributed.group.WORLD), each on its own
+    rows of the batch: copies of one model (DistributedDataParallel, but for static_graph) or its shards (FSDP2). Scores
+    and losses are met over them, and all take the same events; all call observe() and step() alike.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had.
     """
@@ -67,10 +73,12 @@ class Pruner:
         start: int = 0,
         sequence_length: int | None = None,
         loss_fn: Callable[[], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
         types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
     ) -> None:
-        _refuse_several_processes()
+        model = _unwrapped(model)
+        runner, ranks = as_found(model, process_group)
         options = _options({"target": target, "types": list(types)} | prune)
         foreign = sorted(RECIPE_ONLY & prune.keys())
         if foreign:
@@ -93,7 +101,8 @@ class Pruner:
         schedule = SpanSchedule(start, start + steps, size, landing.target, options.curve)
         tokens, source = correction_tokens(space, None), copy.deepcopy(model.config)
         self._plan = PruningPlan(source, landings, schedule, decides, compact_at=0.0, correction_tokens=tokens)
-        self._state = assemble(model, optimizer, self._plan)
+        self._state = assemble(model, optimizer, self._plan, runner, ranks)
+        self._asked = options.model_dump(mode="json") | {"steps": steps, "start": start, "length": sequence_length}
         self._observed = False
         self._loss_fn = loss_fn
         self._passes = CurrentBatch(self._state, tokens, loss_fn)
@@ -145,7 +154,35 @@ class Pruner:
         if not (self._observed or self.finished):
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         self._state.step += 1
-        return prune(self._state, self.calls, self._passes)
+        report = prune(self._state, self.calls, self._passes)
+        self._passes.hold()
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed loop needs beside the model's and the optimizer's own states: tensors on the CPU and plain
+        values, the same on every process. Torch saves it, and loads it with weights_only."""
+        tensors, facts = self.engine.state()
+        tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        shape = {"source": space_of(self._plan.source).widths.record(), "allocated": self._state.space.widths.record()}
+        return {"tensors": tensors, "facts": facts, "calls": self.calls, "asked": self._asked, "shape": shape}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up where another Pruner left off, asked for the same, on a model and an optimizer that have been
+        loaded already; any number of processes. Raises ValueError for a state that does not fit."""
+        saved = {**state["asked"], **state["shape"]}
+        for key, own in {**self._asked, **self.state_dict()["shape"]}.items():
+            if saved.get(key) != own:
+                raise ValueError(
+                    f"the state to go on from was pruned with {key} {saved.get(key)}, this Pruner has {own}; ask for "
+                    "the same, on the model as it was before pruning, not compacted"
+                )
+        self.engine.load_state(state["tensors"], state["facts"])
+        self._state.step, self._observed = state["calls"], False
+        self._passes.hold()
+
+    def close(self) -> None:
+        """Lets go of the model: no forward call or gradient is watched any more. Saving goes on working."""
+        self._passes.close()
 
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""
@@ -157,9 +194,14 @@ class Pruner:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
 
         Live widths are rounded up to the alignment until pruning is finished. Learning-rate schedulers must be made
-        anew for the new optimizer. Raises ValueError for an optimizer that is wrapped (by accelerate, say) or whose
-        state cannot be cut.
+        anew for the new optimizer, a model that is wrapped for several processes wrapped anew on each of them. Raises
+        ValueError for an optimizer that is wrapped (by accelerate, say) or whose state cannot be cut, and for shards.
         """
+        if any(is_sharded(weight) for weight in self.model.parameters()):
+            raise ValueError(
+                "compact() cannot replace a model inside its shards; leave the tensors at their size and call "
+                "save_pretrained() at the end"
+            )
         if hasattr(self.optimizer, "optimizer"):
             raise ValueError(
                 f"compact() cannot replace a wrapped optimizer ({type(self.optimizer).__name__}); give Pruner the "
@@ -177,32 +219,25 @@ class Pruner:
         return self.model, self.optimizer
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Writes the model, cut to its live widths, as a folder that plain transformers loads."""
-        model = self.model
-        if compaction_widths(self._state, self._plan):
-            model = model_of(self._cut(moments=False), self._state.device)
-        export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
+        """Writes the model, cut to its live widths, as a folder that plain transformers loads.
+
+        With several processes rank 0 writes; shards are gathered for it, so that then all must call this.
+        """
+        narrower = self._cut(moments=False) if compaction_widths(self._state, self._plan) else None
+        if any(is_sharded(weight) for weight in self.model.parameters()):
+            weights = narrower.weights if narrower else dict(self.model.named_parameters())
+            weights = {name: whole(weight) for name, weight in weights.items()}
+            narrower = replace(narrower or capture(self._state), weights=weights)
+        if self._state.ranks.leads:
+            model = model_of(narrower, self._state.device) if narrower else self.model
+            export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
 
 
-def _refuse_several_processes() -> None:
-    """Raises UsageError where this is one of several processes: nothing here is summed over them."""
-    distributed = torch.distributed
-    world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if world > 1:
-        raise UsageError(
-            f"Pruner prunes in one process, and this is one of {world}: each would zero units of its own; use "
-            "`efficientllm prune` under torchrun, which prunes on several, or start one process"
-        )
-
-
-def model_like(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
-    """The new model in the old one's mode and settings."""
-    new.train(old.training)
-    new.generation_config, new.config.use_cache = old.generation_config, old.config.use_cache
-    new.set_attn_implementation(old.config._attn_implementation)
-    if is_recomputed(old):
-        recompute(new)
-    return new
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The model within what DistributedDataParallel or torch.compile has made of it."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def _options(values: dict[str, Any]) -> PruneConfig:

@@ -1,16 +1,20 @@
-"""The method inside transformers' Trainer."""
+"""The method inside transformers' Trainer, and whatever is built on it (TRL's SFTTrainer)."""
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from typing import Any, Literal
 
+import torch
+from safetensors.torch import load, save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from efficientllm.config.sections import SPAN, SPAN_STEPS
 from efficientllm.library import Pruner
 
 
-class PruningCallback(TrainerCallback):
+class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the Trainer's model while it trains, over the first `span` (a share) of its steps; auto: 15 %, but no
     fewer than 20 steps, as far as half of them allows (prune.end in a recipe).
 
@@ -18,8 +22,13 @@ class PruningCallback(TrainerCallback):
         trainer.train()
         callback.pruner.save_pretrained("compact")
 
-    Keywords as Pruner's. The Trainer clips before the saliency is taken, which rescales all scores of a step alike.
-    One process; the Trainer's own checkpoints hold the zeroed model at its full shape.
+    Keywords as Pruner's. One process, or several by accelerate: copies (DDP) or FSDP2's shards. The Trainer clips
+    before the saliency is taken, which rescales all scores of a step alike; what is dead has no gradient by then.
+    Tensors keep their size until save_pretrained: model, optimizer and scheduler that the Trainer has prepared cannot
+    be replaced while it trains.
+
+    The Trainer's checkpoints hold the zeroed model at its full shape, and in trainer_state.json what pruning goes on
+    from (train(resume_from_checkpoint=...)): asked for the same, it ends as an undisturbed run does.
     """
 
     def __init__(self, *, target: Any, span: float | Literal["auto"] = "auto", **prune: Any) -> None:
@@ -31,20 +40,42 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(
-                "PruningCallback runs in one process on one device; hide the others (CUDA_VISIBLE_DEVICES)"
-            )
-        if state.global_step > 0:
-            raise ValueError("PruningCallback cannot resume a Trainer checkpoint; use `efficientllm prune`, which can")
+        _refuse_what_is_not_known(args)
         total = state.max_steps
         if self._span == "auto":
             steps = max(SPAN.tokens(total), min(SPAN_STEPS, total // 2))
         else:
             steps = round(self._span * total)
         self.pruner = Pruner(
-            kwargs["model"], kwargs["optimizer"], target=self._target, steps=max(1, steps), **self._prune
+            kwargs["model"],
+            kwargs["optimizer"],
+            target=self._target,
+            steps=max(1, steps),
+            process_group=torch.distributed.group.WORLD if args.world_size > 1 else None,
+            **self._prune,
         )
+        if state.global_step > 0:
+            self._go_on(state)
+
+    def _go_on(self, state: TrainerState) -> None:
+        saved: Any = state.stateful_callbacks.get(type(self).__name__)
+        if not isinstance(saved, dict) or not saved.get("attributes"):
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} does not hold the state of one PruningCallback; resume "
+                "from one that a Trainer with this callback has left, or train anew"
+            )
+        values = dict(saved["attributes"]["pruned"])
+        tensors = load(b64decode(values.pop("tensors")))
+        self.pruner.load_state_dict(values | {"tensors": tensors})
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json, last of all a checkpoint's files: the pruner's state_dict,
+        its tensors as safetensors in base64."""
+        if not hasattr(self, "pruner"):
+            return {"args": {"target": self._target}, "attributes": {}}
+        pruned = self.pruner.state_dict()
+        pruned["tensors"] = b64encode(save(pruned["tensors"])).decode()
+        return {"args": {"target": self._target}, "attributes": {"pruned": pruned}}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,3 +86,34 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.pruner.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pruner.close()
+
+
+def _refuse_what_is_not_known(args: TrainingArguments) -> None:
+    """Raises ValueError for ways to train in which the weights are not where they are looked for, or are put back."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "PruningCallback prunes on one device a process; start one process for each (torchrun or accelerate "
+            "launch), or hide the others (CUDA_VISIBLE_DEVICES)"
+        )
+    kind = str(args.distributed_state.distributed_type.value) if args.distributed_state else "NO"
+    if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"PruningCallback does not know how {kind} shards a model; use DDP, or FSDP2 (fsdp_config with version 2)"
+        )
+    if getattr(args, "ddp_static_graph", None):  # since transformers 5
+        raise ValueError("PruningCallback makes passes that ddp_static_graph does not allow for; leave that out")
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end may put back weights from before the last units fell; leave it out, and choose "
+            "among the checkpoints by hand"
+        )
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "PruningCallback takes up its state by itself, and restore_callback_states_from_checkpoint would put "
+            "another in its place; leave that out"
+        )

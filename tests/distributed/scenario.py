@@ -8,21 +8,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
 from conftest import tiny_model
-from efficientllm import Pruner, PruningCallback
 from efficientllm.checkpoint.store import checkpoints, load, save
 from efficientllm.config import DistributedConfig, PruneConfig, TrainConfig
 from efficientllm.distributed.launch import joined
 from efficientllm.distributed.layout import with_mesh
 from efficientllm.distributed.ranks import World
-from efficientllm.errors import UsageError
 from efficientllm.models.space import space_of
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import whole
@@ -125,26 +121,7 @@ def write_down(path: Path, state: TrainState, events: list[object], losses: list
         path.with_suffix(".json").write_text(json.dumps(facts))
 
 
-def refusals() -> list[str]:
-    """What Pruner, alone and through a Trainer that knows of one process, says to several."""
-    model = tiny_model("llama-gqa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    args: Any = SimpleNamespace(world_size=1, n_gpu=1)
-    now: Any = SimpleNamespace(global_step=0, max_steps=10)
-    said = []
-    for attempt in (
-        lambda: Pruner(model, optimizer, target="50%", steps=4),
-        lambda: PruningCallback(target="50%").on_train_begin(args, now, args, model=model, optimizer=optimizer),
-    ):
-        try:
-            attempt()
-        except UsageError as error:
-            said.append(str(error))
-    return said
-
-
 def main(folder: Path) -> None:
     with joined() as ranks:
         for case in json.loads((folder / "cases.json").read_text()):
             play(Case(**case), ranks, folder)
-        (folder / f"refused-{ranks.world}-{ranks.rank}.json").write_text(json.dumps(refusals()))

@@ -107,11 +107,3 @@ def test_two_processes_go_on_where_one_has_stopped(played: Path) -> None:
     for key, value in expected.items():
         scale = float(value.float().abs().max()) or 1.0
         torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=2e-3 * scale)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_pruner_in_somebody_s_loop_refuses_several_processes(played: Path, rank: int) -> None:
-    """It reduces nothing over ranks, so that each would prune other units; a Trainer's callback goes by it too."""
-    said = json.loads((played / f"refused-2-{rank}.json").read_text())
-    assert len(said) == 2
-    assert all(each.startswith("Pruner prunes in one process, and this is one of 2: ") for each in said)

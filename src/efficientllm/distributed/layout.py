@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks, World
@@ -140,6 +140,74 @@ def wrap(
     keeps = ranks.shards == 1  # copies stay gathered from forward to backward
     units = [fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not keeps) for block in blocks]
     return Sharded(fully_shard(Root(model), mesh=ranks.mesh, mp_policy=rest), units)
+
+
+class Gathered:
+    """Runs a body on a model that somebody else's FSDP2 wraps in place: what a pass without a gradient leaves gathered
+    would be read by the next one, whatever has happened to the shards meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
+
+    def run(self, body: Callable[[], T], /) -> T:
+        result = body()
+        if not torch.is_grad_enabled():
+            self._reshard()
+        return result
+
+    def last(self, is_last: bool) -> None:
+        """Somebody else's loop says when gradients are summed."""
+
+
+def as_found(model: nn.Module, group: Any) -> tuple[Runner, World]:
+    """What runs a model that somebody else's loop trains, and the processes of a group that share its batches: copies
+    (DistributedDataParallel) or shards (FSDP2), as its weights lie. group: None where this process is alone.
+
+    Raises UsageError for processes without a group, and for weights that lie in another way.
+    """
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if group is None and world > 1:
+        raise UsageError(
+            f"this is one of {world} processes, and Pruner has not been told which of them train its model: each would "
+            "zero units of its own; give it process_group=torch.distributed.group.WORLD, or the group that shares the "
+            "batches"
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UsageError("Pruner does not know FSDP1's flat weights; shard with FSDP2 (fully_shard, fsdp_version 2)")
+    runner = Gathered(model)
+    meshes = {_mesh_of(name, weight) for name, weight in model.named_parameters()}
+    members = 1 if group is None else dist.get_world_size(group)
+    if len(meshes) > 1 or any(mesh is not None and mesh.size() != members for mesh in meshes):
+        raise UsageError(
+            "the weights are not all sharded over the processes of process_group; shard the whole model on one mesh "
+            "(fully_shard), and give its ranks as the group"
+        )
+    mesh = meshes.pop()
+    if members == 1:
+        return (ALONE if mesh is None else runner), ALONE
+    device = next(model.parameters()).device
+    return runner, Ranks(dist.get_rank(group), members, mesh=mesh, group=group, device=device)
+
+
+def _mesh_of(name: str, weight: Tensor) -> DeviceMesh | None:
+    """Over which a weight is sharded; None for one that is whole here."""
+    if hasattr(weight, "ds_id"):
+        raise UsageError("Pruner does not know DeepSpeed's shards; use FSDP2 (fully_shard) or copies (DDP)")
+    if not isinstance(weight, DTensor):
+        return None
+    *copies, last = weight.placements
+    if last != Shard(0) or not all(each.is_replicate() for each in copies):
+        raise UsageError(
+            f"{name} is laid out as {weight.placements}; Pruner knows copies (DDP) and FSDP2's shards along dimension "
+            "0, no tensor parallelism: leave that out"
+        )
+    mesh: DeviceMesh = weight.device_mesh
+    return mesh
 
 
 def empty_sharded(shape: torch.Size, dtype: torch.dtype, device: torch.device | str, ranks: World) -> Tensor:

@@ -27,8 +27,8 @@ class Ranks(World):
     """A process's place among those that torchrun has started, and their collectives.
 
     mesh: over all ranks, two dimensions ("replicate", "shard"); None until the recipe's is known (layout.py). slow:
-    a group of its own for waits without a deadline. communicated: bytes that this process has put into the
-    reductions below.
+    a group of its own for waits without a deadline. group: of the ranks, where they are not all that there are. device:
+    where the group reduces, if nowhere else. communicated: bytes that this process has put into the reductions below.
     """
 
     rank: int = 0
@@ -38,6 +38,8 @@ class Ranks(World):
     mesh: DeviceMesh | None = None
     store: Any = None
     slow: Any = None
+    group: Any = None
+    device: torch.device | None = None
     communicated: int = field(default=0, compare=False)
     beats: int = field(default=0, compare=False)  # how far this process has come (distributed.watch)
     patient: bool = field(default=False, compare=False)  # in a wait that may take as long as it takes
@@ -60,12 +62,12 @@ class Ranks(World):
         return self._sum(tensor)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        self.communicated += tensor.numel() * tensor.element_size()
+        there = tensor.contiguous() if self.device is None else tensor.to(self.device).contiguous()
+        self.communicated += there.numel() * there.element_size()
         self.beat()
-        dist.all_reduce(tensor)
+        dist.all_reduce(there, group=self.group)
         self.beat()
-        return tensor
+        return there.to(tensor.device)
 
     def all_tokens(self, tensor: Tensor) -> Tensor:
         """Rows may differ in number between processes (by the rows of one sequence)."""
@@ -76,7 +78,7 @@ class Ranks(World):
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in counts]
         self.communicated += padded.numel() * padded.element_size()
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def largest(self, number: int) -> int:

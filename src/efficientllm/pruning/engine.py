@@ -65,7 +65,7 @@ class PruningEngine:
         self.calibration = Calibration()
         self.events = self.rung = 0
         self._device = next(iter(params.values())).device
-        self._frozen = self._slices_to_hold()
+        self.held = self._slices_to_hold()
 
     @property
     def widths(self) -> Widths:
@@ -105,7 +105,7 @@ class PruningEngine:
         """Clears the gradient of dead query heads: with its query at zero such a head attends evenly, so the columns of
         o_proj that read it would otherwise be trained back to life; and that of dead layers, whose biases may have one.
         KV groups, FFN and stem units need no such care. Before the gradient's norm is taken."""
-        for part in self._frozen:
+        for part in self.held:
             gradient = self.params[part.name].grad
             if gradient is not None:
                 fill(gradient, part.dim, part.indices)
@@ -186,7 +186,7 @@ class PruningEngine:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         self._zero(events, moments=True)
         if any(of_type(event.type).held for event in events):
-            self._frozen = self._slices_to_hold()
+            self.held = self._slices_to_hold()
 
     def _zero(self, cuts: Sequence[Cut], *, moments: bool) -> None:
         for part in group_slices(self.space, cuts):
@@ -248,4 +248,4 @@ class PruningEngine:
         self.events, self.rung = facts["events"], facts["rung"]
         if self.looks.load_state(tensors, facts):
             self.calibration = Calibration(**facts["calibration"])
-        self._frozen = self._slices_to_hold()
+        self.held = self._slices_to_hold()

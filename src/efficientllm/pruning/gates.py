@@ -26,11 +26,12 @@ from efficientllm.pruning.shards import ALONE, World
 
 class GatePass:
     """One forward pass and the backward pass that follows it: gate gradients (tokens, units) of the units that many
-    layers read, added up token by token."""
+    layers read, added up token by token. counted: as of GateSums."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: int | None) -> None:
         self.joint: dict[str, Tensor] = {}
-        self.predicted = 0  # next tokens in its rows
+        self.counted = counted
+        self.predicted = 0  # next tokens in its loss, once the backward pass has come to it
 
     def add(self, name: str, products: Tensor, units: int, first: int = 0) -> None:
         """products: (tokens, some units), from unit `first` on, of so many."""
@@ -52,18 +53,21 @@ class GateSums:
         self._squares = {name: torch.zeros(shape, device=device) for name, shape in self._shapes.items()}
         self._open: list[GatePass] = []
         self._predicted = 0  # in the passes closed
+        self._empty = True
+        self.counted: int | None = None  # next tokens in the loss of a pass to come; None: all of its rows
 
     def begin(self) -> GatePass:
         """A new pass. Those before it that a backward pass has reached are over."""
         self._close()
-        self._open.append(GatePass())
+        self._open.append(GatePass(self.counted))
         return self._open[-1]
 
     @torch.no_grad()
     def add(self, passed: GatePass, axis: str, layer: int | None, inputs: Tensor, gradient: Tensor) -> None:
         """inputs: x, (rows, length, entries of the axis), of a layer's readers or of the model's; gradient: of the mean
         loss in x."""
-        passed.predicted = inputs.shape[0] * (inputs.shape[1] - 1)
+        passed.predicted = inputs.shape[0] * (inputs.shape[1] - 1) if passed.counted is None else passed.counted
+        self._empty = False
         products = (inputs.float() * gradient.float()).flatten(0, -2)
         if not DIMENSIONS[axis].within:
             passed.add(axis, products, products.shape[1])
@@ -88,11 +92,11 @@ class GateSums:
         """What there is so far, and begins anew; None where nothing has been added."""
         self._close()
         self._open = []
-        if not self._predicted:
+        if self._empty:  # whatever is predicted: with several processes all must say the same
             return None
         sums = copy(self)
         self._squares = {name: torch.zeros_like(each) for name, each in self._squares.items()}
-        self._predicted = 0
+        self._predicted, self._empty = 0, True
         return sums
 
     def scores(self, world: World = ALONE) -> Mapping[str, Tensor]:

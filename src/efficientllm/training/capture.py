@@ -118,6 +118,8 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
 
     def watch(axis: str, layer: int | None, inputs: Tensor) -> None:
         nonlocal last
+        if torch.compiler.is_compiling():  # first: nothing that changes may become a guard of a caller's graph
+            return
         # q, k and v are given one tensor, one after the other; its gradient is the sum of theirs.
         if entered is None or inputs is last or not inputs.requires_grad:
             return

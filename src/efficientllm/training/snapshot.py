@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from efficientllm.models.parts import HEAD_WEIGHT
+from efficientllm.models.parts import HEAD_WEIGHT, is_recomputed, recompute
 from efficientllm.models.space import empty_model, narrowed_config, space_of
 from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
 from efficientllm.pruning.engine import PruningEngine
@@ -105,6 +105,16 @@ def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:
     model = empty_model(config_of(snapshot), device)
     fill_model(model, {name: weight.detach().to(device) for name, weight in snapshot.weights.items()})
     return model
+
+
+def model_like(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
+    """The new model in the old one's mode and settings."""
+    new.train(old.training)
+    new.generation_config, new.config.use_cache = old.generation_config, old.config.use_cache
+    new.set_attn_implementation(old.config._attn_implementation)
+    if is_recomputed(old):
+        recompute(new)
+    return new
 
 
 def fill_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:

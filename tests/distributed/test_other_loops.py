@@ -1,0 +1,83 @@
+"""Other people's loops on two processes: the same events and weights on both, as one process on the joint batch; killed
+and resumed from the Trainer's checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_model
+from distributed.loops import HAND, TRAINER, by_hand, in_trainer, killed, loaded, main
+from processes import codes, start_ranks
+
+pytest.importorskip("accelerate", reason='needs pip install "efficientllm[trainer]"')
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loops")
+    log = folder / "log"
+    assert set(codes(start_ranks(2, log, killed, folder))) == {-9}, log.read_text()[-3000:]
+    assert set(codes(start_ranks(2, log, main, folder))) == {0}, log.read_text()[-3000:]
+    return folder
+
+
+def outcome(folder: Path, name: str, world: int, rank: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
+    stem = folder / f"{name}-{world}-{rank}"
+    return json.loads(stem.with_suffix(".json").read_text()), load_file(stem.with_suffix(".safetensors"))
+
+
+def assert_same_bits(one: tuple[Any, dict[str, torch.Tensor]], other: tuple[Any, dict[str, torch.Tensor]]) -> None:
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    for key, value in one[1].items():
+        assert torch.equal(value, other[1][key]), key
+
+
+@pytest.mark.parametrize("case", [*HAND, *TRAINER], ids=lambda case: case.name)
+def test_as_one_process_on_the_joint_batch(played: Path, case: Any) -> None:
+    """fp32 sums in another order, as in test_ranks_agree; bf16 rounds elsewhere, and is held to the ranks alone."""
+    both = outcome(played, case.name, 2), outcome(played, case.name, 2, 1)
+    assert_same_bits(*both)
+    saved = loaded(played, case.name, 2)
+    (events, widths), tensors = both[0]
+    assert saved.config.intermediate_size == widths["intermediate"]
+    assert saved.num_parameters() <= 0.5 * tiny_model(case.family).num_parameters()
+    if case.bf16:
+        return
+    (by_hand if case in HAND else in_trainer)(case, played)
+    (alone, narrow), expected = outcome(played, case.name, 1)
+    assert events == alone
+    assert len(events) > 5 or case in TRAINER
+    assert widths == narrow
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        scale = float(value.float().abs().max()) or 1.0
+        if not key.startswith("average"):
+            assert torch.equal(tensors[key] == 0, value == 0), f"{key}: other zeros"
+        torch.testing.assert_close(
+            tensors[key], value, rtol=1e-3, atol=2e-3 * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["copies", "bf16", "shards", "shards-tied"])
+def test_the_trainer_s_checkpoint_goes_on_bit_for_bit(played: Path, kind: str) -> None:
+    """Of copies both processes were killed two steps after the checkpoint, in the middle of the pruning."""
+    for rank in (0, 1):
+        assert_same_bits(outcome(played, f"resumed-{kind}", 2, rank), outcome(played, f"trainer-{kind}", 2, rank))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_cannot_be_had_is_said_in_one_sentence(played: Path, rank: int) -> None:
+    none, split, part, compact = json.loads((played / f"refused-{rank}.json").read_text())
+    assert none.startswith("this is one of 2 processes, and Pruner has not been told which of them train its model: ")
+    assert "process_group=torch.distributed.group.WORLD" in none
+    assert "no tensor parallelism: leave that out" in split
+    assert "shard the whole model on one mesh" in part
+    assert compact.startswith("compact() cannot replace a model inside its shards; ")
