@@ -35,7 +35,8 @@ ALLOWED = {
     },
     "planning": {"errors", "sizes", "config", "models", "pruning", "distributed", "training"},
     "comparison": {
-        "errors", "files", "sizes", "config", "models", "pruning", "training", "evaluation", "jobs", "reporting", "",
+        "errors", "files", "sizes", "config", "models", "pruning", "training", "evaluation", "planning", "jobs",
+        "reporting", "",
     },
     "benching": {"errors", "models", "export", "pruning"},
     "demo": {"errors", "files", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},

@@ -58,7 +58,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._go_on(state)
 
     def _go_on(self, state: TrainerState) -> None:
-        saved: Any = state.stateful_callbacks.get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks or {}
+        saved: Any = callbacks.get(type(self).__name__)
         if not isinstance(saved, dict) or not saved.get("attributes"):
             raise ValueError(
                 f"the checkpoint of step {state.global_step} does not hold the state of one PruningCallback; resume "

@@ -14,9 +14,11 @@ from efficientllm.cli import main
 from efficientllm.comparison import report, runner, worker
 from efficientllm.comparison.arms import parse_arms
 from efficientllm.comparison.budget import CLOSE, close
+from efficientllm.comparison.forecast import expected_flops
 from efficientllm.comparison.work import Comparison
 from efficientllm.config import Recipe
 from efficientllm.jobs import report as jobs_report
+from efficientllm.planning.plan import plan_of
 
 
 def call(*argv: str | Path) -> int:
@@ -208,6 +210,15 @@ def test_a_dry_run_says_what_lies_ahead(world: World, capsys: pytest.CaptureFixt
     assert "equal tokens: 20 runs of 6.144K tokens (3 rates and 2 more seeds of 4 arms), 122.9K in all" in said
     assert "budget flops: 9 to 27 runs" in said
     assert not out.exists()
+    recipe = Recipe.model_validate(world.recipe("dry"))
+    made = Comparison.of(
+        recipe, parse_arms(["loop+second-order", "one-shot", "scratch", "dense", "fixed"]), [0], ["tokens"], [1.0], out
+    )
+    loop, default, one_shot, scratch, dense, fixed = (expected_flops(made, arm) for arm in made.arms)
+    assert default == plan_of(made.plan, bf16=False).flops  # what `efficientllm plan` says
+    assert scratch < loop < dense
+    assert one_shot > loop  # its looks at rest are a third of so short a run
+    assert scratch < fixed < dense
 
 
 def test_runs_side_by_side_only_where_each_has_a_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

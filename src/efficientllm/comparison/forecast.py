@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from efficientllm.comparison.arms import Arm
 from efficientllm.comparison.budget import TRIES
 from efficientllm.comparison.rates import MORE
 from efficientllm.comparison.work import Comparison
-from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
-from efficientllm.pruning.costs import Cost
-from efficientllm.pruning.widths import Widths
+from efficientllm.errors import UsageError
+from efficientllm.models.space import narrowed_config
+from efficientllm.planning.plan import run_flops
 from efficientllm.sizes import format_count
-from efficientllm.training.looks import LOOK_SHARE
+from efficientllm.training.planning import run_plan
 
 
 def forecast(comparison: Comparison) -> str:
@@ -22,11 +20,19 @@ def forecast(comparison: Comparison) -> str:
     """
     arms, tokens = comparison.arms, comparison.recipe.train.tokens
     each = len(comparison.grid) + len(comparison.seeds) - 1
-    costs = expected_flops(comparison)
+    costs = {}
+    for arm in arms:
+        try:
+            costs[arm.name] = expected_flops(comparison, arm)
+        except UsageError:
+            if arm.name == "loop":
+                raise
+    unknown = [arm.name for arm in arms if arm.name not in costs]
     said = (
         f"equal tokens: {len(arms) * each} runs of {format_count(tokens)} tokens ({len(comparison.grid)} rates and "
         f"{len(comparison.seeds) - 1} more seeds of {len(arms)} arms), {format_count(len(arms) * each * tokens)} in "
         f"all, and about {each * sum(costs.values()):.2g} FLOPs"
+        + (f" without {', '.join(unknown)}, which may have no recipe in the loop's shape" if unknown else "")
     )
     if len(comparison.grid) > 1:
         said += f"; up to {MORE} more runs of an arm whose best rate lies at the edge of those tried"
@@ -39,31 +45,15 @@ def forecast(comparison: Comparison) -> str:
     return said + "; finished runs are only read"
 
 
-def expected_flops(comparison: Comparison) -> dict[str, float]:
-    """FLOPs of each arm's run at equal tokens, estimated from shapes: training at the final size, and for arms that
-    prune step by step a quarter of a batch looked at for every `bound` that falls, at a size midway."""
-    pruning = comparison.plan.pruning
-    assert pruning is not None
-    pruned = pruning.landing.balanced()
-    return {arm.name: _expected(comparison, arm, pruning.landing.cost, pruned) for arm in comparison.arms}
-
-
-def _expected(comparison: Comparison, arm: Arm, cost: Cost, pruned: Widths) -> float:
-    recipe, space, length = comparison.recipe, comparison.space, comparison.plan.length
-    assert recipe.prune is not None
-    final = space.widths if arm.base == "dense" else pruned
-
-    def token(widths: Widths) -> float:
-        own = training_flops(
-            forward_flops(space, 1, length, widths),
-            gradient_checkpointing=recipe.train.gradient_checkpointing,
-            chunked=arm.distilled,
-        )
-        return (own + (teacher_flops(forward_flops(space, 1, length)) if arm.distilled else 0)) / length
-
-    flops = token(final) * recipe.train.tokens
-    if arm.prunes and arm.base != "one-shot":
-        share = cost(final) / cost(space.widths)
-        looks = math.ceil(math.log(share) / math.log1p(-min(recipe.prune.bound, 0.99)))
-        flops += looks * comparison.plan.batch_tokens / LOOK_SHARE * (token(final) + token(space.widths)) / 2
-    return flops
+def expected_flops(comparison: Comparison, arm: Arm) -> float:
+    """FLOPs of an arm's run at equal tokens, as `efficientllm plan` has them of its recipe. Where it waits for the
+    loop's shape, the final shape nearest to the source's proportions stands for that."""
+    plan, train = comparison.plan, comparison.recipe.train
+    assert plan.pruning is not None
+    pruned = plan.pruning.landing.balanced()
+    loop = {"result": {"widths": pruned.record(), "path": comparison.recipe.source}}
+    recipe = comparison.arm_recipe(
+        arm, seed=comparison.seeds[0], lr=train.lr, tokens=train.tokens, folder=comparison.folder, loop=loop
+    )
+    source = narrowed_config(plan.source, pruned) if arm.base == "scratch" else plan.source
+    return run_flops(run_plan(recipe, source), plan.space).total

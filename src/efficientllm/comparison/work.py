@@ -85,6 +85,14 @@ class Comparison:
         """Of the source's own pretraining, for the budget `pipeline`."""
         return source_flops(self.recipe, self.space, self.source_tokens)
 
+    def arm_recipe(
+        self, arm: Arm, *, seed: int, lr: float, tokens: int, folder: Path, loop: Mapping[str, Any] | None
+    ) -> Recipe:
+        """What one arm runs (see arms.py). Raises UsageError where that is no valid recipe."""
+        cost = self.plan.pruning.landing.cost if self.plan.pruning else None
+        asked: dict[str, Any] = {"seed": seed, "lr": lr, "tokens": tokens, "folder": str(folder)}
+        return arm_recipe(arm, self.recipe, self.space, loop=loop, cost=cost, **asked)
+
     @classmethod
     def of(
         cls,
@@ -149,17 +157,8 @@ def run_work(comparison: Comparison, work: Sequence[Work], budget: str, loops: L
     for index, (result, seed, lr, tokens) in enumerate(work):
         folder = comparison.folder / budget / result.arm.name.replace(":", "-") / f"seed-{seed}-lr-{lr:g}"
         try:
-            recipe = arm_recipe(
-                result.arm,
-                comparison.recipe,
-                comparison.space,
-                seed=seed,
-                lr=lr,
-                tokens=tokens,
-                folder=str(folder),
-                loop=loops.get(seed),
-                cost=comparison.plan.pruning.landing.cost if comparison.plan.pruning else None,
-            )
+            loop = loops.get(seed)
+            recipe = comparison.arm_recipe(result.arm, seed=seed, lr=lr, tokens=tokens, folder=folder, loop=loop)
             recipes[index] = placed(recipe)
         except UsageError as error:
             outcomes[index] = Outcome(None, None, str(error))

@@ -158,6 +158,11 @@ def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
     return at
 
 
+def run_flops(plan: RunPlan, teaching: Space) -> Ledger:
+    """FLOPs of a whole run, as they will stand in its summary. teaching: the teacher's shape, where there is one."""
+    return _walk(plan, _step_flops(plan, teaching)).flops
+
+
 def _walk(plan: RunPlan, cost: StepFlops) -> Walk:
     space, train = plan.space, plan.recipe.train
     if plan.pruning is None:

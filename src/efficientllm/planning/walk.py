@@ -29,10 +29,12 @@ SETTLES = 3  # measurements of a type until one moves its ratio by no more than 
 
 @dataclass
 class Walk:
-    """What a run has done so far. flops: by part; pruning: those of looks, calibration and correction."""
+    """What a run has done so far. over: whether it is where it was to end, and compacted to that. flops: by part;
+    pruning: those of looks, calibration and correction."""
 
     at: Standing
     allocated: Widths
+    over: bool = False
     compactions: int = 0
     refreshes: int = 0
     fresh: bool = False
@@ -76,10 +78,10 @@ class Walker:
         source, batch = self._space.widths, self._batch * self._length
         done = Walk(Standing(source), source)
         for step in range(steps):
-            if self._plan.at_rest:
+            if self._plan.at_rest and not done.over:
                 self._prune(done, step * batch)
             done.flops.add(self._step_flops(done.allocated))
-            if not self._plan.at_rest:
+            if not (self._plan.at_rest or done.over):
                 done.fresh = self._watched or "gates" not in self._needs
                 self._prune(done, (step + 1) * batch)
         return done
@@ -102,7 +104,8 @@ class Walker:
             if options.correction:
                 done.flops.correction += self._solves(done.allocated, before.widths, done.at.widths, seen)
             bundles += 1
-        self._compact(done, exactly=done.at.rung > rung or self._course.finished(done.at))
+        done.over = self._course.finished(done.at)
+        self._compact(done, exactly=done.at.rung > rung or done.over)
 
     def _look(self, done: Walk, gathers: int, *, ready: bool) -> int:
         """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""

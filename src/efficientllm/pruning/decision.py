@@ -62,6 +62,7 @@ class Course:
         self.landings, self.schedule = tuple(landings), schedule
         space = self.landings[-1].space
         self.parameters = lru_cache(1 << 16)(lambda widths: int(space.num_params(widths)))
+        self._cost = lru_cache(1 << 16)(self.landings[-1].cost)  # all of them count the same
 
     def landing(self, at: Standing) -> Landing:
         """Where the model lands next: a rung of the ladder, or at last the target."""
@@ -69,7 +70,7 @@ class Course:
 
     def size(self, at: Standing) -> float:
         """What the live widths cost, in what target and schedule count (costs.py)."""
-        size: float = self.landing(at).cost(at.widths)
+        size: float = self._cost(at.widths)
         return size
 
     def finished(self, at: Standing) -> bool:
@@ -93,7 +94,7 @@ class Course:
                 break
             guide.take(cut)
             after = Standing(widths, at.events + 1, rung_after(self.landings, at.rung, widths))
-            bundle.append(Decided(cut, after, parameters, falls, self.size(at) - self.landing(at).cost(widths)))
+            bundle.append(Decided(cut, after, parameters, falls, self.size(at) - self._cost(widths)))
             if after.rung > at.rung:
                 break
             at, removed = after, removed + falls

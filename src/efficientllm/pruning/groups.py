@@ -39,6 +39,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,12 +108,16 @@ class Space:
     def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
         return tuple(self.axis_length(axis, widths) for axis in spec.axes)
 
+    @cached_property
+    def _kinds(self) -> Counter[tuple[bool, tuple[Axis, ...]]]:
+        """How many weights lie along the same axes, those of layers apart."""
+        return Counter((spec.layer is not None, spec.axes) for spec in self.params)
+
     def num_params(self, widths: Any | None = None) -> Any:
         """Parameters of the model at `widths` (default: its own); elementwise on int64 tensors."""
         widths = self.widths if widths is None else widths
-        kinds = Counter((spec.layer is not None, spec.axes) for spec in self.params)
         total: Any = 0
-        for (layered, axes), number in kinds.items():
+        for (layered, axes), number in self._kinds.items():
             copies = number // self.widths.layers * widths.layers if layered else number
             total = total + copies * math.prod([self.axis_length(axis, widths) for axis in axes])
         return total

@@ -166,6 +166,7 @@ class Landing:
         sizes = torch.as_tensor(self.cost(shape_at(shapes.unbind(1))))
         order = sizes.argsort(descending=True, stable=True)
         self.shapes, self.sizes = shapes[order], sizes[order]
+        self._listed = set(map(tuple, self.shapes.tolist()))
         table = torch.full([len(axis) for axis in self._axes[:-1]], OUT_OF_REACH)
         table[tuple(self._places(self.shapes))] = self.shapes[:, -1]
         for dim in range(table.ndim):
@@ -200,7 +201,7 @@ class Landing:
 
     def reached(self, widths: Widths) -> bool:
         """Whether these widths are a feasible shape."""
-        return bool((self.shapes == torch.tensor(place_of(widths))).all(1).any())
+        return tuple(place_of(widths)) in self._listed
 
     def shape(self) -> Widths:
         """The final shape, where there is only one (a target given as widths)."""
