@@ -1,6 +1,6 @@
 """Talk to a compact model in a terminal, by llama.cpp.
 
-    pip install "efficientllm[llamacpp]"
+    pip install ".[llamacpp]"  # in a clone
     efficientllm export runs/mine --to gguf --type q8_0
     python examples/edge/chat.py runs/mine/gguf/mine-q8_0.gguf [--tokens 200] [--temperature 0.8] [--context 4096]
 

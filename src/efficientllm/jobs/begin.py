@@ -130,11 +130,11 @@ def _check_source(job: Job, source: dict[str, Any], folder: RunFolder) -> None:
             f"{name} is not the text that run folder {folder.path} began with; restore it, or choose another run.dir"
         )
     cost = job.pruning.landing.cost if job.pruning else None
-    if cost and source.get("cost", "params") != cost.key:
-        raise UsageError(
-            f"run folder {folder.path} was begun with another prune.latency_table under that name; restore it, or "
-            "choose another run.dir"
-        )
+    begun = source.get("cost", "params")
+    if cost and begun != cost.key:
+        tables = begun.startswith(cost.name) and cost.name == "latency"
+        what = "another prune.latency_table under that name" if tables else f"prune.cost {begun}"
+        raise UsageError(f"run folder {folder.path} was begun with {what}; restore it, or choose another run.dir")
     rows = source.get("validation_rows", job.plan.pace.rows)
     if rows != job.plan.pace.rows:
         tokens = exact_count(rows * job.recipe.data.sequence_length)

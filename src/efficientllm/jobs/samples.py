@@ -28,14 +28,14 @@ def write_samples(path: Path, say: Callable[[str], None]) -> None:
         return
     try:
         recipe = load_recipe(path / "config.yaml", dumped=True)
-        content = samples(recipe, RunFolder(path), say)
+        content = samples(recipe, RunFolder(path))
     except Exception as error:  # the report that asked for them is about more than these
         say(f"no sample generations for {path}: {error}")
         return
     write_json(out, content, ascii_only=False)
 
 
-def samples(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     """prompt, source, result: texts; source is None where the run began from random weights."""
     job = prepare(recipe, folder, lambda message: None)
     corpus = max(job.validation, key=len)
