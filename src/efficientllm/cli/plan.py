@@ -178,6 +178,7 @@ def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]
         *([("memory, teacher", format_bytes(memory.teacher))] if memory.teacher else []),
         *([("memory, inputs", f"{format_bytes(memory.inputs)} (for corrections)")] if memory.inputs else []),
         ("memory, in all", format_bytes(memory.total)),
-        ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, "
-         f"{format_bytes(plan.corpus)} for as many tokens as the run reads"),
+        ("disk", f"{format_bytes(plan.checkpoint)} a checkpoint, {plan.checkpoints} of them while one is written; "
+         f"{format_bytes(plan.corpus)} for as many tokens as the run reads, and all of the text is tokenised"),
+        *([("disk, teacher", f"{format_bytes(plan.draws)} of draws")] if plan.draws else []),
     ]  # fmt: skip

@@ -23,6 +23,8 @@ from efficientllm.training.looks import LookRows, captured_inputs_of
 from efficientllm.training.planning import RunPlan
 from efficientllm.training.state import PruningPlan
 
+DRAW_BYTES = 6  # an entry of the vocabulary and its log-probability (training/teacher_cache.py)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,7 +33,8 @@ class Plan:
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
     flops_by_part: the same as in a run's summary; pruning_flops: those of looks, calibration and correction;
-    validation_flops come on top. Bytes throughout. notes: what the run will say before it starts."""
+    validation_flops come on top. checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is
+    written; draws: of a teacher, kept. notes: what the run will say before it starts."""
 
     parameters: int
     target: int
@@ -51,7 +54,9 @@ class Plan:
     step_flops: int
     memory: StepMemory
     checkpoint: int
+    checkpoints: int
     corpus: int
+    draws: int
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +91,9 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
             inputs=_input_bytes(plan, bf16=bf16),
         ),
         checkpoint=12 * parameters,
+        checkpoints=recipe.run.keep + 1,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
+        draws=DRAW_BYTES * (recipe.distill.samples or 0) * recipe.train.tokens if recipe.distill else 0,
         notes=plan.notes,
     )
 
