@@ -1,8 +1,11 @@
 """Pruning inside transformers' Trainer: one callback.
 
     python examples/trainer.py
+    torchrun --nproc-per-node 2 examples/trainer.py    # copies; FSDP2 by fsdp=True, fsdp_config={"fsdp_version": 2}
 
-A toy Llama on a repeating pattern, so that it runs anywhere in seconds; give the Trainer your own model and data.
+A toy Llama on a repeating pattern, so that it runs anywhere in seconds; give the Trainer your own model and data. With
+TRL it is SFTTrainer and SFTConfig instead, and nothing else. Stopped, a run goes on from the newest checkpoint in
+output_dir: Trainer.train(resume_from_checkpoint=True).
 """
 
 import tempfile
@@ -41,6 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
         use_cpu=True,
     )
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-    callback.pruner.save_pretrained(Path(folder) / "compact")
-    compact = AutoModelForCausalLM.from_pretrained(Path(folder) / "compact")
-    print(f"{sum(weight.numel() for weight in compact.parameters()):,} parameters, {callback.pruner.widths}")
+    callback.pruner.save_pretrained(Path(folder) / "compact")  # rank 0 writes; with sharded weights all must call it
+    if arguments.process_index == 0:  # smaller tensors from here on: a Trainer on this folder trains on at that size
+        compact = AutoModelForCausalLM.from_pretrained(Path(folder) / "compact")
+        print(f"{sum(weight.numel() for weight in compact.parameters()):,} parameters, {callback.pruner.widths}")

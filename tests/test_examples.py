@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from conftest import World, need_llamacpp, tiny_model
 from efficientllm.cli import main
+from processes import codes, start_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHAT = EXAMPLES / "edge" / "chat.py"
@@ -43,6 +45,20 @@ def test_example_runs(
     out = capsys.readouterr().out
     assert "parameters" in out
     assert path.stem != "source_to_gguf" or "same most likely token at" in out  # the check in a fresh process
+
+
+def on_a_rank(path: str) -> None:
+    sys.argv = [path]
+    runpy.run_path(path, run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["any_loop.py", "trainer.py"])
+def test_a_loop_of_several_processes_runs(name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert codes(start_ranks(2, log, on_a_rank, str(EXAMPLES / name))) == [0, 0], log.read_text()[-3000:]
+    said = re.findall(r"\d parameters", log.read_text())
+    assert len(said) == {"any_loop.py": 9, "trainer.py": 1}[name]  # rank 0's alone
 
 
 def test_one_argument_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType as Kind
+from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from conftest import tiny_model
+from conftest import World, tiny_model
 from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
@@ -133,6 +134,48 @@ def test_a_trainer_s_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     file.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="checkpoint of step 8 does not hold the state of one PruningCallback"):
         trained(1, "checkpoint-8")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own
+def test_sft_trainer_prunes_and_goes_on_bit_for_bit(world: World, tmp_path: Path) -> None:
+    """Prompts are not in the loss, rows are padded; TRL's fused head bypasses the model's own."""
+    trl = pytest.importorskip("trl", reason='needs pip install "efficientllm[trl]"')
+    words = ["the", "model", "learns", "to", "write", "short", "words", "and", "prunes", "its", "own", "heads"]
+    rows = [
+        {"prompt": " ".join(words[: 2 + n % 5]), "completion": " " + " ".join(words[n % 7 : 8 + n % 4])}
+        for n in range(48)
+    ]
+
+    def trained(resume: str | None = None) -> tuple[Any, PruningCallback]:
+        callback = PruningCallback(target="60%", span=0.6, **OPTIONS)
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            report_to=[], save_steps=3, use_cpu=True, disable_tqdm=True, learning_rate=1e-3, max_length=24, bf16=False,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(world.folder / "source"),
+            arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(world.folder / "source"),
+            callbacks=[callback],
+        )
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        return trainer, callback
+
+    whole, first = trained()
+    counted = first.pruner._passes._replay.counted
+    call = first.pruner._passes._replay._call
+    assert counted is not None
+    assert call is not None
+    assert counted < call[1]["attention_mask"][:, 1:].sum()
+    resumed, second = trained("checkpoint-3")
+    assert first.pruner.finished
+    assert first.pruner.widths == second.pruner.widths
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    first.pruner.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.num_parameters() == first.pruner.parameters
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ class Pruner:
         self._plan = PruningPlan(source, landings, schedule, decides, compact_at=0.0, correction_tokens=tokens)
         self._state = assemble(model, optimizer, self._plan, runner, ranks)
         self._asked = options.model_dump(mode="json") | {"steps": steps, "start": start, "length": sequence_length}
+        self._sharded = any(is_sharded(weight) for weight in model.parameters())
         self._observed = False
         self._loss_fn = loss_fn
         self._passes = CurrentBatch(self._state, tokens, loss_fn)
@@ -197,7 +198,7 @@ class Pruner:
         anew for the new optimizer, a model that is wrapped for several processes wrapped anew on each of them. Raises
         ValueError for an optimizer that is wrapped (by accelerate, say) or whose state cannot be cut, and for shards.
         """
-        if any(is_sharded(weight) for weight in self.model.parameters()):
+        if self._sharded:
             raise ValueError(
                 "compact() cannot replace a model inside its shards; leave the tensors at their size and call "
                 "save_pretrained() at the end"
@@ -223,9 +224,11 @@ class Pruner:
 
         With several processes rank 0 writes; shards are gathered for it, so that then all must call this.
         """
+        with torch.no_grad():
+            self._state.runner.run(lambda: None)  # an evaluation may have left weights gathered, in its own precision
         narrower = self._cut(moments=False) if compaction_widths(self._state, self._plan) else None
-        if any(is_sharded(weight) for weight in self.model.parameters()):
-            weights = narrower.weights if narrower else dict(self.model.named_parameters())
+        if self._sharded:
+            weights = narrower.weights if narrower else self.engine.params
             weights = {name: whole(weight) for name, weight in weights.items()}
             narrower = replace(narrower or capture(self._state), weights=weights)
         if self._state.ranks.leads:

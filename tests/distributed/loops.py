@@ -177,6 +177,8 @@ def in_trainer(case: Case, folder: Path) -> None:
     before = folder / f"{case.resume}-{place()[1]}-out" / "checkpoint-3"
     trainer.train(resume_from_checkpoint=str(before) if case.resume else None)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
+    with torch.no_grad():  # FSDP2 leaves some weights gathered after this, in bf16 where it computes so
+        trainer.model.eval()(input_ids=rows()[0]["input_ids"][None])
     callback.pruner.save_pretrained(folder / f"{case.name}-{place()[1]}-model")
     write_down(case.name, folder, callback.pruner, [callback.pruner.calls])
 

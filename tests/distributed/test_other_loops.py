@@ -49,6 +49,9 @@ def test_as_one_process_on_the_joint_batch(played: Path, case: Any) -> None:
     (events, widths), tensors = both[0]
     assert saved.config.intermediate_size == widths["intermediate"]
     assert saved.num_parameters() <= 0.5 * tiny_model(case.family).num_parameters()
+    embedding = tensors["model.embed_tokens.weight"]
+    if not case.compact:
+        assert torch.equal(saved.model.embed_tokens.weight, embedding[:, embedding.any(dim=0)])
     if case.bf16:
         return
     (by_hand if case in HAND else in_trainer)(case, played)

@@ -130,10 +130,12 @@ class CurrentBatch(Passes):
     def hold(self) -> None:
         """From now on what is dead gets no gradient: a caller that clips before observe() sees none either. Shards and
         copies that are to be averaged are cleared alike."""
-        pruner, weights = self.state.pruner, dict(self.state.model.named_parameters())
-        for name in sorted({part.name for part in pruner.held} - self._clean if pruner else ()):
-            if weights[name].requires_grad:
-                hook = weights[name].register_post_accumulate_grad_hook(partial(self._clear, name))
+        pruner = self.state.pruner
+        assert pruner is not None
+        for name in sorted({part.name for part in pruner.held} - self._clean):
+            weight = pruner.params[name]  # a shard, where the model may hold what has been gathered
+            if weight.requires_grad:
+                hook = weight.register_post_accumulate_grad_hook(partial(self._clear, name))
                 self._hooks.callback(hook.remove)
             self._clean.add(name)
 
