@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
 from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
@@ -34,7 +34,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, st
         pruner.step()
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *((torch.optim.AdamW, family) for family in FAMILIES),
+        (torch.optim.Adam, "llama-gqa"),
+        (torch.optim.SGD, "phi3-gqa"),
+    ],
+)
 def test_bare_loop_compacts_and_saves(kind: type[torch.optim.Optimizer], family: str, tmp_path: Path) -> None:
     model = tiny_model(family).train()
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.models.parts import HEAD_WEIGHT
-from efficientllm.models.space import empty_model, narrowed_config, space_of
+from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of
+from efficientllm.pruning.dimensions import LAYERS
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
@@ -95,7 +96,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     scores = {k.removeprefix(prefix): v for k, v in snapshot.pruner_tensors.items() if k.startswith(prefix)}
     tensors = {f"live.{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {prefix + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    narrow = narrowed_config(source, widths).to_dict()
+    narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
 
