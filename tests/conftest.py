@@ -19,10 +19,24 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
-from efficientllm.models.space import build
+from efficientllm.models.space import build, space_of
 
 SHAPE = {
     "vocab_size": 61,
@@ -35,7 +49,9 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": 0,
     "eos_token_id": 0,
+    "pad_token_id": None,
 }
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
     "llama-mha-tied": (LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-gqa": (LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
@@ -45,6 +61,25 @@ FAMILIES = {
     ),
     "qwen2-gqa-tied": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3-gqa": (Qwen3Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "smollm3-gqa-tied": (SmolLM3Config, {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
+    "granite-gqa": (
+        GraniteConfig,
+        {"num_key_value_heads": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6}
+        | {"attention_multiplier": 0.2, "logits_scaling": 2.5, "attention_bias": True, "mlp_bias": True},
+    ),
+    "olmo2-gqa": (Olmo2Config, {"num_key_value_heads": 2}),
+    "olmo3-mha-tied": (Olmo3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True} | WINDOWS),
+    "gemma2-gqa-tied": (
+        Gemma2Config,
+        {"num_key_value_heads": 2, "query_pre_attn_scalar": 9, "final_logit_softcapping": 4.0}
+        | {"attn_logit_softcapping": 3.0}
+        | WINDOWS,
+    ),
+    "gemma3-gqa": (
+        Gemma3TextConfig,
+        {"num_key_value_heads": 2, "query_pre_attn_scalar": 9, "tie_word_embeddings": False} | WINDOWS,
+    ),
+    "phi3-gqa": (Phi3Config, {"num_key_value_heads": 2}),
 }
 
 
@@ -62,14 +97,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:
+    """Lists by layer are repeated or cut to as many layers as there are."""
     kind, options = FAMILIES[family]
-    return kind(**(SHAPE | options | changes))
+    values: dict[str, Any] = SHAPE | options | changes
+    if "layer_types" in values:
+        layers = values["num_hidden_layers"]
+        values["layer_types"] = (values["layer_types"] * layers)[:layers]
+    return kind(**values)
 
 
 def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A tiny model whose weights are large enough for every path to matter (biases and gains included)."""
     torch.manual_seed(seed)
     model = build(tiny_config(family, **changes))
+    offsets = space_of(model.config).offsets
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
@@ -77,7 +118,7 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
             elif name.endswith("bias"):
                 weight.normal_(0.0, 0.1)
             else:
-                weight.uniform_(0.5, 1.5)
+                weight.uniform_(0.5, 1.5).sub_(offsets.get(name, 0.0))
     return model
 
 
@@ -143,6 +184,12 @@ def as_many_threads_as_before() -> Iterator[None]:
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["llama-mha-tied", "qwen3-gqa", "gemma2-gqa-tied", "phi3-gqa"])
+def some_family(request: pytest.FixtureRequest) -> str:
+    """For what is the same code in every family, and slow: those that differ most."""
     return request.param
 
 

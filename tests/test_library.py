@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from conftest import World, tiny_model
+from conftest import FAMILIES, World, tiny_model
 from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
@@ -41,7 +41,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, st
         pruner.step()
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *((torch.optim.AdamW, family) for family in FAMILIES),
+        (torch.optim.Adam, "llama-gqa"),
+        (torch.optim.SGD, "phi3-gqa"),
+    ],
+)
 def test_bare_loop_compacts_and_saves(kind: type[torch.optim.Optimizer], family: str, tmp_path: Path) -> None:
     model = tiny_model(family).train()
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}

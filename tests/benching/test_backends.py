@@ -44,8 +44,8 @@ def cache_of(backend: Any, batch: int, steps: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_cache_and_weights_take_what_facts_say(family: str, dtype: str, tmp_path: Path) -> None:
-    tiny_model(family).save_pretrained(tmp_path)
+def test_cache_and_weights_take_what_facts_say(some_family: str, dtype: str, tmp_path: Path) -> None:
+    tiny_model(some_family).save_pretrained(tmp_path)
     asked = Settings(**(SETTINGS.__dict__ | {"dtype": dtype}))
     backend = load_backend(str(tmp_path), asked)
     kept = cache_of(backend, 3, asked.generate)  # one step more than a run: every position is then in the cache
@@ -94,6 +94,7 @@ def make_gguf(world: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
     return make
 
 
+@pytest.mark.parametrize("family", ["llama-mha-tied", "qwen2-gqa-tied", "qwen3-gqa"])
 def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) -> None:
     _, file = make_gguf(family)
     of_config = facts_of_config(tiny_config(family, vocab_size=300), 11, 17, torch.float32)

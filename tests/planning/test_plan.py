@@ -132,10 +132,10 @@ def test_memory_is_what_a_process_takes() -> None:
     assert benchmark.predicted(shape, rows, length, options) == pytest.approx(measured, rel=0.15)
 
 
-def test_parts_of_memory(family: str) -> None:
+def test_parts_of_memory(some_family: str) -> None:
     from efficientllm.models.space import space_of
 
-    config = tiny_config(family)
+    config = tiny_config(some_family)
     train = {"tokens": 10**6, "batch_tokens": 8 * 32, "lr": 1e-3}
     small = step_memory(config, TrainConfig(micro_batch=2, **train), 32, bf16=False)
     large = step_memory(config, TrainConfig(micro_batch=4, **train), 32, bf16=False)

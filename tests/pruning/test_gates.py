@@ -20,6 +20,7 @@ from efficientllm.training.capture import watched_gates
 
 IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
 PREDICTED = 5 * 19
+STEM_READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 
 
 def mean_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
@@ -46,9 +47,13 @@ def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
 
         for number, layer in enumerate(model.model.layers):
             if pruning_type == "stem":
-                readers = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-                for module in (*readers, layer.mlp.gate_proj, layer.mlp.up_proj):
-                    close(module, slice(unit, unit + 1))
+                for name, module in layer.named_modules():
+                    if name.rpartition(".")[2] in STEM_READERS:
+                        close(module, slice(unit, unit + 1))
+            elif pruning_type == "depth" and number == unit and hasattr(layer, "post_feedforward_layernorm"):
+                for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+                    hook = norm.register_forward_hook(lambda module, args, out: out * gate[..., None])
+                    hooks.callback(hook.remove)
             elif pruning_type == "depth" and number == unit:
                 close(layer.self_attn.o_proj, whole)
                 close(layer.mlp.down_proj, whole)

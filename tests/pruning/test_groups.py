@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from efficientllm.models.space import build, check_space, narrowed_config, space_of
+from efficientllm.models.space import build, check_space, narrowed_config, of_layers, space_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.slices import group_slices
@@ -71,7 +71,8 @@ def test_zeroing_is_cutting(family: str, types: tuple[str, ...]) -> None:
     kept = choose_kept(live, live.widths())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     narrow, _ = cut_state(space, kept, weights, {})
-    config = narrowed_config(model.config, live.widths())
+    layers = of_layers(model.config.to_dict(), kept["layers"].tolist())
+    config = narrowed_config(model.config, live.widths(), layers)
     cut = build(config)
     for name, weight in cut.named_parameters():
         weight.detach().copy_(narrow[name])

@@ -9,8 +9,8 @@ from efficientllm.pruning.widths import Widths
 
 SITES = {
     "stem": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
     ),
     "ffn": (("mlp.down_proj",),),
     "heads": (("self_attn.o_proj",),),
@@ -62,7 +62,8 @@ def unit_score(
         head = (row % widths.kv_heads) * queries + unit
         columns = [head * head_dim + channel for channel in range(head_dim)]
         layers, sites = range(row // widths.kv_heads, row // widths.kv_heads + 1), SITES["heads"]
-    places = [[f"model.layers.{layer}.{part}.weight" for part in site] for layer in layers for site in sites]
+    names = ((f"model.layers.{layer}.{part}.weight" for part in site) for layer in layers for site in sites)
+    places = [[name for name in site if name in weights] for site in names]
     if pruning_type == "stem" and "lm_head.weight" in weights:
         places.append(["lm_head.weight"])
     total = 0.0

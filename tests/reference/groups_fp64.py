@@ -17,20 +17,37 @@ def group_masks(
         return {name: mask | (f"layers.{unit}." in name) for name, mask in masks.items()}
     if pruning_type == "stem":
         for name, mask in masks.items():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.endswith(
-                ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+            if name.endswith(("embed_tokens.weight", "lm_head.weight", "qkv_proj.weight", "gate_up_proj.weight")) or (
+                name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"))
             ):
                 mask[:, unit] = True
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 mask[unit, :] = True
-            elif name.endswith(("layernorm.weight", "model.norm.weight")):
+            elif name.endswith(("layernorm.weight", "model.norm.weight", "o_proj.bias", "down_proj.bias")):
                 mask[unit] = True
         return masks
     layer = row if pruning_type != "attention_query" else row // widths.kv_heads
     prefix = f"model.layers.{layer}."
+    heads_first = {"q": 0, "k": widths.heads * head_dim, "v": (widths.heads + widths.kv_heads) * head_dim}
+
+    def fall(part: str, channel: int) -> None:
+        """One output of a projection, fused or not: its row, its bias, its gain where a norm runs over all heads."""
+        fused = part in "qkv" and prefix + "self_attn.qkv_proj.weight" in masks
+        room = "self_attn" if part in "qkv" else "mlp"
+        module = "self_attn.qkv_proj" if fused else f"{room}.{part}_proj"
+        if part in ("gate", "up") and prefix + "mlp.gate_up_proj.weight" in masks:
+            module, channel = "mlp.gate_up_proj", channel + (part == "up") * widths.intermediate
+        place = channel + (heads_first[part] if fused else 0)
+        masks[f"{prefix}{module}.weight"][place, :] = True
+        if f"{prefix}{module}.bias" in masks:
+            masks[f"{prefix}{module}.bias"][place] = True
+        gain = masks.get(f"{prefix}self_attn.{part}_norm.weight")
+        if gain is not None and len(gain) > head_dim:
+            gain[place] = True
+
     if pruning_type == "ffn":
-        masks[prefix + "mlp.gate_proj.weight"][unit, :] = True
-        masks[prefix + "mlp.up_proj.weight"][unit, :] = True
+        fall("gate", unit)
+        fall("up", unit)
         masks[prefix + "mlp.down_proj.weight"][:, unit] = True
         return masks
     queries = widths.heads // widths.kv_heads
@@ -42,15 +59,11 @@ def group_masks(
         key_rows = range(0)
     for head in heads:
         for channel in range(head * head_dim, (head + 1) * head_dim):
-            masks[prefix + "self_attn.q_proj.weight"][channel, :] = True
+            fall("q", channel)
             masks[prefix + "self_attn.o_proj.weight"][:, channel] = True
-            if prefix + "self_attn.q_proj.bias" in masks:
-                masks[prefix + "self_attn.q_proj.bias"][channel] = True
     for channel in key_rows:
-        for name in ("k_proj", "v_proj"):
-            masks[prefix + f"self_attn.{name}.weight"][channel, :] = True
-            if prefix + f"self_attn.{name}.bias" in masks:
-                masks[prefix + f"self_attn.{name}.bias"][channel] = True
+        fall("k", channel)
+        fall("v", channel)
     return masks
 
 

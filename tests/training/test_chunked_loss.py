@@ -19,27 +19,31 @@ CPU, BF16 = Precision("cpu", bf16=False), Precision("cpu", bf16=True)
 IDS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(2))
 
 
-def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cap: float | None
+) -> tuple[torch.Tensor, ...]:
     """Loss and gradients in fp64 by the plain formula."""
     hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    loss = functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    logits = hidden @ weight.t()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
     return loss.detach(), *torch.autograd.grad(0.37 * loss, (hidden, weight))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 31, 64])
+@pytest.mark.parametrize(("chunk", "cap"), [(1, None), (7, None), (31, None), (64, None), (7, 2.5), (64, 2.5)])
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3)], ids=str
 )
-def test_equals_the_formula(chunk: int, dtype: torch.dtype, error: float) -> None:
+def test_equals_the_formula(chunk: int, cap: float | None, dtype: torch.dtype, error: float) -> None:
     """31 tokens, some without a label, the last chunk ragged. bf16: fp32 weights, as autocast has them."""
     draw = torch.Generator().manual_seed(chunk)
     hidden = torch.randn(31, 13, generator=draw).to(dtype).requires_grad_()
     kept = torch.float32 if dtype == torch.bfloat16 else dtype
     weight = torch.randn(53, 13, generator=draw).to(kept).requires_grad_()
     labels = torch.randint(0, 53, (31,), generator=draw).masked_fill(torch.arange(31) % 6 == 5, -100)
-    loss = linear_cross_entropy(hidden, weight, labels, chunk)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk, cap)
     (0.37 * loss).backward()
-    want = reference(hidden, weight, labels)
+    want = reference(hidden, weight, labels, cap)
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     for got, expected in zip((loss.detach(), hidden.grad, weight.grad), want, strict=True):
         assert got is not None
@@ -47,8 +51,8 @@ def test_equals_the_formula(chunk: int, dtype: torch.dtype, error: float) -> Non
     assert hidden.grad is not None
     assert not hidden.grad[labels == -100].any()
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, labels, chunk), loss)
-        assert torch.allclose(token_losses(hidden, weight, labels, chunk).sum(), loss)
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, chunk, cap), loss)
+        assert torch.allclose(token_losses(hidden, weight, labels, chunk, cap).sum(), loss)
 
 
 def test_all_labels_ignored_is_zero() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from efficientllm.models.flops import forward_flops
-from efficientllm.models.parts import blocks, body, final_norm
+from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, PRUNING_TYPES, STEM
 from efficientllm.pruning.groups import Cut, Live, Space
@@ -130,9 +130,9 @@ class _Pass:
         """The summed loss with the weights as they are now, from a layer on; None: from the embedding on."""
         with self._precision.context():
             hidden = self._from_embedding() if start is None else self._from_layer(start)
-        weight = self._model.get_output_embeddings().weight
-        labels = next_tokens(self._rows).flatten()
-        losses = token_losses(hidden.flatten(0, 1), weight, labels, chunk_tokens(len(weight)))
+        weight, rule = self._model.get_output_embeddings().weight, logits_of(self._model)
+        hidden, labels = hidden.flatten(0, 1) / rule.divisor, next_tokens(self._rows).flatten()
+        losses = token_losses(hidden, weight, labels, chunk_tokens(len(weight)), rule.cap)
         return float(losses.double().sum())
 
     def _from_embedding(self) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from efficientllm.errors import UsageError
 from efficientllm.pruning.dimensions import FFN, HIDDEN, KV, QUERY
-from efficientllm.pruning.groups import Axis
+from efficientllm.pruning.groups import MULTIPLE, Axis
 
 HEAD = "head"  # the axis of a weight that all heads of a layer share: head_dim entries, of which none falls
 Axes = dict[str, tuple[Axis, ...]]
@@ -27,6 +27,8 @@ QKV_BIASES: Axes = {
     "self_attn.k_proj.bias": (KV,),
     "self_attn.v_proj.bias": (KV,),
 }
+O_BIAS: Axes = {"self_attn.o_proj.bias": (HIDDEN,)}
+FFN_BIASES: Axes = {"mlp.gate_proj.bias": (FFN,), "mlp.up_proj.bias": (FFN,), "mlp.down_proj.bias": (HIDDEN,)}
 HEAD_NORMS: Axes = {"self_attn.q_norm.weight": (HEAD,), "self_attn.k_norm.weight": (HEAD,)}
 GATED: Axes = {
     "mlp.gate_proj.weight": (FFN, HIDDEN),
@@ -46,7 +48,7 @@ FIELDS = {
     "kv_heads": "num_key_value_heads",
     "intermediate": "intermediate_size",
 }
-DROPOUTS = ("attention_dropout",)
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,20 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of RMSNorm decoders.
+    """One family of RMSNorm decoders. What a family multiplies by constants of its config (Granite) needs no word here.
 
     model_type: transformers' name. layer: every weight of a layer by its name after `model.layers.N.`, with the axis of
     each dimension (pruning/groups.py, or HEAD); a weight with "norm" in its name is the gain of an RMSNorm over its
     axis. optional: further weights of a layer, by the field of the config that says whether they are there.
     normed: norms over another axis than the stem's, and the linear layers whose output they normalise. Weights outside
     the layers are the same in all families (parts.py). offset: what norms add to their weights to get their gains.
-    root_scaled: the embedding's output is multiplied by the root of the hidden width.
+    root_scaled: the embedding's output is multiplied by the root of the hidden width. closing: norms at the end of the
+    sublayers, whose outputs are what a layer adds to the stem; none: its linear layers add theirs.
+    eager: attention has no kernel of its own in transformers (its scores are capped).
     fields: the field of the config that holds each width of a record (pruning/widths.py).
     carrier: who carries the shapes that the family's own config class refuses, a hidden size that is no multiple of
-    the heads; None: the class takes any.
+    the heads; None: the class takes any. whole: it refuses such shapes, and nobody carries them.
+    long_rotary: it refuses shapes in which hidden // heads is not head_dim, where rotary factors are given by channel.
     refused: fields of the config that must not be set, and what to say where they are.
     gguf: llama.cpp's name of the architecture, a row of export/gguf_tensors.py; None: it has none.
     """
@@ -84,8 +89,12 @@ class Family:
     normed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     offset: float = 0.0
     root_scaled: bool = False
+    closing: tuple[str, ...] = ()
+    eager: bool = False
     fields: Mapping[str, str] = field(default_factory=lambda: FIELDS)
     carrier: Carrier | None = None
+    whole: bool = False
+    long_rotary: bool = False
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     gguf: str | None = None
 
@@ -110,15 +119,28 @@ class Family:
         return None
 
     def config(self, values: Mapping[str, Any]) -> PretrainedConfig:
-        """A config of these values, of the family or, where its class refuses their shape, of its carrier."""
+        """A config of these values, of the family or, where its class refuses their shape, of its carrier.
+
+        One that nobody takes can still be built and measured, but not saved for others: see pruning/shapes.py, fits.
+        """
         model_type, values = self.model_type, dict(values)
         hidden, heads = values[self.fields["hidden"]], values[self.fields["heads"]]
         if self.carrier and hidden % heads:
             model_type = self.carrier.model_type
             values = {key: value for key, value in values.items() if key not in self.carrier.without}
             values |= self.carrier.values
+        if self.hidden_rule(values) is not None:
+            values[self.fields["hidden"]] = heads * values["head_dim"]
         config: PretrainedConfig = CONFIG_MAPPING[model_type](**values)
+        setattr(config, self.fields["hidden"], hidden)
         return config
+
+    def hidden_rule(self, values: Mapping[str, Any]) -> str | int | None:
+        """What the config class asks of the hidden width (Space.hidden_rule) in a config of these values."""
+        rotary = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if self.long_rotary and any(rotary.get(name) for name in ("short_factor", "long_factor")):
+            return int(values.get("head_dim") or values[self.fields["hidden"]] // values[self.fields["heads"]])
+        return MULTIPLE if self.whole else None
 
 
 def family_for(config: PretrainedConfig, use: str = "pruned") -> Family:

@@ -21,19 +21,23 @@ from efficientllm.pruning.widths import Widths
 
 BACKWARD_LINEAR = 2.0  # gradients of the inputs and of the weights, each as large as the forward product
 BACKWARD_ATTENTION = 2.5
+BACKWARD_EAGER = 2.0  # without a kernel of its own: nothing is computed again
 
 
 @dataclass(frozen=True)
 class ForwardFlops:
     """One forward pass: linear layers of the decoder layers, attention (scores and values), LM head.
 
-    last_linear: the part of `linear` that each layer does last (down_proj), which recomputation need not repeat.
+    last_linear: the part of `linear` that each layer does last (down_proj), which recomputation need not repeat; none
+    where a norm follows it.
+    backward_attention: attention's products in the backward pass, as a multiple of the forward pass's.
     """
 
     linear: int
     attention: int
     head: int
     last_linear: int
+    backward_attention: float = BACKWARD_ATTENTION
 
     @property
     def base(self) -> int:
@@ -57,11 +61,11 @@ def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = 
         product = 2 * tokens * math.prod(space.axis_length(axis, widths) for axis in axes)
         if layered:
             linear += number // space.widths.layers * widths.layers * product
-            last += widths.layers * product if axes == in_layers[-1] else 0
+            last += widths.layers * product if axes == in_layers[-1] and not space.closing else 0
         else:  # the embedding, and the LM head of the same shape; where they are tied it is one matrix
             head = product
     attention = 4 * rows * widths.layers * space.axis_length(QUERY, widths) * length**2  # scores and values
-    return ForwardFlops(linear, attention, head, last)
+    return ForwardFlops(linear, attention, head, last, BACKWARD_EAGER if space.eager else BACKWARD_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = Fals
     (training/chunked_loss.py).
     """
     linear = (1.0 + BACKWARD_LINEAR) * forward.linear
-    attention = (1.0 + BACKWARD_ATTENTION) * forward.attention
+    attention = (1.0 + forward.backward_attention) * forward.attention
     head = (1.0 + BACKWARD_LINEAR + chunked) * forward.head
     again = forward.base - forward.last_linear if gradient_checkpointing else 0
     return int(linear + attention + head) + again

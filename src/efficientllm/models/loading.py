@@ -21,7 +21,7 @@ from transformers import (
 
 from efficientllm.errors import UsageError
 from efficientllm.models.generation import REFUSED, savable, token_ids
-from efficientllm.models.space import build, check_space, space_of
+from efficientllm.models.space import attention_of, build, check_space, space_of
 
 
 def located(source: str, what: str) -> str:
@@ -80,7 +80,7 @@ def load_model(
     use: str = "pruned",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The source in `dtype` with SDPA attention; with `random_seed` its architecture with fresh weights, in fp32.
+    """The source in `dtype`; with `random_seed` its architecture with fresh weights, in fp32.
 
     Raises UsageError when files are missing, damaged, not safetensors, or do not fill the architecture.
     """
@@ -88,7 +88,7 @@ def load_model(
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return build(config, device)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_of(config), "use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             located(source, what),

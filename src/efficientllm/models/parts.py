@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 LAYERS_PREFIX = "model.layers."  # before the number of a layer
@@ -28,6 +29,27 @@ def blocks(model: Any) -> nn.ModuleList:
     """The decoder layers, in order."""
     parts: nn.ModuleList = model.model.layers
     return parts
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a model makes logits of its last hidden states h (..., hidden): u = W h / divisor, and where there is a cap
+    (Gemma 2, arXiv 2408.00118, sec. 2) cap * tanh(u / cap)."""
+
+    head: nn.Module
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden)
+        logits = logits if self.divisor == 1.0 else logits / self.divisor
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+
+
+def logits_of(model: Any) -> Logits:
+    """By the names that transformers gives to the two in the configs of all families that have them."""
+    divisor, cap = (getattr(model.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+    return Logits(model.get_output_embeddings(), float(divisor or 1.0), cap)
 
 
 def is_recomputed(model: Any) -> bool:

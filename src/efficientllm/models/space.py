@@ -18,6 +18,8 @@ from efficientllm.pruning.dimensions import HIDDEN
 from efficientllm.pruning.groups import ParamSpec, Space, labels
 from efficientllm.pruning.widths import Widths
 
+BY_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry for every layer
+
 
 def head_dim_of(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -57,6 +59,11 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
         embeddings=frozenset({EMBEDDING_WEIGHT}),
         scaling=_scaling(family, params, tied=config.tie_word_embeddings),
         offsets={spec.name: family.offset for spec in params if "norm" in spec.name and labels(spec.axes[0])},
+        closing=frozenset(
+            spec.name for spec in params if spec.name.endswith(tuple(f".{norm}.weight" for norm in family.closing))
+        ),
+        hidden_rule=family.hidden_rule(config.to_dict()),
+        eager=family.eager,
     )
 
 
@@ -95,8 +102,12 @@ def _check_widths(config: PretrainedConfig) -> None:
         )
 
 
-def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
+def narrowed_config(
+    config: PretrainedConfig, widths: Widths, by_layer: Mapping[str, list[Any]] | None = None
+) -> PretrainedConfig:
     """The config of the same family (a Llama may become a Mistral) at other widths.
+
+    by_layer: what its lists by layer are to be (`of_layers`); default: those of the first layers.
 
     Epsilon grows by D/d with the stem's cut, which together with the gains' sqrt(D/d) leaves the function as it is.
     """
@@ -107,20 +118,24 @@ def narrowed_config(config: PretrainedConfig, widths: Widths) -> PretrainedConfi
     values |= {name: record[width] for width, name in family.fields.items()}
     values["head_dim"] = head_dim_of(config)
     values["rms_norm_eps"] = config.rms_norm_eps * config.hidden_size / widths.hidden
-    if values.get("layer_types"):  # all alike where layers may be dropped (see uneven_layers)
-        values["layer_types"] = values["layer_types"][: widths.layers]
-    return family.config(values)
+    return family.config(values | dict(of_layers(values, range(widths.layers)) if by_layer is None else by_layer))
 
 
-def uneven_layers(config: PretrainedConfig) -> bool:
-    """Whether some layers attend otherwise than others, so that a layer cannot take another one's place."""
-    return len(set(getattr(config, "layer_types", None) or ())) > 1
+def of_layers(values: Mapping[str, Any], kept: Sequence[int]) -> dict[str, list[Any]]:
+    """Of a config as a dict the lists by layer, with the entries of these layers alone."""
+    return {name: [values[name][layer] for layer in kept] for name in BY_LAYER if values.get(name)}
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """The implementation of attention that computes the model as it is, by transformers' name."""
+    family = FAMILIES.get(config.model_type)
+    return "eager" if family and family.eager else "sdpa"
 
 
 def build(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A model with fresh fp32 weights, SDPA attention, no key-value cache."""
+    """A model with fresh fp32 weights, no key-value cache."""
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     model.config.use_cache = False
     return model
 
@@ -140,7 +155,7 @@ def empty_model(config: PretrainedConfig, device: torch.device | str = "cpu") ->
     function may differ in the last bit.
     """
     with _Unallocated():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -4,7 +4,8 @@ A gate c_u = 1 multiplies unit u wherever it is read. At token t its gradient is
 unit's entries in the inputs x of the layers that read them, with L the loss summed over tokens. Half the mean of its
 square over tokens, F_u = mean_t(g_tu^2) / 2, is the diagonal of the gate's empirical Fisher information and estimates
 the loss increase in nats of closing it (arXiv 2204.09656, section 4.1: the second-order term of the loss in the masks,
-its Hessian replaced by the Fisher).
+its Hessian replaced by the Fisher). A layer's gate is where it adds to the stem: at the inputs of its o_proj and
+down_proj, or where norms follow those, at the outputs of these norms.
 
 Deviations: the paper squares the gradient of a whole sample, which grows with the sample's length; here every token's
 own is squared, so that the score hardly depends on how many tokens a look takes. The stem's units, which the paper does
@@ -49,7 +50,7 @@ class GateSums:
     """
 
     def __init__(self, space: Space, device: torch.device) -> None:
-        self._shapes = dict(mask_shapes(space.widths))
+        self._shapes, self._closing = dict(mask_shapes(space.widths)), bool(space.closing)
         self._squares = {name: torch.zeros(shape, device=device) for name, shape in self._shapes.items()}
         self._open: list[GatePass] = []
         self._predicted = 0  # in the passes closed
@@ -64,18 +65,23 @@ class GateSums:
 
     @torch.no_grad()
     def add(self, passed: GatePass, axis: str, layer: int | None, inputs: Tensor, gradient: Tensor) -> None:
-        """inputs: x, (rows, length, entries of the axis), of a layer's readers or of the model's; gradient: of the mean
-        loss in x."""
+        """inputs: x, (rows, length, entries of the axis), of a layer's readers or of the model's, or with LAYERS for an
+        axis what the layer adds to the stem; gradient: of the mean loss in x."""
         passed.predicted = inputs.shape[0] * (inputs.shape[1] - 1) if passed.counted is None else passed.counted
         self._empty = False
         products = (inputs.float() * gradient.float()).flatten(0, -2)
+        if axis == LAYERS:
+            assert layer is not None
+            passed.add(LAYERS, products.sum(1, keepdim=True), self._shapes[LAYERS][0], layer)
+            return
         if not DIMENSIONS[axis].within:
             passed.add(axis, products, products.shape[1])
             return
         assert layer is not None
         for name in DIMENSIONS[axis].chain:
             if name == LAYERS:
-                passed.add(LAYERS, products.sum(1, keepdim=True), self._shapes[LAYERS][0], layer)
+                if not self._closing:
+                    passed.add(LAYERS, products.sum(1, keepdim=True), self._shapes[LAYERS][0], layer)
             else:
                 units = products.view(len(products), *self._shapes[name][1:], -1).sum(-1)
                 self._squares[name][layer] += units.square().sum(0)

@@ -50,6 +50,8 @@ from efficientllm.pruning.widths import Widths
 
 Axis = str | int | tuple[str, ...]  # of one dimension: a label, a fixed length, or labels one after the other
 
+MULTIPLE = "multiple"
+
 
 def labels(axis: Axis) -> tuple[str, ...]:
     """The labels of an axis in order; none of a fixed length."""
@@ -86,6 +88,10 @@ class Space:
     scaling: what compaction multiplies a weight by, as axes with powers: the square root of the product of
         (length before / length after) ** power over them (models/space.py derives them from what the norms run over).
     offsets: what a norm adds to its weight to get the gain, by the weight's name; 0 for those that are not here.
+    closing: gains of norms whose outputs are what a layer adds to the stem; none: its linear layers add theirs.
+    hidden_rule: what a model that is to be saved needs of the hidden width: MULTIPLE of the heads, or a number that
+        hidden // heads is; None: nothing (shapes.py).
+    eager: attention's scores stand in memory, and its backward pass does not compute them anew.
     """
 
     params: tuple[ParamSpec, ...]
@@ -94,6 +100,9 @@ class Space:
     embeddings: frozenset[str] = frozenset()
     scaling: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     offsets: Mapping[str, float] = field(default_factory=dict)
+    closing: frozenset[str] = frozenset()
+    hidden_rule: str | int | None = None
+    eager: bool = False
 
     def axis_length(self, axis: Axis, widths: Any) -> Any:
         """Length of an axis; elementwise where the fields of `widths` are tensors."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from efficientllm.pruning.costs import AXIS_TYPES, Cost, Params, place_of, shape_at
 from efficientllm.pruning.dimensions import of_type
-from efficientllm.pruning.groups import Space
-from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.groups import MULTIPLE, Space
+from efficientllm.pruning.shapes import Floors, fits
 from efficientllm.pruning.widths import Widths
 
 OUT_OF_REACH = torch.iinfo(torch.int64).max
@@ -121,6 +121,11 @@ class Landing:
                 raise ValueError(
                     f"target {name} {want} is below its floor of {floor}; lower prune.floors or aim higher"
                 )
+        if not fits(self.space, target):
+            rule = "a multiple of" if self.space.hidden_rule == MULTIPLE else f"{self.space.hidden_rule} times"
+            raise ValueError(
+                f"target hidden {target.hidden} is not {rule} its {target.heads} heads, as this family needs"
+            )
         if target == source:
             raise ValueError("the target widths are the source's own; there is nothing to prune")
 
@@ -129,11 +134,19 @@ class Landing:
         the target are closed downwards: a shape of which no single width can take its next step is maximal."""
         *others, ffn = self._axes
         grid = torch.meshgrid(*others, indexing="ij")
-        last = self._widest_ffn(grid)
-        feasible = last >= 0
+        last = torch.where(fits(self.space, shape_at([*grid, grid[0]])), self._widest_ffn(grid), -1)
+        feasible, best = last >= 0, last  # best: the widest FFN of all shapes that are no narrower elsewhere
         for dim in range(len(others)):
-            here, wider = last.narrow(dim, 0, len(others[dim]) - 1), last.narrow(dim, 1, len(others[dim]) - 1)
+            best = best.flip(dim).cummax(dim).values.flip(dim)
+        for dim in range(len(others)):
+            here, wider = last.narrow(dim, 0, len(others[dim]) - 1), best.narrow(dim, 1, len(others[dim]) - 1)
             feasible.narrow(dim, 0, len(others[dim]) - 1).logical_and_(wider < here)
+        if not bool(feasible.any()):
+            raise ValueError(
+                f"no shape of at most {amount(self.target)} {self.cost.unit} has a hidden width that fits its heads "
+                f"({'a multiple of them' if self.space.hidden_rule == MULTIPLE else 'head_dim times their number'}), "
+                "which this family needs; aim lower, or set prune.align to 1"
+            )
         return torch.stack([*(each[feasible] for each in grid), ffn[last[feasible]]], dim=1)
 
     def _widest_ffn(self, grid: tuple[Tensor, ...]) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from efficientllm.pruning.dimensions import of_type
-from efficientllm.pruning.groups import Space
+from efficientllm.pruning.groups import MULTIPLE, Space
 from efficientllm.pruning.widths import Widths
 
 
@@ -23,6 +24,37 @@ class Floors:
     def of(self, pruning_type: str) -> int:
         """In units of one type in each of its rows."""
         return int(getattr(self, of_type(pruning_type).width))
+
+
+def fits(space: Space, widths: Any) -> Any:
+    """Whether a model of these widths can be saved for others; elementwise where their fields are int64 tensors."""
+    hidden, heads = widths.hidden, widths.heads
+    if space.hidden_rule is None:
+        return heads == heads
+    return hidden % heads == 0 if space.hidden_rule == MULTIPLE else hidden // heads == space.hidden_rule
+
+
+def fitted(space: Space, widths: Widths, allocated: Widths) -> Widths:
+    """The smallest shape that fits, no width of it below these or above the allocated ones, which fit."""
+    if fits(space, widths):
+        return widths
+    found = allocated
+    for kv_heads in range(widths.kv_heads, allocated.kv_heads + 1):
+        for queries in range(widths.queries_per_kv, allocated.queries_per_kv + 1):
+            heads = kv_heads * queries
+            least = (
+                -(-widths.hidden // heads) * heads
+                if space.hidden_rule == MULTIPLE
+                else heads * int(space.hidden_rule or 1)
+            )
+            wider = widths.changed(hidden=max(widths.hidden, least), heads=heads, kv_heads=kv_heads)
+            if (
+                wider.hidden <= allocated.hidden
+                and fits(space, wider)
+                and space.num_params(wider) < space.num_params(found)
+            ):
+                found = wider
+    return found
 
 
 def proportional_widths(
@@ -43,7 +75,7 @@ def proportional_widths(
         ffn = max(least.intermediate, round(scale * source.intermediate))
         heads = kv_heads * source.queries_per_kv
         widths = Widths(source.layers, max(least.hidden, hidden), heads, kv_heads, ffn)
-        if size(widths) <= limit:
+        if size(widths) <= limit and fits(space, widths):
             return widths
     raise ValueError(
         f"no proportional shape has at most {limit:,} {getattr(size, 'unit', 'parameters')}: raise the target"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientllm.models.parts import HEAD_WEIGHT, body
-from efficientllm.pruning.dimensions import HIDDEN
+from efficientllm.pruning.dimensions import HIDDEN, LAYERS
 from efficientllm.pruning.gates import GatePass, GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.saliency import reader_specs
@@ -114,22 +114,25 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
     Each linear layer's input stays in memory until the backward pass has come to it, with activation checkpointing too.
     """
     entered: GatePass | None = None
-    last: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None  # what layers were given, and the view of it that they are given instead
 
-    def watch(axis: str, layer: int | None, inputs: Tensor) -> None:
+    def watch(axis: str, layer: int | None, inputs: Tensor) -> Tensor:
+        """A view of the inputs, whose gradient is that of its readers alone: the stem itself may be read."""
         nonlocal last
-        if torch.compiler.is_compiling():  # first: nothing that changes may become a guard of a caller's graph
-            return
-        # q, k and v are given one tensor, one after the other; its gradient is the sum of theirs.
-        if entered is None or inputs is last or not inputs.requires_grad:
-            return
-        last, passed, kept = inputs, entered, [inputs.detach()]
+        # First: nothing that changes may become a guard of a caller's graph.
+        if torch.compiler.is_compiling() or entered is None or not inputs.requires_grad:
+            return inputs
+        if last is not None and last[0] is inputs:  # q, k and v are given one tensor, one after the other
+            return last[1]
+        view = inputs.view_as(inputs)
+        last, passed, kept = (inputs, view), entered, [inputs.detach()]
 
         def reached(gradient: Tensor) -> None:
             if kept:  # let go at once: the hook lives as long as the graph does
                 gates.add(passed, axis, layer, kept.pop(), gradient)
 
-        inputs.register_hook(reached)
+        view.register_hook(reached)
+        return view
 
     @contextmanager
     def counted(_row: int) -> Iterator[None]:
@@ -141,16 +144,25 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
             entered, last = None, None
 
     def hook_of(axis: str, layer: int | None) -> Any:
-        return lambda module, args: watch(axis, layer, args[0])
+        return lambda module, args: (watch(axis, layer, args[0]), *args[1:])
 
-    # The head reads the last hidden states, tied or not, also where a chunked loss bypasses its module.
-    head = body(model).register_forward_hook(lambda module, args, out: watch(HIDDEN, None, out[0]))
-    handles = [head]
+    def adds_to_stem(layer: int | None) -> Any:
+        return lambda module, args, out: watch(LAYERS, layer, out)
+
+    def before_head(module: nn.Module, args: Any, out: Any) -> None:
+        """The head reads the last hidden states, tied or not, also where a chunked loss bypasses its module."""
+        out["last_hidden_state"] = watch(HIDDEN, None, out[0])
+
+    handles = [body(model).register_forward_hook(before_head)]
     try:
         for spec in reader_specs(space):
             if spec.name != HEAD_WEIGHT:
                 module = model.get_submodule(spec.name.removesuffix(".weight"))
                 handles.append(module.register_forward_pre_hook(hook_of(str(spec.axes[1]), spec.layer)))
+        for spec in space.params:
+            if spec.name in space.closing:
+                module = model.get_submodule(spec.name.removesuffix(".weight"))
+                handles.append(module.register_forward_hook(adds_to_stem(spec.layer)))
         yield counted
     finally:
         for handle in handles:

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from efficientllm.models.flops import forward_flops, teacher_flops
-from efficientllm.models.parts import body
+from efficientllm.models.parts import body, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.training.gradient import Precision, next_tokens
 
 Base = Callable[..., object]
+Head = Callable[[Tensor], Tensor]
 
 
 class Teacher(Protocol):
@@ -54,7 +55,7 @@ class LiveTeacher:
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self.model.get_output_embeddings()(said[0]).float()
+            logits = logits_of(self.model)(said[0]).float()
             wanted = functional.log_softmax(logits / temperature, dim=-1)
         return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
 
@@ -95,11 +96,11 @@ class Distillation:
     temperature: float
     chunk: int
 
-    def summed_loss(self, base: Base, head: nn.Module, rows: Tensor, precision: Precision) -> Tensor:
+    def summed_loss(self, base: Base, head: Head, rows: Tensor, precision: Precision) -> Tensor:
         """The distillation loss of every next token, summed, in nats (fp32 scalar).
 
-        base: the student without its LM head. rows: int64 (rows, length). Logits are computed chunk by chunk, and
-        again in the backward pass.
+        base: the student without its LM head; head: what makes its logits. rows: int64 (rows, length). Logits are
+        computed chunk by chunk, and again in the backward pass.
         """
         with precision.context():
             said = self.teacher.says(rows)
@@ -110,7 +111,7 @@ class Distillation:
                 total = total + checkpoint(self._chunk_loss, head, *part, use_reentrant=False)
         return total
 
-    def _chunk_loss(self, head: nn.Module, hidden: Tensor, labels: Tensor, *said: Tensor) -> Tensor:
+    def _chunk_loss(self, head: Head, hidden: Tensor, labels: Tensor, *said: Tensor) -> Tensor:
         """hidden (tokens, hidden width); labels (tokens,), -100 where there is no next token."""
         logits = head(hidden).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum") * (1.0 - self.weight)

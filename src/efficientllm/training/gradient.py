@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from efficientllm.distributed.layout import Runner
 from efficientllm.distributed.ranks import ALONE, World
-from efficientllm.models.parts import body
+from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.shards import local
 from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
 
@@ -56,19 +56,22 @@ def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: 
     chunked: without all logits in memory at once (training/chunked_loss.py).
     """
     if chunked:
-        hidden, weight = _before_head(model, rows, precision)
-        return linear_cross_entropy(hidden, weight, next_tokens(rows).flatten(), chunk_tokens(len(weight)))
+        hidden, weight, cap = _before_head(model, rows, precision)
+        return linear_cross_entropy(hidden, weight, next_tokens(rows).flatten(), chunk_tokens(len(weight)), cap)
     with precision.context():
         logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
     # Shifting the labels rather than the logits saves a copy of the largest tensor of the step.
     return functional.cross_entropy(logits.flatten(0, 1).float(), next_tokens(rows).flatten(), reduction="sum")
 
 
-def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Last hidden states (tokens, width), in the dtype of computation, and the LM head's weight."""
+def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor, Tensor, float | None]:
+    """Last hidden states (tokens, width), in the dtype of computation, divided as the logits are; the LM head's weight;
+    the cap on the logits."""
     with precision.context():
         hidden: Tensor = body(model)(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
-    return hidden.to(torch.bfloat16) if precision.bf16 else hidden, model.get_output_embeddings().weight
+    hidden, rule = hidden.to(torch.bfloat16) if precision.bf16 else hidden, logits_of(model)
+    hidden = hidden if rule.divisor == 1.0 else hidden / rule.divisor
+    return hidden, model.get_output_embeddings().weight, rule.cap
 
 
 @torch.no_grad()
@@ -76,8 +79,8 @@ def row_losses(model: Forward, rows: Tensor, precision: Precision, *, chunked: b
     """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,). chunked: as for summed_loss."""
     labels = next_tokens(rows).flatten()
     if chunked:
-        hidden, weight = _before_head(model, rows, precision)
-        losses = token_losses(hidden, weight, labels, chunk_tokens(len(weight)))
+        hidden, weight, cap = _before_head(model, rows, precision)
+        losses = token_losses(hidden, weight, labels, chunk_tokens(len(weight)), cap)
     else:
         with precision.context():
             logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]

@@ -11,11 +11,11 @@ from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import load_table
-from efficientllm.models.space import space_of, uneven_layers
+from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import Cost, KVCache, Params, counts
 from efficientllm.pruning.criteria import criteria_of
-from efficientllm.pruning.dimensions import ATTENTION, DEPTH
+from efficientllm.pruning.dimensions import ATTENTION
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
@@ -111,18 +111,8 @@ def decided(
 ) -> tuple[PrunerOptions, tuple[Landing, ...]]:
     """How the engine decides on this source, and where it lands. Raises UsageError or ValueError for what cannot be
     had."""
-    _refuse_uneven_depth(prune, source)
     cost = cost_of(prune, source, sequence_length)
     return options_and_landings(prune, space_of(source), seed=seed, cost=cost)
-
-
-def _refuse_uneven_depth(prune: PruneConfig, source: PretrainedConfig) -> None:
-    """Raises UsageError where layers are to fall although they cannot take each other's places."""
-    if DEPTH in prune.types and uneven_layers(source):
-        raise UsageError(
-            "prune.types has depth, but the source's layers attend differently (layer_types in its config.json); leave "
-            "depth out"
-        )
 
 
 def options_and_landings(

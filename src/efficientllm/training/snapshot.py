@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.models.parts import HEAD_WEIGHT, is_recomputed, recompute
-from efficientllm.models.space import empty_model, narrowed_config, space_of
+from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of
 from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
+from efficientllm.pruning.dimensions import LAYERS
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
@@ -96,7 +97,7 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    narrow = narrowed_config(source, widths).to_dict()
+    narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
 

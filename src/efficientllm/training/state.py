@@ -26,6 +26,7 @@ from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.schedule import Schedule
+from efficientllm.pruning.shapes import fitted
 from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
@@ -224,6 +225,7 @@ def narrower(
 ) -> Widths | None:
     """Widths that allocated ones are to be cut to, or None. count: parameters of a model of some widths."""
     widths = live if exactly else plan.landing.align.round_up(live, allocated)
+    widths = fitted(plan.landing.space, widths, allocated)
     if widths == allocated:
         return None
     return widths if exactly or 1.0 - count(widths) / count(allocated) >= plan.compact_at else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.models.flops import forward_flops, training_flops
-from efficientllm.models.parts import body
+from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
@@ -199,8 +199,8 @@ class Step(Passes):
         if use == "inputs":
             return partial(_hidden_states, model, self._precision)
         if use == "step" and self._distillation is not None:
-            head = model.get_output_embeddings()
-            return partial(self._distillation.summed_loss, body(model), head, precision=self._precision)
+            summed = self._distillation.summed_loss
+            return partial(summed, body(model), logits_of(model), precision=self._precision)
         vocabulary = model.config.vocab_size
         chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, vocabulary)
         return partial(summed_loss, model, precision=self._precision, chunked=chunked)
