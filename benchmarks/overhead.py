@@ -1,11 +1,12 @@
 """What pruning costs: a pruned step, the whole pruning phase, and memory, each against plain training.
 
-    python benchmarks/overhead.py [--steps 60] [--only step phase memory] [--json out.json]
+    python benchmarks/overhead.py [--steps 60] [--only step phase memory documents] [--json out.json]
 
-A 2.2 M parameter Llama, batches of 4,096 random tokens, saliency taylor-element. Compared runs take their steps in turn
-within one process, so that a busy machine slows both; quoted are medians over blocks of 10 steps of the ratio of their
-times, because a calibration falls on some steps only. Memory is the peak resident size of a fresh process above its
-size before the model is built.
+A 2.2 M parameter Llama, batches of 4,096 random tokens, saliency taylor-element. `documents` is a plain step whose
+attention stays within documents, by the length of a row, against one whose attention crosses them. Compared runs take
+their steps in turn within one process, so that a busy machine slows both; quoted are medians over blocks of 10 steps of
+the ratio of their times, because a calibration falls on some steps only. Memory is the peak resident size of a fresh
+process above its size before the model is built.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from transformers import LlamaConfig
 
 from efficientllm.config import Recipe
+from efficientllm.data.planes import Planes, with_planes
 from efficientllm.models.space import build, space_of
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import StepRecord, train_steps
@@ -32,16 +34,29 @@ from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import TrainState, start
 
 SEQUENCE, BATCH = 256, 4096
+LENGTHS = (256, 1024)
 BLOCK = 10
-PARTS = ["step", "phase", "memory"]
+PARTS = ["step", "phase", "memory", "documents"]
+DOCUMENT = 128  # tokens of one, on average
 SCORES = {"saliency": "taylor-element"}  # not in nats, so that types are calibrated
 PHASE: dict[str, object] = SCORES | {"target": "40%", "end": "100%", "curve": "linear", "correction": "none"}
 
 
 class RandomBatches:
+    """length: of a row; within: with the positions and labels of documents of random lengths."""
+
+    def __init__(self, length: int, *, within: bool) -> None:
+        self.length, self.within = length, within
+
     def batch(self, step: int, part: slice = slice(None), /) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
-        return torch.randint(0, 2048, (BATCH // SEQUENCE, SEQUENCE), generator=generator)[part]
+        ids = torch.randint(0, 2048, (BATCH // self.length, self.length), generator=generator)[part]
+        if not self.within:
+            return ids
+        ids[torch.rand(ids.shape, generator=generator) < 1 / DOCUMENT] = 2048  # the EOS, for the planes alone
+        rows = torch.from_numpy(with_planes(ids.numpy(), None, Planes.POSITIONS, 2048))
+        rows[..., :2].clamp_(max=2047)
+        return rows
 
 
 def source() -> LlamaConfig:
@@ -52,20 +67,25 @@ def source() -> LlamaConfig:
         num_attention_heads=6,
         num_key_value_heads=6,
         intermediate_size=512,
-        max_position_embeddings=SEQUENCE,
+        max_position_embeddings=max(LENGTHS),
         tie_word_embeddings=True,
     )
 
 
 def run(
-    steps: int, prune: dict[str, object] | None, *, compacts: bool = True
+    steps: int,
+    prune: dict[str, object] | None,
+    *,
+    compacts: bool = True,
+    length: int = SEQUENCE,
+    within: bool = False,
 ) -> tuple[TrainState, Iterator[StepRecord]]:
     """A run that begins at the source shape, and its steps. compacts: before its end too."""
-    train = {"tokens": steps * BATCH, "batch_tokens": BATCH, "micro_batch": BATCH // SEQUENCE, "lr": 1e-3}
+    train = {"tokens": steps * BATCH, "batch_tokens": BATCH, "micro_batch": BATCH // length, "lr": 1e-3}
     recipe = Recipe.model_validate(
         {
             "source": "benchmark",
-            "data": {"train": "none", "sequence_length": SEQUENCE},
+            "data": {"train": "none", "sequence_length": length},
             "train": train,
             "prune": prune,
             "run": {"dir": "none"},
@@ -77,7 +97,9 @@ def run(
     plan = plan if plan is None or compacts else replace(plan, compact_at=1.0)
     state = start(model, recipe.train, plan)
     precision = Precision.choose("fp32", torch.device("cpu"))
-    records = train_steps(state, RandomBatches(), recipe.train, plan, steps=steps, precision=precision)
+    records = train_steps(
+        state, RandomBatches(length, within=within), recipe.train, plan, steps=steps, precision=precision
+    )
     return state, records
 
 
@@ -118,6 +140,17 @@ def step_overhead(steps: int) -> dict[str, object]:
         "steps_per_calibration": steps / max(1, calibrations),
         "plain_step_seconds": statistics.median(seconds["plain"]),
     }
+
+
+def documents_cost(steps: int) -> dict[str, object]:
+    """A step whose attention stays within documents against a plain one, by the length of a row."""
+    costs: dict[str, object] = {}
+    for length in LENGTHS:
+        runs = [run(steps, None, length=length, within=within)[1] for within in (False, True)]
+        seconds = [[next(records).seconds for records in runs] for _ in range(steps)]
+        plain, ours = (list(each) for each in zip(*seconds, strict=True))
+        costs[str(length)] = summary(block_ratios(ours, plain))
+    return costs
 
 
 def phase_cost(steps: int) -> dict[str, float]:
@@ -195,6 +228,7 @@ def main() -> None:
         "step": lambda: step_overhead(arguments.steps),
         "phase": lambda: phase_cost(4 * arguments.steps),
         "memory": memory,
+        "documents": lambda: documents_cost(arguments.steps),
     }
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",

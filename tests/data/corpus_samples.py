@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import ByteLevelBPETokenizer
@@ -42,12 +44,13 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_path(
-    cache_dir: Path, train: Any, vocab_size: int | None = None, say: Any = None, **data: Any
+    cache_dir: Path, train: Any, vocab_size: int | None = None, say: Any = None, tokenizer: Any = None, **data: Any
 ) -> tuple[list[Corpus], list[Corpus]]:
-    """load_corpora of a path or of sources; data: further keys of DataConfig."""
+    """load_corpora of a path or of sources; data: further keys of DataConfig; tokenizer: else small_tokenizer."""
     train = str(train) if isinstance(train, Path) else train
     settings = {"train": train, "sequence_length": LENGTH, "cache_dir": str(cache_dir), "workers": 1}
-    return load_corpora(DataConfig(**(settings | data)), small_tokenizer(), vocab_size=vocab_size, on_progress=say)
+    tokenizer = tokenizer or small_tokenizer()
+    return load_corpora(DataConfig(**(settings | data)), tokenizer, vocab_size=vocab_size, on_progress=say)
 
 
 def write_jsonl(path: Path, texts: list[str] = STORIES) -> Path:
@@ -62,6 +65,27 @@ def stream_of(texts: list[str]) -> list[int]:
     return [
         token for text in texts for token in [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     ]
+
+
+def documents_of(texts: list[str], *, ended: bool) -> list[list[int]]:
+    """The tokens of each text, an EOS behind them or not."""
+    tokenizer = small_tokenizer()
+    end = [tokenizer.eos_token_id] if ended else []
+    return [[*tokenizer.encode(text, add_special_tokens=False), *end] for text in texts]
+
+
+def write_megatron(path: Path, documents: list[list[list[int]]], dtype: str = "uint16") -> Path:
+    """PATH.idx and PATH.bin as Megatron-LM writes them; documents: of sequences of tokens. Returns the index."""
+    codes = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+    sequences = [np.asarray(sequence, dtype) for document in documents for sequence in document]
+    lengths = np.asarray([len(sequence) for sequence in sequences], "<i4")
+    begins = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
+    borders = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, codes[dtype], len(sequences), len(borders))
+    index = Path(f"{path}.idx")
+    index.write_bytes(head + lengths.tobytes() + begins.tobytes() + borders.tobytes())
+    Path(f"{path}.bin").write_bytes(b"".join(sequence.tobytes() for sequence in sequences))
+    return index
 
 
 def tokens_in(part: Corpus) -> list[int]:

@@ -39,8 +39,13 @@ from data.corpus_samples import (
 )
 from efficientllm import cache, files
 from efficientllm.cache import file_digest
-from efficientllm.data import corpus, documents, rows, sources
+from efficientllm.data import documents, encoding, making, rows, sources
 from efficientllm.data.corpus import Corpus
+
+
+def arrow(part: Corpus) -> datasets.Dataset:
+    assert isinstance(part.rows, rows.ArrowRows)
+    return part.rows.dataset
 
 
 @pytest.fixture
@@ -64,14 +69,16 @@ def test_every_format_gives_the_documents_end_to_end(make: Callable[[Path], str]
     assert len(train) == len(expected) // LENGTH
     assert tokens_in(train) == expected[: len(train) * LENGTH]
     assert tokens_in(held) == stream_of(STORIES[:9])[: len(held) * LENGTH]
-    assert train.rows.features == datasets.Features({"input_ids": datasets.Sequence(datasets.Value("uint16"), LENGTH)})
+    assert arrow(train).features == datasets.Features(
+        {"input_ids": datasets.Sequence(datasets.Value("uint16"), LENGTH)}
+    )
 
 
 def test_take_reads_any_rows_in_any_order(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_WRITE_TOKENS", 5 * LENGTH)  # many chunks in the file
     (train,), _ = load(write_jsonl(tmp_path / "a.jsonl"))
-    assert len(train.rows.data.column("input_ids").chunks) > 10
-    everything = torch.tensor(train.rows["input_ids"][:])
+    assert len(arrow(train).data.column("input_ids").chunks) > 10
+    everything = torch.tensor(arrow(train)["input_ids"][:])
     indices = np.random.default_rng(0).integers(0, len(train), 50)
     taken = train.take(indices.tolist())
     assert taken.dtype == torch.int64
@@ -85,10 +92,10 @@ def test_take_reads_any_rows_in_any_order(tmp_path: Path, load: Any, monkeypatch
 def test_processes_and_pieces_change_nothing(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         write_jsonl(tmp_path / "data" / f"{number}.jsonl", STORIES[number * 20 : number * 20 + 20])
-    for module, limit, value in [(rows, "_PROCESS_BYTES", 100), (sources, "_PROCESS_BYTES", 100)]:
+    for module, limit, value in [(encoding, "_PROCESS_BYTES", 100), (sources, "_PROCESS_BYTES", 100)]:
         monkeypatch.setattr(module, limit, value)
-    monkeypatch.setattr(rows, "_GROUP_CHARS", 300)
-    monkeypatch.setattr(rows, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(encoding, "_GROUP_CHARS", 300)
+    monkeypatch.setattr(encoding, "_BATCH_BYTES", 1000)
     monkeypatch.setattr(rows, "_WRITE_TOKENS", 3 * LENGTH + 5)
     (train,), _ = load(tmp_path / "data", workers=2, validation=str(tmp_path / "data" / "1.jsonl"))
     assert tokens_in(train) == stream_of(STORIES)[: len(train) * LENGTH]
@@ -112,8 +119,8 @@ def test_a_second_call_tokenises_nothing_and_a_change_does(
     tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    tokenise = rows.tokenise
-    monkeypatch.setattr(corpus, "tokenise", lambda *args: calls.append(args[-1]) or tokenise(*args))
+    tokenise = encoding.tokenise
+    monkeypatch.setattr(making, "tokenise", lambda *args: calls.append(args[-1]) or tokenise(*args))
     path = write_jsonl(tmp_path / "a.jsonl")
     (first,), (first_held,) = load(path)
     (again,), (again_held,) = load(path)
@@ -171,7 +178,7 @@ def test_killed_half_way_leaves_nothing_wrong(
     moment: str, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
-    place = files if moment == "flush" else corpus  # flush: all is written, and about to get its name
+    place = files if moment == "flush" else making  # flush: all is written, and about to get its name
     act = getattr(place, moment)
 
     def die(*args: Any) -> None:

@@ -28,7 +28,7 @@ from data.corpus_samples import (
     write_jsonl,
 )
 from efficientllm.config import DataConfig
-from efficientllm.data import corpus, rows, sources
+from efficientllm.data import encoding, making, sources
 from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.errors import UsageError
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_cleared(
         except OSError as error:
             raise RuntimeError("while writing") from error
 
-    monkeypatch.setattr(corpus, place, full)
+    monkeypatch.setattr(making, place, full)
     with pytest.raises(UsageError, match=r"the disk of .*cache.* is full .*free some space, or set data.cache_dir"):
         load(write_jsonl(tmp_path / "a.jsonl"))
     assert not list((tmp_path / "cache").rglob("*partial*"))
@@ -164,14 +164,14 @@ def test_a_source_that_changes_while_it_is_read_is_not_cached(
     tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
-    read = corpus.read
+    read = making.read
 
     def read_and_change(*args: Any) -> datasets.Dataset:
         texts = read(*args)
         write_jsonl(path, STORIES[1:])
         return texts
 
-    monkeypatch.setattr(corpus, "read", read_and_change)
+    monkeypatch.setattr(making, "read", read_and_change)
     with pytest.raises(UsageError, match=r"a.jsonl' changed while it was read; run again"):
         load(path)
 
@@ -193,7 +193,7 @@ def test_a_disk_that_worker_processes_find_full_is_named(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rows, "_PROCESS_BYTES", 100)
-    monkeypatch.setattr(rows, "encode", full)
+    monkeypatch.setattr(encoding, "_PROCESS_BYTES", 100)
+    monkeypatch.setattr(encoding, "encode", full)
     with pytest.raises(UsageError, match=r"the disk of .*cache.* is full"):
         load(write_jsonl(tmp_path / "a.jsonl"), workers=2)

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from conftest import tiny_model
 from efficientllm.checkpoint.store import checkpoints, load, save
 from efficientllm.config import DistributedConfig, PruneConfig, TrainConfig
+from efficientllm.data.planes import Planes, with_planes
+from efficientllm.data.rows import BEGINS, CONTEXT
 from efficientllm.distributed.launch import joined
 from efficientllm.distributed.layout import with_mesh
 from efficientllm.distributed.ranks import World
@@ -43,16 +46,23 @@ class Case:
     correction: str = "second-order"
     target: str = "60%"
     loss: str = "plain"
+    planes: int = 1  # of a row: labels for some tokens, documents of their own
     begin: str = ""
     leave: str = ""
 
 
 class Batches:
-    """The batch of a step is a function of the step alone."""
+    """The batch of a step is a function of the step alone. Of rows with planes the later ones have fewer labels."""
+
+    def __init__(self, planes: int) -> None:
+        self.planes = Planes(planes)
 
     def batch(self, step: int, part: slice = slice(None), /) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1000 + step)
-        return torch.randint(0, 61, (ROWS, LENGTH), generator=generator)[part]
+        ids = torch.randint(0, 61, (ROWS, LENGTH), generator=generator).numpy()
+        marks = np.tril(np.full((ROWS, LENGTH), CONTEXT, dtype=np.uint8))
+        marks[:, 5] |= BEGINS
+        return torch.from_numpy(with_planes(ids, marks, self.planes, 0))[part]
 
 
 @patch("efficientllm.training.optim.EPS", 1e-3)  # so that rounding moves no weight whose gradient is all but zero
@@ -93,7 +103,8 @@ def play(case: Case, ranks: World, folder: Path) -> None:
     else:
         state = start(model, train, plan, ranks)
     events, losses, compactions = [], [], 0
-    for record in train_steps(state, Batches(), train, plan, steps=case.steps, precision=PRECISION, batch_rows=ROWS):
+    batches = Batches(case.planes)
+    for record in train_steps(state, batches, train, plan, steps=case.steps, precision=PRECISION, batch_rows=ROWS):
         losses.append(record.loss)
         compactions += record.compaction is not None
         for applied in record.prune.events if record.prune else ():

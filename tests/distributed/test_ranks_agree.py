@@ -29,6 +29,7 @@ TWO = [
         correction="none",
         steps=3,
     ),
+    Case("full-labels", criterion="gate-fisher", correction="none", steps=3, planes=3),
     Case("none-fisher", family="qwen2-gqa-tied", shard="none", criterion="fisher", correction="none"),
 ]
 FOUR = [

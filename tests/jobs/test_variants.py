@@ -86,13 +86,39 @@ def test_other_families_through_the_whole_job(world: World, name: str, tmp_path:
     assert summary["result"]["validation_loss"] < summary["source"]["validation_loss"]
 
 
-def test_a_weighted_mixture_goes_on_with_the_same_batches(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    train = [
-        {"path": str(world.folder / "train.jsonl"), "weight": 1.0},
-        {"path": str(world.folder / "validation.jsonl"), "weight": 1.0},
-    ]
-    recipe = world.write("mixed", data={"train": train}, train={"tokens": 12 * 256})
-    folder = world.folder / "runs" / "mixed"
+def write_talks(world: World) -> Path:
+    """Conversations, and a tokenizer with a template for them. Returns the file."""
+    tokenizer = load_tokenizer(str(world.folder / "source"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(world.folder / "chats")
+    file, lines = world.folder / "chats" / "talks.jsonl", []
+    for number in range(30):
+        turns = [{"role": "user", "content": f"write {number}"}, {"role": "assistant", "content": "short words"}]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    file.write_text("".join(lines))
+    return file
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_weighted_mixture_goes_on_with_the_same_batches(
+    world: World, chats: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of texts; of texts and conversations, attention within each and a teacher of them."""
+    other = write_talks(world) if chats else world.folder / "validation.jsonl"
+    train = [{"path": str(world.folder / "train.jsonl"), "weight": 1.0}, {"path": str(other), "weight": 1.0}]
+    name, sections = "mixed", dict[str, Any]()
+    if chats:
+        name, sections = "mixed-chats", {"tokenizer": str(world.folder / "chats"), "distill": {"weight": 0.3}}
+        sections["data"] = {
+            "validation": [str(world.folder / "validation.jsonl"), str(other)],
+            "within_documents": True,
+        }
+    sections["data"] = sections.get("data", {}) | {"train": train}
+    recipe = world.write(name, train={"tokens": 12 * 256}, **sections)
+    folder = world.folder / "runs" / name
     assert call("prune", recipe) == 0
     whole = losses(folder)
     (folder / "summary.json").unlink()

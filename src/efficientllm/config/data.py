@@ -19,10 +19,14 @@ class DataSource(Section):
     section: ClassVar[str] = "data.train[]"
     path: Text = Field(
         description="File, glob, folder saved by datasets (relative to the current directory), or hub id, as "
-        "org/data:name:split where it has several"
+        "org/data:name:split where it has several; of Megatron's .bin and .idx either"
     )
     weight: Real = Field(default=1.0, gt=0, description="Share of the tokens, relative to the other sources")
-    text_column: Text = Field(default="text", description="Column with the text")
+    text_column: Text = Field(
+        default="text",
+        description="Column with texts, conversations or token ids; without a column text: messages or input_ids, "
+        "where there is one",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +74,11 @@ class DataConfig(Section):
         default=0.005, description="Held-out text, as data.train; or the share of the documents of train to hold out"
     )
     sequence_length: Count = Field(default=1024, ge=8, description="Tokens in a row")
+    within_documents: bool = Field(
+        default=False,
+        description="Attention stays within a document, and positions restart there; false: it crosses the documents "
+        "of a row, as in most pretraining",
+    )
     cache_dir: Annotated[Text | None, Fact.FREE] = Field(
         default=None,
         description="Folder for tokenised text; null: $EFFICIENTLLM_CACHE, or ~/.cache/efficientllm",

@@ -1,1 +1,1 @@
-"""Text becomes memory-mapped rows of tokens, once; the batch of a step is a function of seed and step."""
+"""What is read becomes memory-mapped rows of tokens, once; the batch of a step is a function of seed and step."""

@@ -1,8 +1,10 @@
-"""The corpus: text tokenised once, kept as memory-mapped rows of `sequence_length` tokens, cached by content.
+"""The corpus: memory-mapped rows of `sequence_length` tokens, of text and conversations, tokenised once, or of tokens
+that are there already; cached by content.
 
 The cache folder of a source is named by a sha256 over all that its rows depend on: the bytes of its files (or the
-fingerprint of a hub data set, which contains its revision), the text column, the tokenizer, the row length and the
-rule of what is held out. It appears under that name only when it is complete.
+fingerprint of a hub data set, which contains its revision), the column, the tokenizer (with its chat template where
+there are conversations), the row length and the rule of what is held out. It appears under that name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -10,25 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.data.cache import plain_errors, tokenizer_digest
-from efficientllm.data.documents import no_documents
-from efficientllm.data.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
-from efficientllm.data.sources import Located, load_from_hub, locate, read
+from efficientllm.data.chat import chat_template
+from efficientllm.data.locating import Located, locate
+from efficientllm.data.making import Maker, file_of
+from efficientllm.data.planes import Planes, with_planes
+from efficientllm.data.rows import Part, Rows
+from efficientllm.data.sources import load_from_hub, resolved
 from efficientllm.errors import UsageError
 from efficientllm.files import appearing, locked
 
@@ -42,40 +44,31 @@ _FORMAT = 1  # of the cache; a new number makes old caches invisible
 class Corpus:
     """Rows of tokens from one source.
 
-    rows: column `input_ids`, fixed-size lists of uint16 or int32, one EOS after each document; weight relative to
-    the other sources; documents begun in it; tokens, those of a last, partial row included, which is not in `rows`;
-    key: digest of everything that the rows depend on.
+    rows: on the disk; weight relative to the other sources; documents begun in it; tokens, those of a last, partial row
+    included, which is not in `rows`; key: digest of everything that the rows depend on; end: the EOS, one of which
+    follows each document but conversations, which the template ends; planes: of the rows that `take` gives.
     """
 
     name: str
-    rows: Dataset
+    rows: Rows
     weight: float
     documents: int
     tokens: int
     key: str = ""
+    end: int = -1
+    planes: Planes = Planes.TOKENS
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Rows by index, in that order, int64 (len(indices), sequence_length). Raises IndexError for one outside."""
+        """Rows by index, in that order, int64 (len(indices), sequence_length) or with planes (data/planes.py). Raises
+        IndexError for one outside."""
         index = np.asarray(indices, dtype=np.int64)
         if index.size and not (index.min() >= 0 and index.max() < len(self)):
             raise IndexError(f"row outside range({len(self)}) of {self.name}")
-        starts, views = self._chunks
-        chunks = np.searchsorted(starts, index, side="right") - 1
-        taken = np.empty((len(index), views[0].shape[1]), dtype=np.int64)
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            taken[here] = views[chunk][index[here] - starts[chunk]]
-        return torch.from_numpy(taken)
-
-    @cached_property
-    def _chunks(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """First row of each chunk of the file, and the chunks as views (rows, sequence_length) of the mapped file."""
-        column = self.rows.data.column(COLUMN)
-        views = [chunk.flatten().to_numpy().reshape(len(chunk), column.type.list_size) for chunk in column.chunks]
-        return np.cumsum([0, *(len(view) for view in views[:-1])]), views
+        marks = None if self.planes == Planes.TOKENS else self.rows.marks(index)
+        return torch.from_numpy(with_planes(self.rows.take(index), marks, self.planes, self.end))
 
 
 def load_corpora(
@@ -90,6 +83,9 @@ def load_corpora(
     Where data.validation is a share, that of the documents of each source is held out, chosen by a hash of their text
     (rows.plan_holdout), and never trained on. A source that cannot be divided by documents, as when it is
     a single one, has its last rows held out instead. At most one partial row is left out at the end of each part.
+
+    Where one source to train on holds conversations, rows of all of them have labels, and with data.within_documents
+    positions too (data/planes.py).
 
     vocab_size: of the model, to see that the tokenizer's ids fit in. on_progress is told in one line what happens;
     progress bars go to stderr. Raises UsageError for input that cannot be used.
@@ -112,7 +108,8 @@ def load_corpora(
         corpora, largest_id = loader.load(source, None)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         validation.append(corpora[0])
-    return train, validation
+    planes = max(corpus.planes for corpus in train)
+    return [replace(corpus, planes=planes) for corpus in train], validation
 
 
 def _check_ids(largest_id: int, what: str, vocab_size: int | None) -> None:
@@ -127,36 +124,38 @@ class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
-        self._tokenizer, self._say = tokenizer, say
-        self._length = data.sequence_length
-        self._workers = data.workers or _cores()
+        self._tokenizer, self._say, self._length = tokenizer, say, data.sequence_length
+        self._workers, self._within = data.workers or _cores(), data.within_documents
+        self._maker = Maker(tokenizer, self._length, self._workers, say)
         self._cache = cache_root(data.cache_dir) / "corpora"
         self._tokenizer_digest = tokenizer_digest(tokenizer)
 
     def load(self, source: DataSource, fraction: float | None) -> tuple[list[Corpus], int]:
         """The corpus of a source and, where a fraction is held out, that corpus; and the largest token id in both."""
-        located = locate(source)
+        located = resolved(locate(source))
         with plain_errors(located.name, self._cache):
             folder = self._cache / self._key(located, fraction)
-            parts = _facts(folder)
+            parts = _facts(located, folder)
             if parts is None:
                 waiting = f"{located.name}: another process is tokenising it; waiting"
                 with locked(folder.with_suffix(".lock"), lambda: self._say(waiting)):
-                    parts = _facts(folder) or self._make(located, folder, fraction)
-        corpora = [
-            Corpus(
-                located.name + (" (held out)" if name == "validation" else ""),
-                Dataset.from_file(str(_file(folder, name))),
-                source.weight,
-                part.documents,
-                part.tokens,
-                folder.name,
-            )
-            for name, part in parts.items()
-        ]
-        counted = (f"{len(corpus):,} rows of {corpus.documents:,} documents" for corpus in corpora)
-        self._say(f"{located.name}: {', held out '.join(counted)}")
+                    parts = _facts(located, folder) or self._make(located, folder, fraction)
+        corpora = [self._corpus(located, folder, name, part) for name, part in parts.items()]
+        self._say(f"{located.name}: {said(located, list(parts.values()))}")
         return corpora, max(part.largest_id for part in parts.values())
+
+    def _corpus(self, located: Located, folder: Path, name: str, part: Part) -> Corpus:
+        planes = Planes.LABELS if located.content == "chat" else Planes.TOKENS
+        return Corpus(
+            located.name + (" (held out)" if name == "validation" else ""),
+            self._maker.open(located, folder, name),
+            located.source.weight,
+            part.documents,
+            part.tokens,
+            folder.name,
+            int(self._tokenizer.eos_token_id),
+            Planes.POSITIONS if self._within else planes,
+        )
 
     def _key(self, located: Located, fraction: float | None) -> str:
         """Names the cache folder: a digest of everything that the rows depend on."""
@@ -174,58 +173,41 @@ class _Loader:
             "length": self._length,
             "held_out": fraction,
         }
+        if located.content != "text":
+            parts["of"] = located.content
+        if located.content == "chat":
+            parts["template"] = chat_template(self._tokenizer, located.name)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
     def _make(self, located: Located, folder: Path, fraction: float | None) -> dict[str, Part]:
-        """Tokenises a source into its cache folder and returns what is in it."""
-        name = located.name
+        """Makes the cache folder of a source and returns what is in it."""
         # One that is whole has been made by another machine meanwhile, with the same content, and may be in use.
-        with appearing(folder, alone=False, keep=lambda there: _facts(there) is not None) as done:
-            partial = done / "scratch"
-            partial.mkdir()
-            self._say(f"{name}: reading")
-            texts = read(located, partial / "source", self._workers)
+        with appearing(folder, alone=False, keep=lambda there: _facts(located, there) is not None) as done:
+            parts = self._maker.make(located, done, fraction)
             if located.kind != "hub" and self._key(located, fraction) != folder.name:
-                raise UsageError(f"'{name}' changed while it was read; run again once it is complete")
-            self._say(f"{name}: tokenising {len(texts):,} documents")
-            encoder = Encoder(self._tokenizer)
-            tokens = tokenise(texts, encoder, partial, self._workers, name)
-            holdout = self._plan(tokens, name, fraction)
-            files = _file(done, "train"), _file(done, "validation")
-            train, held = cut(tokens, holdout, self._length, encoder.dtype, *files)
-            parts = {"train": train} if fraction is None else {"train": train, "validation": held}
+                raise UsageError(f"'{located.name}' changed while it was read; run again once it is complete")
             (done / "parts.json").write_text(json.dumps({name: asdict(part) for name, part in parts.items()}))
-            shutil.rmtree(partial)
         return parts
 
-    def _plan(self, tokens: Dataset, name: str, fraction: float | None) -> Holdout:
-        """What is held out; refuses a source without enough text."""
-        total = count_tokens(tokens)
-        if not total:
-            raise no_documents(name)
-        if total < self._length:
-            raise UsageError(
-                f"'{name}' has {total:,} tokens, fewer than one row of {self._length:,}; add text or lower "
-                "data.sequence_length"
-            )
-        holdout = Holdout() if fraction is None else plan_holdout(tokens, fraction, self._length)
-        if holdout is None:
-            raise UsageError(
-                f"'{name}' has {total:,} tokens, fewer than two rows of {self._length:,}, so that nothing can be held "
-                "out; add text, lower data.sequence_length or name data.validation"
-            )
-        return holdout
+
+def said(located: Located, parts: Sequence[Part]) -> str:
+    """What a source holds, in a line: that which is held out last."""
+    what = "conversations" if located.content == "chat" else "documents"
+    line = ", held out ".join(f"{part.rows:,} rows of {part.documents:,} {what}" for part in parts)
+    predicted, tokens = (sum(getattr(part, name) for part in parts) for name in ("predicted", "tokens"))
+    left_out = sum(part.left_out for part in parts)
+    if predicted:
+        line += f", {predicted / tokens:.0%} of whose tokens are the assistant's"
+    if left_out:
+        line += f"; {left_out:,} that are longer than a row are left out"
+    return line
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.arrow"
-
-
-def _facts(folder: Path) -> dict[str, Part] | None:
+def _facts(located: Located, folder: Path) -> dict[str, Part] | None:
     """What a cache folder holds; None if it is not there or not whole."""
     try:
         parts = {name: Part(**facts) for name, facts in json.loads((folder / "parts.json").read_text()).items()}
-        whole = all(_file(folder, name).stat().st_size == part.file_bytes for name, part in parts.items())
+        whole = all(file_of(located, folder, name).stat().st_size == part.file_bytes for name, part in parts.items())
     except (OSError, ValueError, TypeError):
         return None
     return parts if whole else None

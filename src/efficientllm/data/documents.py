@@ -15,12 +15,13 @@ import pyarrow as pa
 from efficientllm.errors import UsageError
 
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-TEXT_COLUMN = "text"
+TEXT_COLUMN, CHAT_COLUMN, TOKEN_COLUMN = "text", "messages", "input_ids"
 _PIECE_CHARS = 1 << 20  # a tokenizer needs about 100 bytes of memory per token while it works
 
 
-def documents(files: Sequence[str], kind: str, column: str) -> Iterator[dict[str, str | None]]:
-    """The records {"text": ...} of JSON or text files. Raises UsageError, naming file and line, for a bad one."""
+def documents(files: Sequence[str], kind: str, column: str, chat: bool = False) -> Iterator[dict[str, str | None]]:
+    """The records {"text": ...} of JSON or text files; chat: of conversations, as JSON. Raises UsageError, naming file
+    and line, for a bad one."""
     for file in files:
         with readable(Path(file)), _opened(Path(file)) as stream:
             if kind == "text":
@@ -32,9 +33,20 @@ def documents(files: Sequence[str], kind: str, column: str) -> Iterator[dict[str
                 if column not in record:
                     raise no_column(place, column, list(record))
                 text = record[column]
-                if text is not None and not isinstance(text, str):
-                    raise no_text(place, column, type(text).__name__)
+                if chat and isinstance(text, list):
+                    text = json.dumps(text)
+                elif text is not None and (chat or not isinstance(text, str)):
+                    raise no_text(place, column, type(text).__name__, "a conversation" if chat else "text")
                 yield {TEXT_COLUMN: text and _encodable(text)}
+
+
+def first_record(files: Sequence[Path]) -> dict[str, Any] | None:
+    """Of JSON files; None where there is none that is an object."""
+    for file in files:
+        with readable(file), _opened(file) as stream:
+            for _, record in _json_records(stream, str(file)):
+                return record if isinstance(record, dict) else None
+    return None
 
 
 def _json_records(stream: TextIO, file: str) -> Iterator[tuple[str, Any]]:
@@ -104,9 +116,9 @@ def no_column(where: str, column: str, columns: Sequence[str]) -> UsageError:
     )
 
 
-def no_text(where: str, column: str, kind: str) -> UsageError:
+def no_text(where: str, column: str, kind: str, wanted: str = "text") -> UsageError:
     return UsageError(
-        f"{where}: column '{column}' holds {kind}, not text; set text_column of that source to one that does"
+        f"{where}: column '{column}' holds {kind}, not {wanted}; set text_column of that source to one that does"
     )
 
 

@@ -27,7 +27,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Rows by index, int64 (len(indices), sequence_length)."""
+        """Rows by index, int64 (len(indices), sequence_length) or with planes (data/planes.py), one number of them."""
         ...
 
 
@@ -131,14 +131,15 @@ class BatchStream:
         self._seed = seed
 
     def batch(self, step: int, part: slice = slice(None)) -> Tensor:
-        """The rows of a step, int64 (batch_rows, sequence_length), or only a `part` of them, such as one rank's."""
+        """The rows of a step, int64 (batch_rows, sequence_length) or with planes, or only a `part` of them, such as one
+        rank's."""
         labels, rows = self._samples(step, part)
         batch: Tensor | None = None
         for source in np.unique(labels):
             where = np.flatnonzero(labels == source)
             taken = self._sources[source].take(rows[where].tolist())
             if batch is None:
-                batch = taken.new_empty((len(labels), taken.shape[1]))
+                batch = taken.new_empty((len(labels), *taken.shape[1:]))
             batch[torch.from_numpy(where)] = taken
         if batch is None:
             raise ValueError(f"{part} holds none of the {self._batch_rows} rows of a batch")

@@ -1,12 +1,7 @@
-"""Where text comes from: what a path means, and reading it into one column of strings.
+"""Reading a source into one column of texts or conversations, and what its column holds.
 
-A path is, by the first rule that fits:
-    a folder that exists     one written by `Dataset.save_to_disk`, or else all the data files in it
-    a file that exists       by its ending, see _KINDS
-    with *, ? or [ in it     the files that match, ** included
-    org/name                 a hub id, unless it ends like a data file
-Several files are read in the order of their paths, and must be of one kind. A record of a parquet, JSON or Arrow file
-is a document, and so is a whole text file.
+The column is text_column, and where that is left at `text` and there is none, `messages` or `input_ids`. What it holds
+decides how it is read: texts; conversations, lists of messages with role and content; documents in token ids.
 """
 
 from __future__ import annotations
@@ -14,123 +9,83 @@ from __future__ import annotations
 import errno
 import glob
 import inspect
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 
-from efficientllm.data.documents import PACKED, TEXT_COLUMN, documents, no_column, no_documents, no_text, readable
+from efficientllm.data.documents import (
+    CHAT_COLUMN,
+    TEXT_COLUMN,
+    TOKEN_COLUMN,
+    documents,
+    first_record,
+    no_column,
+    no_documents,
+    no_text,
+    readable,
+)
+from efficientllm.data.locating import Content, Located
 from efficientllm.errors import UsageError
 
-if TYPE_CHECKING:
-    from efficientllm.config import DataSource
-
-Kind = Literal["parquet", "json", "text", "arrow", "saved", "hub"]
-_KINDS: dict[str, Kind] = {".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
-_KINDS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _PROCESS_BYTES = 32 << 20
+_CALLED: dict[Content, str] = {"text": "text", "chat": "conversations", "tokens": "token ids"}
 
 
-@dataclass(frozen=True)
-class Located:
-    """A source whose kind is known. paths: its files; for `saved` the one folder; for `hub` none."""
-
-    kind: Kind
-    source: DataSource
-    paths: tuple[Path, ...]
-    column: str
-
-    @property
-    def name(self) -> str:
-        return ":".join(filter(None, (self.source.place, self.source.name, self.source.split)))
-
-    def files(self) -> list[Path]:
-        """Every file that holds content, in a fixed order."""
-        if self.kind == "saved":
-            return sorted(path for path in self.paths[0].rglob("*") if path.is_file())
-        return list(self.paths)
+def resolved(located: Located) -> Located:
+    """With the column that is read, and what it holds. Raises UsageError where it holds nothing that can be used."""
+    if located.kind in ("text", "megatron"):
+        return located
+    if located.kind == "json":
+        record = first_record(located.paths)
+        if record is None:
+            return located
+        column = _chosen(located, record)
+        chat = isinstance(record.get(column), list) and all(isinstance(each, dict) for each in record[column])
+        return replace(located, column=column, content="chat" if chat and column != TEXT_COLUMN else "text")
+    schema, where = _schema(located)
+    column = _chosen(located, schema)
+    if column not in schema:
+        raise no_column(where, column, list(schema))
+    return replace(located, column=column, content=_content(where, column, schema[column]))
 
 
-def locate(source: DataSource) -> Located:
-    """Decides what a path means. Raises UsageError, naming the path, where nothing is to be found."""
-    path = Path(source.place).expanduser()
-    if path.is_dir():
-        located = _locate_folder(path, source)
-    elif path.is_file():
-        located = _locate_files([path], source)
-    elif glob.has_magic(source.place):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (absolute too)
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise UsageError(
-                f"no file matches the data path '{source.place}' (looked from {Path.cwd()}); mend the path"
-            )
-        located = _locate_files(files, source)
-    elif _HUB_ID.fullmatch(source.place) and _kind_of(path) is None:
-        return Located("hub", source, (), source.text_column)
+def _chosen(located: Located, there: Mapping[str, Any]) -> str:
+    """The column to read of those that there are."""
+    others = (CHAT_COLUMN, TOKEN_COLUMN) if located.column == TEXT_COLUMN else ()
+    return next((name for name in (located.column, *others) if name in there), located.column)
+
+
+def _schema(located: Located) -> tuple[dict[str, pa.DataType], str]:
+    """Types of the columns, and of what."""
+    if located.kind == "parquet":
+        with readable(located.paths[0]):
+            schema, where = pq.read_schema(located.paths[0]), str(located.paths[0])
     else:
-        raise UsageError(
-            f"the data path '{source.place}' does not exist (looked from {Path.cwd()}) and is no hub id such as "
-            "org/name; mend the path"
-        )
-    if source.name or (source.split and located.kind != "saved"):
-        raise UsageError(
-            f"'{source.place}' is read from this machine, where name and split have no meaning; remove "
-            f"'{source.path.removeprefix(source.place)}'"
-        )
-    return located
+        records = load_from_hub(located) if located.kind == "hub" else opened(located, located.paths[0])
+        schema, where = records.data.schema, located.name
+    return dict(zip(schema.names, schema.types, strict=True)), where
 
 
-def _kind_of(path: Path) -> Kind | None:
-    packed = path.suffix in PACKED
-    kind = _KINDS.get(Path(path.stem).suffix if packed else path.suffix)
-    return None if packed and kind not in ("json", "text") else kind
-
-
-def _locate_folder(folder: Path, source: DataSource) -> Located:
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        split = source.split or "train"
-        if split not in splits:
-            raise UsageError(f"'{source.place}' has no split '{split}'; choose one of: {', '.join(splits)}")
-        return Located("saved", source, (folder / split,), source.text_column)
-    if (folder / "state.json").is_file():
-        if source.split:
-            raise UsageError(f"'{source.place}' is saved without splits; remove ':{source.split}'")
-        return Located("saved", source, (folder,), source.text_column)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind_of(path)]
-    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not visible:
-        raise UsageError(f"the folder '{source.place}' holds no data file ({', '.join(_KINDS)}); mend the path")
-    return _locate_files(visible, source)
-
-
-def _locate_files(files: Sequence[Path], source: DataSource) -> Located:
-    kinds: dict[Kind, Path] = {}
-    for file in files:
-        kind = _kind_of(file)
-        if kind is None:
-            endings = ", ".join([*_KINDS, ".jsonl.gz", ".jsonl.zst"])
-            raise UsageError(f"'{file}' does not end like a data file ({endings}); rename it, or narrow the path")
-        kinds.setdefault(kind, file)
-    if len(kinds) > 1:
-        raise UsageError(
-            f"'{source.place}' mixes kinds of files, such as {' and '.join(str(file) for file in kinds.values())}; "
-            "name each kind as a source of its own"
-        )
-    (kind,) = kinds
-    return Located(kind, source, tuple(files), TEXT_COLUMN if kind == "text" else source.text_column)
+def _content(where: str, column: str, kind: pa.DataType) -> Content:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return "text"
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if lists and column != TEXT_COLUMN:
+        if pa.types.is_integer(kind.value_type):
+            return "tokens"
+        if pa.types.is_struct(kind.value_type):
+            return "chat"
+    raise no_text(where, column, str(kind))
 
 
 def read(located: Located, folder: Path, workers: int) -> Dataset:
-    """The texts of a source as a memory-mapped data set of one column. What has to be unpacked goes under `folder`.
+    """The texts or conversations of a source as a memory-mapped data set of one column; conversations in JSON as text.
+    What has to be unpacked goes under `folder`.
 
     Raises UsageError for files that cannot be read and columns that are missing or hold no text.
     """
@@ -144,7 +99,7 @@ def read(located: Located, folder: Path, workers: int) -> Dataset:
         texts = _read_arrow(located)
     if located.column not in texts.column_names:
         raise no_column(located.name, located.column, texts.column_names)
-    _check_text(located.name, located.column, texts.data.schema.field(located.column).type)
+    _check(located, located.name, texts.data.schema.field(located.column).type)
     return texts.select_columns([located.column])
 
 
@@ -174,7 +129,7 @@ def _read_parquet(located: Located, folder: Path, workers: int) -> Dataset:
         records += metadata.num_rows
         if located.column not in schema.names:
             raise no_column(str(path), located.column, schema.names)
-        _check_text(str(path), located.column, schema.field(located.column).type)
+        _check(located, str(path), schema.field(located.column).type)
     if not records:
         raise no_documents(located.name)
     try:
@@ -197,18 +152,21 @@ def _read_parquet(located: Located, folder: Path, workers: int) -> Dataset:
 
 
 def _read_arrow(located: Located) -> Dataset:
-    parts = []
-    for path in located.paths:
-        with readable(path):
-            parts.append(load_from_disk(str(path)) if located.kind == "saved" else Dataset.from_file(str(path)))
+    parts = [opened(located, path) for path in located.paths]
     if any(located.column not in part.column_names for part in parts):
         return parts[0]
     return concatenate_datasets([part.select_columns([located.column]) for part in parts])
 
 
+def opened(located: Located, path: Path) -> Dataset:
+    with readable(path):
+        return load_from_disk(str(path)) if located.kind == "saved" else Dataset.from_file(str(path))
+
+
 def _read_documents(located: Located, folder: Path, workers: int) -> Dataset:
     """JSON and text. Read record by record: the library's JSON reader wants all metadata of all records alike."""
     arguments: dict[str, Any] = {"files": list(map(str, located.paths)), "kind": located.kind, "column": located.column}
+    arguments["chat"] = located.content == "chat"
     try:
         return Dataset.from_generator(
             documents,
@@ -231,9 +189,10 @@ def _processes(paths: Sequence[Path], workers: int) -> int | None:
     return count if count > 1 else None
 
 
-def _check_text(where: str, column: str, kind: pa.DataType) -> None:
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise no_text(where, column, str(kind))
+def _check(located: Located, where: str, kind: pa.DataType) -> None:
+    """Raises UsageError where a file's column holds something else than the first one's."""
+    if _content(where, located.column, kind) != located.content:
+        raise no_text(where, located.column, str(kind), _CALLED[located.content])
 
 
 def disk_full(error: BaseException | None) -> bool:

@@ -43,7 +43,7 @@ def criteria_scores(
             captured_inputs(model, [each.name for each in readers]) as inputs,
             watched_gates(model, space, gates) as watch,
         ):
-            gradient(model, batch, micro_batch, precision, watch)
+            gradient(model, batch, micro_batch, precision, watch, gates)
         for criterion in CRITERIA.values():
             if criterion.needs == "gates":
                 add(criterion.name, gates.scores())
@@ -64,11 +64,18 @@ def criteria_scores(
 
 
 def gradient(
-    model: PreTrainedModel, batch: Tensor, micro_batch: int, precision: Precision, watch: Watch = unwatched
+    model: PreTrainedModel,
+    batch: Tensor,
+    micro_batch: int,
+    precision: Precision,
+    watch: Watch = unwatched,
+    gates: GateSums | None = None,
 ) -> None:
-    """The gradient of the batch's mean loss, in .grad. watch: entered around each forward pass."""
+    """The gradient of the batch's mean loss, in .grad. watch: of the gates, entered around each forward pass."""
     model.zero_grad(set_to_none=True)
     for place, part in enumerate(batch.split(micro_batch)):
+        if gates is not None:
+            gates.counted = predicted_tokens(part)
         with watch(place * micro_batch):
             loss = summed_loss(model, part, precision)
         (loss / predicted_tokens(batch)).backward()

@@ -22,7 +22,7 @@ from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, PRUNING_TYPE
 from efficientllm.pruning.groups import Cut, Live, Space
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
-from efficientllm.training.gradient import Precision, next_tokens, predicted_tokens
+from efficientllm.training.gradient import Precision, model_inputs, next_tokens, predicted_tokens
 
 Unit = tuple[str, int, int]  # type, row, unit
 Tick = Callable[[int], None]
@@ -136,7 +136,7 @@ class _Pass:
         return float(losses.double().sum())
 
     def _from_embedding(self) -> Tensor:
-        hidden: Tensor = body(self._model)(input_ids=self._rows, use_cache=False).last_hidden_state
+        hidden: Tensor = body(self._model)(**model_inputs(self._rows)).last_hidden_state
         return hidden
 
     def _from_layer(self, start: int) -> Tensor:

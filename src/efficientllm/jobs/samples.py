@@ -16,6 +16,7 @@ from efficientllm.jobs.job import choose_device, prepare
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model
 from efficientllm.reporting.progress import track
+from efficientllm.training.gradient import token_ids
 
 SAMPLES = 3
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -40,7 +41,7 @@ def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     job = prepare(recipe, folder, lambda message: None)
     corpus = max(job.validation, key=len)
     room = min(PROMPT_TOKENS, recipe.data.sequence_length // 2)
-    prompts = corpus.take(spread(len(corpus), SAMPLES))[:, :room]
+    prompts = token_ids(corpus.take(spread(len(corpus), SAMPLES)))[:, :room]
     device = choose_device(recipe.train.device)
     texts: dict[str, list[str] | None] = {"source": None}
     with track("sample generations", 2 * len(prompts)) as bar:

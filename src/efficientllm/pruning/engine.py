@@ -50,8 +50,7 @@ class PruningEngine:
         live: Live | None = None,
         reduction: World = ALONE,
     ) -> None:
-        self.space, self.params, self.moments = space, params, moments
-        self._reduction = reduction
+        self.space, self.params, self.moments, self._reduction = space, params, moments, reduction
         self.course, self.options = Course(landings, schedule), options
         self.live = live or Live.full(space.widths)
         self.looks = Looks(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops, teacher_flops
 from efficientllm.models.parts import body, logits_of
 from efficientllm.models.space import space_of
-from efficientllm.training.gradient import Precision, next_tokens
+from efficientllm.training.gradient import Precision, model_inputs, next_tokens
 
 Base = Callable[..., object]
 Head = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ Head = Callable[[Tensor], Tensor]
 
 class Teacher(Protocol):
     def says(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """What the divergence needs for every token of rows (rows, length): tensors (tokens, ...), no gradient."""
+        """What the divergence needs for each token of rows (gradient.token_ids): tensors (tokens, ...), no gradient."""
         ...
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class LiveTeacher:
     @torch.no_grad()
     def says(self, rows: Tensor) -> tuple[Tensor, ...]:
         base = body(self.model)
-        hidden: Tensor = base(input_ids=rows, use_cache=False).last_hidden_state
+        hidden: Tensor = base(**model_inputs(rows)).last_hidden_state
         return (hidden.flatten(0, 1),)
 
     def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ class Distillation:
     def summed_loss(self, base: Base, head: Head, rows: Tensor, precision: Precision) -> Tensor:
         """The distillation loss of every next token, summed, in nats (fp32 scalar).
 
-        base: the student without its LM head; head: what makes its logits. rows: int64 (rows, length). Logits are
+        base: the student without its LM head; head: what makes its logits. rows: as of gradient.token_ids. Logits are
         computed chunk by chunk, and again in the backward pass.
         """
         with precision.context():
             said = self.teacher.says(rows)
-            hidden = base(input_ids=rows, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+            hidden = base(**model_inputs(rows)).last_hidden_state  # type: ignore[attr-defined]
             tokens = hidden.flatten(0, 1), next_tokens(rows).flatten(), *said
             total = torch.zeros((), device=rows.device)
             for part in zip(*(each.split(self.chunk) for each in tokens), strict=True):

@@ -21,7 +21,7 @@ from efficientllm.pruning.shards import local
 from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
 
 Forward = Callable[..., object]
-SummedLoss = Callable[[Tensor], Tensor]  # of rows (rows, length), over every next token
+SummedLoss = Callable[[Tensor], Tensor]  # of rows, over every next token
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,26 @@ class Precision:
         return cls(device.type, wanted == "bf16" or (wanted == "auto" and capable))
 
 
+def token_ids(rows: Tensor) -> Tensor:
+    """The tokens (rows, length) of rows, which may have planes beside them: int64 (rows, length, 2) with the label at
+    each place, (rows, length, 3) with each token's position in its document too (data/planes.py)."""
+    return rows if rows.dim() == 2 else rows[..., 0]
+
+
+def model_inputs(rows: Tensor) -> dict[str, Any]:
+    """What a model or its body is called with. Positions that restart within a row say to transformers, which makes
+    the masks, that it is packed: attention then stays within a document."""
+    inputs: dict[str, Any] = {"input_ids": token_ids(rows), "use_cache": False}
+    return inputs | {"position_ids": rows[..., 2]} if rows.dim() == 3 and rows.shape[2] == 3 else inputs
+
+
 def next_tokens(rows: Tensor) -> Tensor:
-    """The token to predict at every place of (rows, length); -100 at the last, which has none."""
-    return functional.pad(rows[:, 1:], (0, 1), value=-100)
+    """The token to predict at every place of (rows, length); -100 where there is none, as at the last."""
+    return functional.pad(rows[:, 1:], (0, 1), value=-100) if rows.dim() == 2 else rows[..., 1]
 
 
 def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: bool = False) -> Tensor:
-    """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: int64 (rows, length).
+    """Cross-entropy of every next token, summed, in nats (fp32 scalar). rows: as of token_ids.
 
     chunked: without all logits in memory at once (training/chunked_loss.py).
     """
@@ -59,7 +72,7 @@ def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: 
         hidden, weight, cap = _before_head(model, rows, precision)
         return linear_cross_entropy(hidden, weight, next_tokens(rows).flatten(), chunk_tokens(len(weight)), cap)
     with precision.context():
-        logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
+        logits: Tensor = model(**model_inputs(rows)).logits  # type: ignore[attr-defined]
     # Shifting the labels rather than the logits saves a copy of the largest tensor of the step.
     return functional.cross_entropy(logits.flatten(0, 1).float(), next_tokens(rows).flatten(), reduction="sum")
 
@@ -68,7 +81,7 @@ def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor
     """Last hidden states (tokens, width), in the dtype of computation, divided as the logits are; the LM head's weight;
     the cap on the logits."""
     with precision.context():
-        hidden: Tensor = body(model)(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden: Tensor = body(model)(**model_inputs(rows)).last_hidden_state.flatten(0, 1)
     hidden, rule = hidden.to(torch.bfloat16) if precision.bf16 else hidden, logits_of(model)
     hidden = hidden if rule.divisor == 1.0 else hidden / rule.divisor
     return hidden, model.get_output_embeddings().weight, rule.cap
@@ -76,28 +89,32 @@ def _before_head(model: Any, rows: Tensor, precision: Precision) -> tuple[Tensor
 
 @torch.no_grad()
 def row_losses(model: Forward, rows: Tensor, precision: Precision, *, chunked: bool = False) -> Tensor:
-    """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,). chunked: as for summed_loss."""
+    """Mean cross-entropy of each row's next tokens, nats, fp32 (rows,); 0 of a row that has none to predict. chunked:
+    as for summed_loss."""
     labels = next_tokens(rows).flatten()
     if chunked:
         hidden, weight, cap = _before_head(model, rows, precision)
         losses = token_losses(hidden, weight, labels, chunk_tokens(len(weight)), cap)
     else:
         with precision.context():
-            logits: Tensor = model(input_ids=rows, use_cache=False).logits  # type: ignore[attr-defined]
+            logits: Tensor = model(**model_inputs(rows)).logits  # type: ignore[attr-defined]
         losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
-    return losses.view(rows.shape).sum(dim=1) / (rows.shape[1] - 1)
+    sums = losses.view(rows.shape[:2]).sum(dim=1)
+    if rows.dim() == 2:
+        return sums / (rows.shape[1] - 1)
+    return sums / (next_tokens(rows) != -100).sum(dim=1).clamp(min=1)
 
 
 def predicted_tokens(rows: Tensor) -> int:
-    """Tokens of (rows, length) that have a predecessor in their row."""
-    return rows.shape[0] * (rows.shape[1] - 1)
+    """Tokens that are predicted: without labels all that have a predecessor in their row."""
+    return rows.shape[0] * (rows.shape[1] - 1) if rows.dim() == 2 else int((rows[..., 1] != -100).sum())
 
 
 @torch.no_grad()
 def mean_loss(
     loss_of: SummedLoss, batches: Iterable[tuple[Tensor, bool]], runner: Runner = ALONE, ranks: World = ALONE
 ) -> float:
-    """Mean loss per predicted token over the micro-batches (rows, length) of all processes, in nats; summed in fp64.
+    """Mean loss per predicted token over the micro-batches of all processes, in nats; summed in fp64.
     Those marked False are passed through the model only so that every process makes as many passes, and do not count.
     """
     total, tokens = 0.0, 0
@@ -108,7 +125,7 @@ def mean_loss(
         ranks.beat()
     if ranks.world > 1:
         total, tokens = ranks.over_batch(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
-    return total / tokens
+    return total / max(1, tokens)
 
 
 def micro_batches(own: Tensor, rows: int, micro_batch: int, ranks: World) -> Iterator[tuple[Tensor, bool]]:

@@ -21,7 +21,7 @@ CAPTURED = 1 << 31  # input elements that all layers together may keep of a pass
 
 class Batches(Protocol):
     def batch(self, step: int, part: slice = slice(None), /) -> Tensor:
-        """The batch of a step, int64 (rows, length), or some of its rows: a pure function of (seed, step)."""
+        """The batch of a step, or some of its rows, as of gradient.token_ids: a pure function of (seed, step)."""
         ...
 
 
@@ -29,7 +29,7 @@ class Batches(Protocol):
 class Rows:
     """What a pass is made over, and what it costs.
 
-    parts: micro-batches of this process, int64 (rows, length), and whether each counts (micro_batches). loss: of some
+    parts: micro-batches of this process, and whether each counts (micro_batches). loss: of some
     of these rows, summed over what is predicted there; any forward pass where inputs are all that is wanted. predicted:
     what is predicted in the rows of all processes, divided by their number. Of the rows, of which this process's begin
     at `first`, every so-manieth is kept as inputs, and of those no more than `limit` tokens. flops, refreshed: of the

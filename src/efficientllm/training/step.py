@@ -24,7 +24,15 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation
-from efficientllm.training.gradient import Precision, SummedLoss, mean_loss, micro_batches, summed_loss
+from efficientllm.training.gradient import (
+    Precision,
+    SummedLoss,
+    mean_loss,
+    micro_batches,
+    model_inputs,
+    predicted_tokens,
+    summed_loss,
+)
 from efficientllm.training.looks import Batches, LookRows, Rows
 from efficientllm.training.state import PruningPlan, TrainState
 
@@ -72,6 +80,8 @@ class Passes(ABC):
             for place, (part, counts) in enumerate(rows.parts, start=1):
                 ranks.beat()  # before the collectives: one that does not come this far is the one that others wait for
                 state.runner.last(place == len(rows.parts))
+                if gates is not None and part.dim() == 3:
+                    gates.counted = predicted_tokens(part)
                 with ExitStack() as counted:
                     for watch in watches if counts else ():
                         counted.enter_context(watch(first))
@@ -174,12 +184,22 @@ class Step(Passes):
         return Rows(
             list(micro_batches(own, number, self._train.micro_batch, ranks)),
             self._loss(use),
-            predicted=number * (length - 1) / ranks.world,
+            predicted=self._predicted(own, number) if use in ("step", "gradient") else 1.0,
             first=ranks.share(number).start,
             every=looks.every(number) if use in ("step", "gradient") else 1,
             flops=self._flops(use, number),
             refreshed=number * length if use == "gradient" else 0,
         )
+
+    def _predicted(self, own: Tensor, number: int) -> float:
+        """What is predicted in so many rows of all processes, divided by their number. own: this process's."""
+        ranks = self.state.ranks
+        if own.dim() == 2:  # all alike
+            return number * (self._shape[1] - 1) / ranks.world
+        predicted = float(predicted_tokens(own))
+        if ranks.world > 1:
+            predicted = float(ranks.over_batch(torch.tensor([predicted], dtype=torch.float64)))
+        return max(1.0, predicted) / ranks.world
 
     def _next_rows(self, rows: int) -> Tensor:
         """This process's share of so many rows to come, all of one batch."""
@@ -225,5 +245,5 @@ class Step(Passes):
 def _hidden_states(model: Any, precision: Precision, rows: Tensor) -> Tensor:
     """A pass without the LM head; a compiled block would not see the hooks that keep its inputs."""
     with precision.context(), torch.compiler.set_stance("force_eager"):
-        states: Tensor = body(model)(input_ids=rows, use_cache=False).last_hidden_state
+        states: Tensor = body(model)(**model_inputs(rows)).last_hidden_state
     return states

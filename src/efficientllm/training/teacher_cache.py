@@ -26,6 +26,7 @@ from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops, teacher_flops
 from efficientllm.pruning.groups import Space
 from efficientllm.training.distillation import draws, sampled_divergence
+from efficientllm.training.gradient import model_inputs
 
 KEY_BYTES = 16
 PART = 256  # tokens whose distributions stand in memory in fp64
@@ -103,7 +104,7 @@ class CachedTeacher:
         if self._model is None:
             self._model = self._load()
         model: Any = self._model
-        logits = model(input_ids=row[None], use_cache=False).logits[0]
+        logits = model(**model_inputs(row[None])).logits[0]
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
         offset = torch.rand(len(row), generator=generator, dtype=torch.float64).to(logits.device)
         parts = zip(logits.split(PART), offset.split(PART), strict=True)
