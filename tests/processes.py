@@ -40,9 +40,12 @@ def _run(work: Callable[..., Any], argument: Any, environment: dict[str, str], l
     work(argument)
 
 
-def start(log: Path, work: Callable[..., Any], argument: Any, **environment: str) -> BaseProcess:
-    """A process that calls work(argument), both importable by name; what it prints is added to the log."""
-    process: BaseProcess = SERVER.Process(target=_run, args=(work, argument, environment, log), daemon=True)
+def start(
+    log: Path, work: Callable[..., Any], argument: Any, *, daemon: bool = True, **environment: str
+) -> BaseProcess:
+    """A process that calls work(argument), both importable by name; what it prints is added to the log. One that is no
+    daemon may start processes of its own."""
+    process: BaseProcess = SERVER.Process(target=_run, args=(work, argument, environment, log), daemon=daemon)
     process.start()
     STARTED.append(process)
     return process
