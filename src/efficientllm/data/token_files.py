@@ -67,8 +67,8 @@ def tokens_of(located: Located, folder: Path, dtype: np.dtype) -> list[np.ndarra
 
 
 def _megatron(index: Path) -> Shard:
-    with readable(index), index.open("rb") as file:
-        head = file.read(34)
+    with readable(index), index.open("rb") as stream:
+        head = stream.read(34)
     if head[:8] == _OLD_HEADER:
         raise UsageError(f"'{index}' is of Megatron's older format, TNTIDX; preprocess the text anew, or as mmap")
     if head[:9] != _HEADER or len(head) < 34:
