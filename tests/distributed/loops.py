@@ -9,16 +9,21 @@ import os
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from conftest import tiny_model
 from efficientllm import Pruner, PruningCallback
@@ -32,7 +37,8 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """shards: FSDP2, else copies (DDP). end: killed at this step. resume: a checkpoint of the case of this name."""
+    """shards: FSDP2, else copies (DDP). sft: in TRL's SFTTrainer. end: killed at this step. resume: a checkpoint of the
+    case of this name."""
 
     name: str
     family: str = "llama-gqa"
@@ -41,6 +47,7 @@ class Case:
     correction: str = "second-order"
     compact: bool = False
     bf16: bool = False
+    sft: bool = False
     end: int = 0
     resume: str = ""
 
@@ -56,6 +63,10 @@ TRAINER = [
     Case("trainer-bf16", bf16=True, family="llama-mha-tied"),
     Case("trainer-shards", family="qwen3-gqa", shards=True, correction="none"),
     Case("trainer-shards-tied", family="qwen2-gqa-tied", shards=True, bf16=True),
+]
+SFT = [
+    Case("sft-copies", sft=True, correction="none"),
+    Case("sft-shards", sft=True, family="qwen3-gqa", shards=True, correction="none"),
 ]
 
 
@@ -153,7 +164,8 @@ def arguments(case: Case, folder: Path, **changes: Any) -> TrainingArguments:
         "learning_rate": 1e-3, "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "bf16": case.bf16, "save_steps": 3,
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
-    made = TrainingArguments(output_dir=str(folder / f"{case.name}-{place()[1]}-out"), **(options | changes))
+    kind: Any = import_module("trl").SFTConfig if case.sft else TrainingArguments
+    made: TrainingArguments = kind(output_dir=str(folder / f"{case.name}-{place()[1]}-out"), **(options | changes))
     if "fsdp" in changes:
         as_on_a_gpu(made)
     return made
@@ -167,6 +179,20 @@ def as_on_a_gpu(made: TrainingArguments) -> None:
 
     assert made.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def sft_trainer(model: Any, made: TrainingArguments, callbacks: list[TrainerCallback]) -> Any:
+    """On the same rows, which TRL pads and masks itself."""
+    known = Tokenizer(WordLevel({str(number): number for number in range(61)}, unk_token="1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, pad_token="0", eos_token="0", unk_token="1")
+    data = []
+    for row in rows():
+        held = row["attention_mask"] == 1
+        asked = (row["labels"][held] != -100).int()
+        data.append({"input_ids": row["input_ids"][held].tolist(), "completion_mask": asked.tolist()})
+    data = Dataset.from_list(data)
+    kind: Any = import_module("trl").SFTTrainer
+    return kind(model, made, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
 
 
 def in_trainer(case: Case, folder: Path) -> None:
@@ -220,11 +246,12 @@ def main(folder: Path) -> None:
     with joined() as ranks:
         for case in HAND:
             by_hand(case, folder)
-        in_trainer(replace(TRAINER[0], name="resumed-copies", resume="killed"), folder)
-        for case in TRAINER:
+        in_trainer(replace(TRAINER[0], name="trainer-copies-resumed", resume="killed"), folder)
+        sft = SFT if find_spec("trl") else []
+        for case in (*TRAINER, *sft):
             in_trainer(case, folder)
-        for case in TRAINER[1:]:
-            in_trainer(replace(case, name=case.name.replace("trainer", "resumed"), resume=case.name), folder)
+        for case in (*TRAINER[1:], *sft):
+            in_trainer(replace(case, name=f"{case.name}-resumed", resume=case.name), folder)
         (folder / f"refused-{ranks.rank}.json").write_text(json.dumps(refusals(folder)))
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from distributed.loops import HAND, TRAINER, by_hand, in_trainer, killed, loaded, main
+from distributed.loops import HAND, SFT, TRAINER, by_hand, in_trainer, killed, loaded, main
 from processes import codes, start_ranks
 
 pytest.importorskip("accelerate", reason='needs pip install "efficientllm[trainer]"')
@@ -40,9 +40,16 @@ def assert_same_bits(one: tuple[Any, dict[str, torch.Tensor]], other: tuple[Any,
         assert torch.equal(value, other[1][key]), key
 
 
-@pytest.mark.parametrize("case", [*HAND, *TRAINER], ids=lambda case: case.name)
+def need_trl(case: Any) -> None:
+    if case.sft:
+        pytest.importorskip("trl", reason='needs pip install "efficientllm[trl]"')
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own
+@pytest.mark.parametrize("case", [*HAND, *TRAINER, *SFT], ids=lambda case: case.name)
 def test_as_one_process_on_the_joint_batch(played: Path, case: Any) -> None:
     """fp32 sums in another order, as in test_ranks_agree; bf16 rounds elsewhere, and is held to the ranks alone."""
+    need_trl(case)
     both = outcome(played, case.name, 2), outcome(played, case.name, 2, 1)
     assert_same_bits(*both)
     saved = loaded(played, case.name, 2)
@@ -57,7 +64,7 @@ def test_as_one_process_on_the_joint_batch(played: Path, case: Any) -> None:
     (by_hand if case in HAND else in_trainer)(case, played)
     (alone, narrow), expected = outcome(played, case.name, 1)
     assert events == alone
-    assert len(events) > 5 or case in TRAINER
+    assert len(events) > 5 or case not in HAND
     assert widths == narrow
     assert tensors.keys() == expected.keys()
     for key, value in expected.items():
@@ -69,11 +76,12 @@ def test_as_one_process_on_the_joint_batch(played: Path, case: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["copies", "bf16", "shards", "shards-tied"])
-def test_the_trainer_s_checkpoint_goes_on_bit_for_bit(played: Path, kind: str) -> None:
-    """Of copies both processes were killed two steps after the checkpoint, in the middle of the pruning."""
+@pytest.mark.parametrize("case", [*TRAINER, *SFT], ids=lambda case: case.name)
+def test_the_trainer_s_checkpoint_goes_on_bit_for_bit(played: Path, case: Any) -> None:
+    """Of the first both processes were killed two steps after the checkpoint, in the middle of the pruning."""
+    need_trl(case)
     for rank in (0, 1):
-        assert_same_bits(outcome(played, f"resumed-{kind}", 2, rank), outcome(played, f"trainer-{kind}", 2, rank))
+        assert_same_bits(outcome(played, f"{case.name}-resumed", 2, rank), outcome(played, case.name, 2, rank))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
