@@ -30,7 +30,7 @@ from efficientllm.data.documents import no_documents
 from efficientllm.data.rows import COLUMN, Encoder, Holdout, Part, count_tokens, cut, plan_holdout, tokenise
 from efficientllm.data.sources import Located, load_from_hub, locate, read
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing, locked
+from efficientllm.files import atomic_path, locked
 
 if TYPE_CHECKING:
     from efficientllm.config import DataConfig, DataSource
@@ -180,7 +180,7 @@ class _Loader:
         """Tokenises a source into its cache folder and returns what is in it."""
         name = located.name
         # One that is whole has been made by another machine meanwhile, with the same content, and may be in use.
-        with appearing(folder, alone=False, keep=lambda there: _facts(there) is not None) as done:
+        with atomic_path(folder, alone=False, keep=lambda there: _facts(there) is not None) as done:
             partial = done / "scratch"
             partial.mkdir()
             self._say(f"{name}: reading")
