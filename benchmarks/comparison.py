@@ -20,7 +20,7 @@ from efficientllm.cli import main as efficientllm
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.demo.story import DemoSize, stage_recipe, write_architecture
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
 from efficientllm.sizes import parse_count
 
@@ -35,7 +35,7 @@ def write_text(folder: Path, books: Path) -> Path:
     """Books as JSON lines and a tokenizer trained on them, once."""
     corpus = folder / "corpus"
     if not corpus.is_dir():
-        with appearing(corpus) as partial:
+        with atomic_path(corpus) as partial:
             for split in ("train", "validation"):
                 with (partial / f"{split}.jsonl").open("w") as file:
                     for path in sorted(books.glob(f"{split}-*.parquet")):

@@ -29,7 +29,7 @@ from real_peers import PEERS, prune_by_peer
 from real_text import LENGTH, SHARES, Losses, difference, measure, pooled, split_domains
 
 from efficientllm.config import Recipe
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_config, load_model
@@ -85,7 +85,7 @@ class Bench:
         if arm in PEERS:
             source = str(self.folder / f"{arm}-{self.target}")
             if not Path(source).is_dir():
-                with appearing(Path(source)) as partial:
+                with atomic_path(Path(source)) as partial:
                     facts = prune_by_peer(arm, Path(self.source), self.target, partial)
                     (partial / "peer.json").write_text(json.dumps(facts))
         recipe: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import torch
 
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.training.gradient import Precision, row_losses
 
@@ -27,7 +27,7 @@ def split_domains(domains: Path, corpus: Path) -> None:
     """NAME.jsonl to train on and NAME.held.jsonl: every fourth document of the small domains, every twentieth else."""
     if corpus.is_dir():
         return
-    with appearing(corpus) as partial:
+    with atomic_path(corpus) as partial:
         for name in SHARES:
             texts = [json.loads(line)["text"] for line in (domains / f"{name}.jsonl").open(encoding="utf-8")]
             every = 20 if len(texts) >= 1000 else min(4, len(texts))

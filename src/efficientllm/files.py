@@ -20,7 +20,7 @@ REPLACED = ".replaced-"
 
 
 @contextmanager
-def appearing(
+def atomic_path(
     path: Path, *, folder: bool = True, alone: bool = True, keep: Callable[[Path], bool] = lambda there: False
 ) -> Iterator[Path]:
     """A temporary folder (or the place for a file) beside `path`, which takes its name, flushed to the disk, once the
@@ -116,7 +116,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises UsageError when the disk refuses; `path` is then as it was.
     """
     try:
-        with appearing(path, folder=False) as partial:
+        with atomic_path(path, folder=False) as partial:
             partial.write_bytes(content)
     except OSError as error:
         raise refused(path, error) from error

@@ -18,7 +18,7 @@ import torch
 from conftest import World, need_llamacpp, tiny_config, tiny_model
 from efficientllm.benching import process, table
 from efficientllm.benching.settings import Settings
-from efficientllm.benching.subjects import Subject
+from efficientllm.benching.subjects import BenchModel
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
@@ -49,7 +49,7 @@ def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(process, "process_of", recorded)
     settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
-    found = process.measure_all([Subject(name, name, {}) for name in "ab"], settings)
+    found = process.measure_all([BenchModel(name, name, {}) for name in "ab"], settings)
     assert asked == [
         ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
         ("a", 1), ("b", 1), ("a", 4), ("b", 4),

@@ -9,18 +9,18 @@ import pytest
 from conftest import tiny_model
 from efficientllm.checkpoint.export import export_model
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 
 
 def write(folder: Path, text: str) -> None:
-    with appearing(folder) as partial:
+    with atomic_path(folder) as partial:
         (partial / "content").write_text(text)
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "thing"
     write(folder, "old")
-    with pytest.raises(IsADirectoryError), appearing(folder) as partial:
+    with pytest.raises(IsADirectoryError), atomic_path(folder) as partial:
         partial.write_text("half")
     assert (folder / "content").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
@@ -34,7 +34,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "thing"
     write(folder, "old")
     folder.rename(tmp_path / ".replaced-thing")
-    with pytest.raises(RuntimeError), appearing(folder):
+    with pytest.raises(RuntimeError), atomic_path(folder):
         raise RuntimeError
     assert (folder / "content").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]

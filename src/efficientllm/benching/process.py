@@ -18,13 +18,13 @@ import transformers
 
 from efficientllm.benching.energy import Joules, counter_for
 from efficientllm.benching.settings import Settings
-from efficientllm.benching.subjects import Subject
+from efficientllm.benching.subjects import BenchModel
 from efficientllm.errors import UsageError
 from efficientllm.models.process_memory import memory_in_a_sentence, peak_resident, resident
 
 WARM_UPS = 1  # runs of each batch before the first that counts
 FULL = "does not fit in the memory of the device"
-Sample = dict[str, Any]  # seconds of the prompt and of all decode steps, and joules, None where not counted
+Timing = dict[str, Any]  # seconds of the prompt and of all decode steps, and joules, None where not counted
 
 
 def turn(models: int, repeat: int) -> list[int]:
@@ -34,13 +34,13 @@ def turn(models: int, repeat: int) -> list[int]:
 
 def measure(
     backend: Any, batch: int, joules: Joules | None = None, clock: Callable[[], float] = time.perf_counter
-) -> Sample:
+) -> Timing:
     """One run with its clock and its energy counter around each phase. clock: seconds; no counter is read on it.
 
     backend: its `run(batch)` yields thrice, the device having finished: the prompts when they are ready, the first
     token of each sequence after the prefill, the last ones after all decode steps. An end of text does not end a run.
     """
-    sample: Sample = {}
+    sample: Timing = {}
     gc.collect()
     with closing(backend.run(batch)) as run:
         next(run)
@@ -68,7 +68,7 @@ class Measured:
         with memory_in_a_sentence(f"{source} {FULL}", "choose a smaller --dtype"):
             self.backend = load(source, settings)
 
-    def run(self, batch: int) -> tuple[Sample, dict[str, int | None]]:
+    def run(self, batch: int) -> tuple[Timing, dict[str, int | None]]:
         """And bytes: resident before the model was loaded, and the most since, in main memory and of the GPU."""
         device, what = self.settings.device, f"{self.source} with {batch} sequences of {self.settings.context} tokens"
         with memory_in_a_sentence(f"{what} {FULL}", "lower --batch or --prompt"):
@@ -90,9 +90,9 @@ def loader(settings: Settings) -> Callable[[str, Settings], Any]:
 
 
 def measure_all(
-    subjects: list[Subject], settings: Settings, shown: Callable[[list[Any]], Iterable[Any]] = iter
+    subjects: list[BenchModel], settings: Settings, shown: Callable[[list[Any]], Iterable[Any]] = iter
 ) -> list[dict[str, Any]]:
-    """Of each model {"samples": batch -> one Sample a repeat, "energy", "memory"}.
+    """Of each model {"samples": batch -> one Timing a repeat, "energy", "memory"}.
 
     Within a repeat every batch goes round the models, beginning with another one each time. shown: passes the runs
     on, and shows how many are done. Raises UsageError where a model cannot be loaded or measured.
@@ -151,5 +151,5 @@ def _load(source: str, settings: Settings) -> dict[str, Any]:
     return _here[0].energy
 
 
-def _run(batch: int) -> tuple[Sample, dict[str, int | None]]:
+def _run(batch: int) -> tuple[Timing, dict[str, int | None]]:
     return _here[0].run(batch)

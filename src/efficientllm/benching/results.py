@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from efficientllm.benching.process import WARM_UPS, Sample
+from efficientllm.benching.process import WARM_UPS, Timing
 from efficientllm.benching.settings import Settings
-from efficientllm.benching.subjects import Subject
+from efficientllm.benching.subjects import BenchModel
 
 Spread = dict[str, float]
 
@@ -36,7 +36,7 @@ def energy_per_token(joules: Sequence[float | None], tokens: int) -> float | Non
     return sum(known) / (tokens * len(known)) if len(known) == len(joules) and sum(known) > 0 else None
 
 
-def result_of(subjects: list[Subject], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
+def result_of(subjects: list[BenchModel], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
     """settings, machine, and of each model facts, memory, energy, and by batch all samples and what follows.
 
     Seconds, tokens per second, joules per token, bytes. Ratios are to the first model, above 1 where this one is
@@ -58,7 +58,7 @@ def result_of(subjects: list[Subject], settings: Settings, found: list[dict[str,
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
-def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings: Settings) -> dict[str, Any]:
+def _batch(batch: int, own: Sequence[Timing], first: Sequence[Timing], settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"time_to_first_token": spread(_column(own, "prefill_seconds"))}
     for phase, tokens in (("prefill", batch * settings.prompt), ("decode", batch * (settings.generate - 1))):
         seconds, others = (_column(side, f"{phase}_seconds") for side in (own, first))
@@ -70,7 +70,7 @@ def _batch(batch: int, own: Sequence[Sample], first: Sequence[Sample], settings:
     return found | {"samples": list(own)}
 
 
-def _column(samples: Sequence[Sample], key: str) -> list[Any]:
+def _column(samples: Sequence[Timing], key: str) -> list[Any]:
     return [sample[key] for sample in samples]
 
 

@@ -22,7 +22,7 @@ GGUF = ".gguf"
 CACHE_ITEM = 2  # bytes of a key or value in llama.cpp's cache, f16 unless asked otherwise
 
 
-class Subject(NamedTuple):
+class BenchModel(NamedTuple):
     """A model: as the user names it, what the runtime loads, and what its shape and types say.
 
     facts: `parameters` (tied ones once), `weight_bytes` as they lie in memory, `prefill_flops` of a prompt token, the
@@ -35,7 +35,7 @@ class Subject(NamedTuple):
     facts: dict[str, Any]
 
 
-def subjects(names: list[str], settings: Settings, temporary: Path, say: Callable[[str], None]) -> list[Subject]:
+def subjects(names: list[str], settings: Settings, temporary: Path, say: Callable[[str], None]) -> list[BenchModel]:
     """Raises UsageError for the first name that cannot be measured. temporary: an empty folder for GGUF exports."""
     found = []
     for index, name in enumerate(names):
@@ -46,7 +46,7 @@ def subjects(names: list[str], settings: Settings, temporary: Path, say: Callabl
         else:
             source, dtype = _source_of(name), getattr(torch, settings.dtype)
             facts = facts_of_config(config_of(name, settings), settings.prompt, settings.context, dtype)
-        found.append(Subject(name, source, facts))
+        found.append(BenchModel(name, source, facts))
     return found
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.models.generation import savable
 
 OURS = frozenset({".json", ".safetensors", ".md", ".model", ".txt", ".jinja"})  # what a model folder is made of
@@ -36,7 +36,7 @@ def export_model(
     folder = folder.resolve()
     refuse_foreign(folder)
     try:
-        with appearing(folder) as partial:
+        with atomic_path(folder) as partial:
             model.config = copy.deepcopy(config)
             model.config.use_cache = True
             model.generation_config, _ = savable(generation or GenerationConfig.from_model_config(model.config))

@@ -24,7 +24,7 @@ from efficientllm import __version__
 from efficientllm.checkpoint.sharded import facts, read_shards, write_shards
 from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
-from efficientllm.files import PARTIAL, appearing
+from efficientllm.files import PARTIAL, atomic_path
 from efficientllm.models.space import widths_of
 from efficientllm.training.snapshot import COUNTS, PREFIXES, UNKNOWN_FLOPS, Snapshot, config_of
 
@@ -45,7 +45,7 @@ def save(folder: Path, snapshot: Snapshot, ranks: World = ALONE) -> Path:
     path = folder / f"step-{snapshot.step:08d}"
     what = f"checkpoint {path}"
     with disk_errors(what, ranks), ExitStack() as stack:
-        partial = ranks.from_first(lambda: _said(what, lambda: stack.enter_context(appearing(path))))
+        partial = ranks.from_first(lambda: _said(what, lambda: stack.enter_context(atomic_path(path))))
         files = _write_files(partial, snapshot) if ranks.world == 1 else write_shards(partial, _flat(snapshot), ranks)
 
         def finish() -> None:

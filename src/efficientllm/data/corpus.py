@@ -32,7 +32,7 @@ from efficientllm.data.planes import Planes, with_planes
 from efficientllm.data.rows import Part, Rows
 from efficientllm.data.sources import load_from_hub, resolved
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing, locked
+from efficientllm.files import atomic_path, locked
 
 if TYPE_CHECKING:
     from efficientllm.config import DataConfig, DataSource
@@ -182,7 +182,7 @@ class _Loader:
     def _make(self, located: Located, folder: Path, fraction: float | None) -> dict[str, Part]:
         """Makes the cache folder of a source and returns what is in it."""
         # One that is whole has been made by another machine meanwhile, with the same content, and may be in use.
-        with appearing(folder, alone=False, keep=lambda there: _facts(located, there) is not None) as done:
+        with atomic_path(folder, alone=False, keep=lambda there: _facts(located, there) is not None) as done:
             parts = self._maker.make(located, done, fraction)
             if located.kind != "hub" and self._key(located, fraction) != folder.name:
                 raise UsageError(f"'{located.name}' changed while it was read; run again once it is complete")

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.demo.speed import forward_speeds, speed_once_pruned
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
 from efficientllm.reporting.plots import plot_demo, plot_run
 from efficientllm.reporting.tables import console
@@ -95,7 +95,7 @@ def prepare_corpus(folder: Path, size: DemoSize, say: Say) -> Path:
     corpus = folder / "corpus"
     if not corpus.is_dir():
         say("gathering the standard library's source files and training a tokenizer on them")
-        with appearing(corpus) as partial:
+        with atomic_path(corpus) as partial:
             facts = write_corpus(partial)
             train_tokenizer([partial / "train.jsonl"], size.vocabulary, partial / "tokenizer")
         say(
@@ -125,7 +125,7 @@ def write_architecture(folder: Path, corpus: Path, size: DemoSize) -> Path:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        with appearing(start) as partial:
+        with atomic_path(start) as partial:
             config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return start

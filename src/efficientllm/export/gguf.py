@@ -33,7 +33,7 @@ from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import end_tokens, tokenizer_of
 from efficientllm.export.weights import Weights
-from efficientllm.files import appearing, write_atomically
+from efficientllm.files import atomic_path, write_atomically
 from efficientllm.models.space import head_dim_of
 from efficientllm.reporting.model_card import GGUF, MARK, Card, metadata_of
 from efficientllm.reporting.progress import track
@@ -105,7 +105,7 @@ def _written(out: Path, stored: list[Stored], architecture: str, mend: str) -> I
     """
     writer = None
     try:
-        with appearing(out, folder=False, alone=False) as partial:
+        with atomic_path(out, folder=False, alone=False) as partial:
             _check_space(out, stored)
             writer = gguf.GGUFWriter(partial, architecture)
             yield writer

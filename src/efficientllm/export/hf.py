@@ -23,7 +23,7 @@ from efficientllm.errors import UsageError
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import tokenizer_of
 from efficientllm.export.weights import INDEX, Weights
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.models.generation import savable
 from efficientllm.models.loading import load_generation_config
 from efficientllm.reporting.model_card import README
@@ -91,7 +91,7 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
         card = subject.card(weights.config, parameters, request.licence).text()
     generation = load_generation_config(str(subject.folder), say)
     try:
-        with appearing(out, alone=False) as partial:
+        with atomic_path(out, alone=False) as partial:
             _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
             _write_configs(weights.config, generation, partial, DTYPES[request.dtype])
             save_tokenizer(tokenizer, partial)

@@ -18,7 +18,7 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.checkpoint.store import checkpoints, disk_errors, save
 from efficientllm.config import Recipe, dump_recipe, load_recipe
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
@@ -51,7 +51,7 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
 
         def begin() -> Path:
             with disk_errors(str(folder)):
-                return stack.enter_context(appearing(folder))
+                return stack.enter_context(atomic_path(folder))
 
         partial = job.ranks.from_first(begin)
         snapshot = capture(state)

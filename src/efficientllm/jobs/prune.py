@@ -11,8 +11,8 @@ from efficientllm.checkpoint.store import checkpoints, retain, save
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.distributed.watch import watched
-from efficientllm.jobs.arithmetic import deterministic
 from efficientllm.jobs.begin import begin
+from efficientllm.jobs.determinism import deterministic
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.job import Job, prepare, teacher_of

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.errors import UsageError
-from efficientllm.files import appearing, locked
+from efficientllm.files import atomic_path, locked
 from efficientllm.models.gguf_config import ROPE_FREQUENCIES, Tensors, config_of
 from efficientllm.models.gguf_vocabulary import end_ids, special_ids, write_tokenizer
 from efficientllm.models.space import space_of
@@ -68,7 +68,7 @@ def _say(message: str) -> None:
 
 def _make(file: Path, digest: str, folder: Path, what: str) -> None:
     fields, tensors = read_gguf(file, what)
-    with appearing(folder, alone=False, keep=_is_whole) as done:
+    with atomic_path(folder, alone=False, keep=_is_whole) as done:
         try:
             config = config_of(fields, tensors)
             _say(f"{file}: {types_of(tensors)} weights are dequantised to fp32, once, in {folder}")

@@ -11,7 +11,7 @@ from efficientllm.config import Recipe
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
-from efficientllm.planning.walk import StepFlops, Walk, Walker
+from efficientllm.planning.simulation import Simulated, Simulation, StepFlops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.groups import Space
@@ -66,7 +66,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
     target, shape, reaches = _goal(space, plan.pruning)
     teaching = space if teacher is None else space_of(teacher)
     cost = _step_flops(plan, teaching)
-    done = _walk(plan, cost)
+    done = _simulated(plan, cost)
     parameters = int(space.num_params())
     return Plan(
         parameters,
@@ -167,17 +167,17 @@ def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
 
 def run_flops(plan: RunPlan, teaching: Space) -> Ledger:
     """FLOPs of a whole run, as they will stand in its summary. teaching: the teacher's shape, where there is one."""
-    return _walk(plan, _step_flops(plan, teaching)).flops
+    return _simulated(plan, _step_flops(plan, teaching)).flops
 
 
-def _walk(plan: RunPlan, cost: StepFlops) -> Walk:
+def _simulated(plan: RunPlan, cost: StepFlops) -> Simulated:
     space, train = plan.space, plan.recipe.train
     if plan.pruning is None:
-        done = Walk(Standing(space.widths), space.widths)
+        done = Simulated(Standing(space.widths), space.widths)
         for _ in range(plan.steps):
             done.flops.add(cost(space.widths))
         return done
-    walker = Walker(
+    simulation = Simulation(
         space,
         plan.pruning,
         cost,
@@ -187,4 +187,4 @@ def _walk(plan: RunPlan, cost: StepFlops) -> Walk:
         compiles=train.compile,
         distills=plan.recipe.distill is not None,
     )
-    return walker.walk(plan.steps)
+    return simulation.run(plan.steps)

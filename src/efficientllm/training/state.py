@@ -232,8 +232,8 @@ def narrower(
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. Every old tensor is released as soon as it is cut: of wrapped or compiled modules,
-    which hold each other in circles, by the garbage collector, which no lack of GPU memory would wake."""
+    """Narrows the run in place. Every old tensor is released as soon as it is cut. Wrapped and compiled modules refer
+    to each other in cycles, so that only the garbage collector frees theirs; a full GPU would not start it."""
     device, snapshot = state.device, capture(state)
     for name in TIED_TO_SHAPE:
         setattr(state, name, None)

@@ -1,7 +1,7 @@
-"""A run walked through by the engine's own decisions, without a model: what it will do, and what that costs.
+"""A run simulated by the engine's own decisions, without a model: what it will do, and what that costs.
 
-Where damage would choose, the walk goes by shapes alone (pruning/decision.py: ByShape): a run will go by other widths
-of the same size, at about the same cost.
+Where damage would choose, it goes by shapes alone (pruning/decision.py: ByShape): a run will go by other widths of the
+same size, at about the same cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTLES = 3  # measurements of a type until one moves its ratio by no more than 
 
 
 @dataclass
-class Walk:
+class Simulated:
     """What a run has done so far. over: whether it is where it was to end, and compacted to that. flops: by part;
     pruning: those of looks, calibration and correction."""
 
@@ -47,7 +47,7 @@ class Walk:
         return self.flops.looks + self.flops.calibration + self.flops.correction
 
 
-class Walker:
+class Simulation:
     """Takes the steps. rows, length: of a batch. recomputes, compiles: as train.gradient_checkpointing and
     train.compile."""
 
@@ -73,10 +73,10 @@ class Walker:
         self._course = Course(plan.landings, plan.schedule)
         self._guide, self._sites = ByShape(self._types), read_tensors(space)
 
-    def walk(self, steps: int) -> Walk:
+    def run(self, steps: int) -> Simulated:
         """The whole run."""
         source, batch = self._space.widths, self._batch * self._length
-        done = Walk(Standing(source), source)
+        done = Simulated(Standing(source), source)
         for step in range(steps):
             if self._plan.at_rest and not done.over:
                 self._prune(done, step * batch)
@@ -86,12 +86,12 @@ class Walker:
                 self._prune(done, (step + 1) * batch)
         return done
 
-    def _prune(self, done: Walk, position: int) -> None:
+    def _prune(self, done: Simulated, position: int) -> None:
         """What PruningEngine.step does at a position, and the compaction after it."""
         options, bundles, rung = self._plan.options, 0, done.at.rung
         ready = not (self._plan.at_rest or self._compiles)  # inputs that the step's own pass has kept
         while done.at.rung == rung and self._course.due(done.at, position):
-            seen = self._look(done, options.gathers if not bundles else 1, ready=ready)
+            seen = self._refresh(done, options.gathers if not bundles else 1, ready=ready)
             if options.correction and not seen:
                 done.flops.correction += 0 if ready else self._inputs(done)
                 seen = self._rows_of(self._batch) if ready else self._rows.correction
@@ -107,7 +107,7 @@ class Walker:
         done.over = self._course.finished(done.at)
         self._compact(done, exactly=done.at.rung > rung or done.over)
 
-    def _look(self, done: Walk, gathers: int, *, ready: bool) -> int:
+    def _refresh(self, done: Simulated, gathers: int, *, ready: bool) -> int:
         """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""
         seen = 0
         if self._needs & {"gradient", "gates"} and not done.fresh:
@@ -125,7 +125,7 @@ class Walker:
         """Those of a pass over so many rows whose inputs are kept."""
         return -(-rows // self._rows.every(rows))
 
-    def _calibrate(self, done: Walk, seen: int) -> None:
+    def _calibrate(self, done: Simulated, seen: int) -> None:
         """Types that are due, each settled with its SETTLES-th measurement."""
         landing, options, live = self._course.landing(done.at), self._plan.options, done.at.widths
         parameters = self._course.parameters(live)
@@ -146,7 +146,7 @@ class Walker:
                 after = live.after(name, number)
                 done.flops.calibration += self._solves(done.allocated, live, after, seen)
 
-    def _inputs(self, done: Walk) -> int:
+    def _inputs(self, done: Simulated) -> int:
         return forward_flops(self._space, self._rows.correction, self._length, done.allocated).base
 
     def _solves(self, wide: Widths, before: Widths, after: Widths, rows: int) -> int:
@@ -164,7 +164,7 @@ class Walker:
                     flops += 2 * layers * width * reads * removed
         return flops
 
-    def _compact(self, done: Walk, *, exactly: bool) -> None:
+    def _compact(self, done: Simulated, *, exactly: bool) -> None:
         parameters = self._course.parameters
         widths = narrower(done.at.widths, done.allocated, self._plan, parameters, exactly=exactly)
         if widths is not None:
