@@ -46,7 +46,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, st
     [
         *((torch.optim.AdamW, family) for family in FAMILIES),
         (torch.optim.Adam, "llama-gqa"),
-        (torch.optim.SGD, "phi3-gqa"),
+        (torch.optim.SGD, "phi-gqa"),
     ],
 )
 def test_bare_loop_compacts_and_saves(kind: type[torch.optim.Optimizer], family: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from export.llamacpp_runtime import DATA, plain_kernels, runtime, to_gguf  # noq
 
 POSITIONS = 200
 TOLERANCE = 1e-3  # of a logit; those compared reach magnitudes of 8 to 31
+GELU_TOLERANCE = 5e-2  # llama.cpp looks GELU up in a table of f16
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -32,6 +33,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+UNTIED = {"tie_word_embeddings": False}
+EVERY_FOURTH = [*["sliding_attention"] * 3, "full_attention"]
+EVERY_SIXTH = [*["sliding_attention"] * 5, "full_attention"]
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6}
 
 
 def logits(model: Any, ids: list[int]) -> np.ndarray:
@@ -50,7 +59,8 @@ def assert_same_logits(folder: Path, out: Path) -> None:
     with runtime(to_gguf(folder, out)) as model:
         got = logits(model, ids.tolist())
     assert np.abs(want).max() > 5.0
-    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+    gelu = getattr(reference.config, "hidden_activation", None) is not None
+    np.testing.assert_allclose(got, want, rtol=0, atol=GELU_TOLERANCE if gelu else TOLERANCE)
     np.testing.assert_array_equal(got.argmax(1), want.argmax(1))
 
 
@@ -67,6 +77,16 @@ def assert_same_logits(folder: Path, out: Path) -> None:
         ("qwen2-gqa-tied", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
         ("qwen3-gqa", {}),
         ("qwen3-gqa", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("smollm3-gqa-tied", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+        ("granite-gqa", {}),
+        ("olmo2-gqa", {"head_dim": 10}),
+        ("olmo3-mha-tied", {"head_dim": 10, "num_hidden_layers": 5, "layer_types": EVERY_FOURTH} | UNTIED),
+        ("gemma2-gqa-tied", {"num_hidden_layers": 3}),
+        ("gemma2-gqa-tied", {"num_hidden_layers": 46, "initializer_range": 0.02}),
+        ("gemma3-gqa", {"num_hidden_layers": 7, "layer_types": EVERY_SIXTH}),
+        ("gemma3-gqa", {"layer_types": EVERY_SIXTH, "rope_parameters": GEMMA3_ROPE, "tie_word_embeddings": True}),
+        ("phi-gqa", {"head_dim": 10}),
+        ("phi-gqa", {"head_dim": 10, "num_key_value_heads": 4, "rope_parameters": PARTIAL_ROPE}),
     ],
 )
 def test_families_have_the_logits_of_transformers(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig
 
 from conftest import tiny_config, tiny_model
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config, load_model, load_tokenizer
-from efficientllm.models.space import narrowed_config, space_of
+from efficientllm.models.space import build, narrowed_config, of_layers, space_of
+from efficientllm.pruning.shapes import fits, fitted
 from efficientllm.pruning.widths import Widths
+
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]}
 
 
 def test_llama_becomes_mistral_only_where_llama_refuses_the_shape() -> None:
@@ -32,10 +38,57 @@ def test_narrowing_keeps_everything_else() -> None:
     assert type(narrow) is type(config)
 
 
+def test_llama_3_keeps_its_rotary_scaling_whatever_carries_it() -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = tiny_model("llama-gqa", rope_parameters=scaling)
+    odd = build(narrowed_config(model.config, Widths(2, 33, 2, 1, 40)))
+    assert odd.config.model_type == "mistral"
+    assert odd.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(odd.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert not torch.equal(odd.model.rotary_emb.inv_freq, tiny_model("llama-gqa").model.rotary_emb.inv_freq)
+
+
+def test_lists_by_layer_keep_the_entries_of_the_layers_that_stay() -> None:
+    config = tiny_config("smollm3-gqa-tied", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0])
+    narrow = narrowed_config(config, Widths(2, 40, 4, 2, 52), of_layers(config.to_dict(), [1, 2]))
+    assert narrow.no_rope_layers == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "takes"),
+    [
+        ("gemma2-gqa-tied", {}, lambda hidden, heads: hidden % heads == 0),
+        ("gemma3-gqa", {}, lambda hidden, heads: hidden % heads == 0),
+        ("phi-gqa", {}, lambda hidden, heads: True),
+        ("phi-gqa", {"rope_parameters": LONG, "hidden_size": 26}, lambda hidden, heads: hidden // heads == 6),
+    ],
+)
+def test_shapes_that_fit_are_those_that_transformers_takes(family: str, changes: dict, takes: Callable) -> None:
+    """And where the shape of a compaction does not fit, it is padded to the smallest that does."""
+    config = tiny_config(family, **changes)
+    space = space_of(config)
+    for heads in (2, 4):
+        for hidden in range(12, config.hidden_size + 1):
+            widths = space.widths.changed(hidden=hidden, heads=heads)
+            assert fits(space, widths) == takes(hidden, heads)
+            narrow = narrowed_config(config, widths)
+            assert narrow.hidden_size == hidden
+            if takes(hidden, heads):
+                assert type(narrow)(**narrow.to_dict()).to_dict() == narrow.to_dict()
+            elif hidden // heads != 7:  # transformers counts pairs of channels, and 7 has as many as 6
+                with pytest.raises(Exception, match=r"multiple of|must have length"):
+                    type(narrow)(**narrow.to_dict())
+            padded = fitted(space, widths, space.widths)
+            assert fits(space, padded)
+            assert all(widths[name] <= padded[name] <= space.widths[name] for name in widths.counts())
+            assert (padded == widths) == takes(hidden, heads)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), "not supported; choose a source of one of: llama, mistral, qwen2, qwen3"),
+        (GPT2Config(), "not supported; choose a source of one of: llama, mistral, qwen2, qwen3, smollm3"),
         (LlamaConfig(attention_bias=True), "biases"),
         (LlamaConfig(attention_dropout=0.1), "attention_dropout"),
     ],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
+from efficientllm.pruning.costs import shape_at
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.landing import Alignment, Landing
@@ -98,6 +99,28 @@ def test_targets_that_cannot_be_had(target: int | Widths, message: str) -> None:
             align=Alignment(),
             floors=Floors(hidden=8, intermediate=32),
         )
+
+
+@pytest.mark.parametrize(("family", "share"), [("gemma3-gqa", 0.6), ("gemma2-gqa-tied", 0.8)])
+def test_shapes_that_the_family_takes_are_all_open_that_are_maximal(family: str, share: float) -> None:
+    space = space_of(
+        tiny_config(family, hidden_size=24, intermediate_size=12, num_attention_heads=6, num_hidden_layers=1)
+    )
+    goal, types = int(space.num_params() * share), ("attention", "attention_query", "ffn", "stem")
+    landing = Landing(space, goal, types=types, align=Alignment(), floors=Floors(hidden=4))
+    all_shapes = [
+        Widths(1, hidden, kv * queries, kv, ffn)
+        for hidden in range(4, 25) for kv in (1, 2) for queries in (1, 2, 3) for ffn in range(1, 13)
+    ]  # fmt: skip
+    fit = [each for each in all_shapes if each.hidden % each.heads == 0 and space.num_params(each) <= goal]
+
+    def inside(one: Widths, other: Widths) -> bool:
+        return one != other and all(one[name] <= other[name] for name in one.counts())
+
+    maximal = {each for each in fit if not any(inside(each, other) for other in fit)}
+    assert {shape_at(shape) for shape in landing.shapes.tolist()} == maximal
+    with pytest.raises(ValueError, match="target hidden 23 is not a multiple of its 6 heads, as this family needs"):
+        Landing(space, space.widths.changed(hidden=23), types=types, align=Alignment(), floors=Floors())
 
 
 def test_a_type_left_out_stays_as_it_is() -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import tiny_config, tiny_model
 from efficientllm.config import PruneConfig, TrainConfig
-from efficientllm.models.space import empty_model, space_of
+from efficientllm.models.space import check_space, empty_model, space_of, widths_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.schedule import EverySchedule
+from efficientllm.pruning.shapes import fitted
 from efficientllm.training.planning import options_and_landings
-from efficientllm.training.snapshot import cut, fill_model
+from efficientllm.training.snapshot import cut, fill_model, model_of
 from efficientllm.training.state import PruningPlan, TrainState, capture, compact, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
@@ -78,6 +81,25 @@ def test_moments_are_those_of_a_run_that_was_always_narrow(family: str) -> None:
         torch.testing.assert_close(moments["exp_avg"], (1 - first) * weight.grad, rtol=1e-3, atol=1e-6, msg=name)
         squares = weight.grad.square()
         torch.testing.assert_close(moments["exp_avg_sq"], (1 - second) * squares, rtol=1e-3, atol=1e-8, msg=name)
+
+
+def test_a_cut_snapshot_is_a_model_for_plain_transformers(family: str, tmp_path: Path) -> None:
+    """Every type at once, a layer too, where layers differ as well; its config goes through JSON, as a checkpoint's."""
+    state, plan = run_of(tiny_model(family, num_hidden_layers=3))
+    widths = state.space.widths
+    prune(state, **{name: 1 for name in PRUNING_TYPES if widths.count(name) > 1 and name != "attention"} | {"stem": 11})
+    before = state.model(input_ids=IDS).logits
+    narrow = fitted(state.space, state.live_widths, widths)
+    snapshot = cut(capture(state), narrow, plan.source)
+    dead = ~snapshot.pruner_tensors["live.hidden"]  # one where hidden 29 does not fit, whose gains stay 0 as well
+    assert int(dead.sum()) == narrow.hidden - 29
+    assert not any(weight[dead].any() for weight in snapshot.weights.values() if weight.shape == dead.shape)
+    snapshot.config = json.loads(json.dumps(snapshot.config))
+    model_of(snapshot, "cpu").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_space(space_of(model.config), model)
+    assert widths_of(model.config) == narrow
+    torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_llama_is_a_llama_again_where_its_config_allows() -> None:

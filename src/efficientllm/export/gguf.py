@@ -17,17 +17,22 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from efficientllm.errors import UsageError
+from efficientllm.export.gguf_architectures import (
+    architecture_of,
+    context_length,
+    entries_of,
+    rope_theta,
+    rotary_channels,
+)
 from efficientllm.export.gguf_tensors import (
     K_QUANTS,
     WRITTEN,
     Stored,
-    architecture_of,
     arranged,
     encoded,
     layout,
     misfits,
     rope_factors,
-    rope_theta,
 )
 from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from efficientllm.export.subject import Subject
@@ -79,7 +84,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     tokenizer = tokenizer_of(request.subject.folder, say)
     vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
     card = request.subject.card(config, sum(_count(each) for each in stored), request.licence)
-    for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config)):
+    for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config, architecture)):
         say(note)
 
     with _written(out, stored, architecture, request.disk_mend) as writer:
@@ -185,27 +190,12 @@ def _write_card(card: Card, file: Path, about: GGUF, say: Callable[[str], None])
     write_atomically(path, card.text(about).encode())
 
 
-def _context_length(config: PretrainedConfig) -> int:
-    """Positions within which llama.cpp, which attends to everything here, computes what transformers does."""
-    window = _window(config)
-    length = int(config.max_position_embeddings)
-    return length if window is None else min(window, length)
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    """The sliding window of attention, None where there is none."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    window = getattr(config, "sliding_window", None)
-    return None if window is None or getattr(config, "use_sliding_window", True) is False else int(window)
-
-
-def _window_note(config: PretrainedConfig) -> list[str]:
-    if _context_length(config) == config.max_position_embeddings:
+def _window_note(config: PretrainedConfig, architecture: str) -> list[str]:
+    length = context_length(config, architecture)
+    if length == config.max_position_embeddings:
         return []
     return [
-        f"the context is limited to the sliding window of {_context_length(config)} tokens (of "
+        f"the context is limited to the sliding window of {length} tokens (of "
         f"{config.max_position_embeddings}): llama.cpp attends to everything in such models"
     ]
 
@@ -213,7 +203,7 @@ def _window_note(config: PretrainedConfig) -> list[str]:
 def _hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture: str) -> None:
     head_dim = head_dim_of(config)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context_length(config))
+    writer.add_context_length(context_length(config, architecture))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -221,9 +211,11 @@ def _hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig, architec
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(rotary_channels(config))
     writer.add_rope_freq_base(rope_theta(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for method, value in entries_of(config, architecture):
+        getattr(writer, method)(gguf.RopeScalingType(value) if method == "add_rope_scaling_type" else value)
 
 
 def _tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:

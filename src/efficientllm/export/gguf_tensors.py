@@ -1,8 +1,7 @@
 """Weights as llama.cpp wants them: names, the order of rotary rows, and the type that each matrix is stored in.
 
-llama.cpp's `llama` architecture rotates neighbouring pairs of a head's channels, transformers channel i with channel
-i + head_dim / 2. So the rows of q and k (and their biases) are reordered for it; `qwen2` and `qwen3` rotate as
-transformers does.
+Some of llama.cpp's architectures rotate neighbouring pairs of a head's channels, transformers channel i with channel
+i + head_dim / 2. So the rows of q and k (and their biases) are reordered for them (gguf_architectures.py).
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from efficientllm.errors import UsageError
+from efficientllm.export.gguf_architectures import ARCHITECTURES, query_factor, rope_theta
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from efficientllm.models.space import head_dim_of
+from efficientllm.models.space import head_dim_of, rope_kind
 
 BLOCK = 32  # row lengths of all types that are written here
 SUPER_BLOCK = 256  # of the k-quants, which llama.cpp writes itself
@@ -51,52 +51,6 @@ K_QUANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp's code for an architecture expects of a model, beyond what all of them do.
-
-    paired: it rotates neighbouring pairs of a head's channels. scaled: it divides the rotary frequencies by those of
-    `rope_freqs.weight`, Llama 3's scaling. oblong: the architecture that takes models in which heads x head_dim is not
-    the hidden size, None: this one. lacks: fields of the config for which it has no weights.
-    """
-
-    paired: bool = False
-    scaled: bool = False
-    oblong: str | None = None
-    lacks: tuple[str, ...] = ()
-
-
-# By llama.cpp's name, which a family's row has (models/families.py).
-ARCHITECTURES = {
-    "llama": Architecture(paired=True, scaled=True),
-    "qwen2": Architecture(oblong="llama"),
-    "qwen3": Architecture(lacks=("attention_bias",)),
-}
-
-
-def architecture_of(config: PretrainedConfig) -> str:
-    """The llama.cpp architecture that computes this model, a key of ARCHITECTURES.
-
-    llama.cpp's qwen2 has no room for heads x head_dim other than the hidden size; its llama takes biases and any
-    head_dim, so that a Qwen2 whose stem was pruned goes there. Raises UsageError for what none of them computes.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.gguf is None:
-        raise UsageError(f"models of type '{config.model_type}' are not written to GGUF; export with --to hf")
-    if config.hidden_act != "silu":
-        raise UsageError(f"llama.cpp computes these models with SiLU, this one has hidden_act={config.hidden_act}")
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
-        raise UsageError("llama.cpp rotates whole heads in these models, this one has a partial_rotary_factor")
-    architecture = ARCHITECTURES[family.gguf]
-    for name in architecture.lacks:
-        if getattr(config, name, None):
-            raise UsageError(
-                f"llama.cpp's {family.gguf} has no weights for {name}, which this model sets; export with --to hf"
-            )
-    square = config.num_attention_heads * head_dim_of(config) == config.hidden_size
-    return family.gguf if square or architecture.oblong is None else architecture.oblong
-
-
 def paired(weight: Tensor, heads: int) -> Tensor:
     """Rows (heads x head_dim, ...) of q or k, from halves (0, 1, ..., d/2, ...) to pairs (0, d/2, 1, d/2 + 1, ...)."""
     rows = weight.shape[0] // heads
@@ -105,13 +59,17 @@ def paired(weight: Tensor, heads: int) -> Tensor:
 
 
 def arranged(name: str, weight: Tensor, config: PretrainedConfig, architecture: str) -> Tensor:
-    """A weight, by its transformers name, with its rows in the order of the architecture."""
-    if not ARCHITECTURES[architecture].paired:
-        return weight
-    if ".q_proj." in name:
-        return paired(weight, config.num_attention_heads)
-    if ".k_proj." in name:
-        return paired(weight, config.num_key_value_heads)
+    """A weight, by its transformers name, as the architecture wants it: its rows in its order, gains whole, queries
+    scaled for what it divides the scores by."""
+    rows, family = ARCHITECTURES[architecture], FAMILIES[config.model_type]
+    if rows.paired and ".q_proj." in name:
+        weight = paired(weight, config.num_attention_heads)
+    if rows.paired and ".k_proj." in name:
+        weight = paired(weight, config.num_key_value_heads)
+    if family.offset and "norm" in name:
+        weight = weight.float() + family.offset
+    if rows.query and f".{rows.query}." in name:
+        weight = weight * query_factor(config, rows)
     return weight
 
 
@@ -120,9 +78,8 @@ def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
 
     Llama 3's scaling is a fixed divisor for each frequency. Raises UsageError for other kinds of scaling.
     """
-    parameters = rope_parameters(config)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
+    kind = rope_kind(config)
+    if kind == "default" or kind in ARCHITECTURES[architecture].rope_kinds:
         return None
     if kind != "llama3" or not ARCHITECTURES[architecture].scaled:
         raise UsageError(
@@ -133,16 +90,6 @@ def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
     places = torch.arange(0, head_dim_of(config), 2, dtype=torch.int64).float()
     plain = 1.0 / rope_theta(config) ** (places / head_dim_of(config))
     return plain / scaled
-
-
-def rope_parameters(config: PretrainedConfig) -> Mapping[str, object]:
-    """transformers 5 calls it rope_parameters, transformers 4 rope_scaling (with rope_theta beside it)."""
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-
-
-def rope_theta(config: PretrainedConfig) -> float:
-    value = rope_parameters(config).get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    return float(str(value))
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,14 @@ _ROWS = (
     Family("mistral", gguf="llama"),
     Family("qwen2", LAYER | QKV_BIASES, gguf="qwen2"),  # also Qwen2.5
     Family("qwen3", LAYER | HEAD_NORMS, optional=_ATTENTION_BIASES, normed=_QK_NORMS, gguf="qwen3"),
-    Family("smollm3", optional=_BIASES),
-    Family("granite", optional=_BIASES),
-    Family("olmo2", _OLMO, optional=_ATTENTION_BIASES, normed=_QK_NORMS, closing=_AFTER),
-    Family("olmo3", _OLMO, optional=_ATTENTION_BIASES, normed=_QK_NORMS, closing=_AFTER),
-    Family("gemma2", _GEMMA, optional=_ATTENTION_BIASES, eager=True, **_OF_GEMMA),
-    Family("gemma3_text", _GEMMA | HEAD_NORMS, optional=_ATTENTION_BIASES, normed=_QK_NORMS, **_OF_GEMMA),
-    Family("phi3", _PHI, long_rotary=True),  # also Phi-4-mini
+    Family("smollm3", optional=_BIASES, gguf="smollm3"),
+    Family("granite", optional=_BIASES, gguf="granite"),
+    Family("olmo2", _OLMO, optional=_ATTENTION_BIASES, normed=_QK_NORMS, closing=_AFTER, gguf="olmo2"),
+    Family("olmo3", _OLMO, optional=_ATTENTION_BIASES, normed=_QK_NORMS, closing=_AFTER, gguf="olmo2"),
+    Family("gemma2", _GEMMA, optional=_ATTENTION_BIASES, eager=True, gguf="gemma2", **_OF_GEMMA),
+    Family(
+        "gemma3_text", _GEMMA | HEAD_NORMS, optional=_ATTENTION_BIASES, normed=_QK_NORMS, gguf="gemma3", **_OF_GEMMA
+    ),
+    Family("phi3", _PHI, long_rotary=True, gguf="phi3"),  # also Phi-4-mini
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

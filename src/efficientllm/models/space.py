@@ -29,6 +29,20 @@ def _fields(config: PretrainedConfig) -> Mapping[str, str]:
     return FAMILIES[config.model_type].fields if config.model_type in FAMILIES else FIELDS
 
 
+def rope_of(config: PretrainedConfig, layers: str = "full_attention") -> Mapping[str, Any]:
+    """Settings of the rotary positions: rope_parameters, by type of layer where they differ, which transformers 4 calls
+    rope_scaling (with rope_theta beside it)."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found: Mapping[str, Any] = rope.get(layers, rope)
+    return found
+
+
+def rope_kind(config: PretrainedConfig, layers: str = "full_attention") -> str:
+    """The kind of scaling of the rotary positions, "default" where there is none."""
+    rope = rope_of(config, layers)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 def widths_of(config: PretrainedConfig) -> Widths:
     return Widths(**{width: getattr(config, name) for width, name in _fields(config).items()})
 

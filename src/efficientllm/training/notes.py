@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
+from efficientllm.models.space import rope_kind, rope_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
+from efficientllm.pruning.groups import MULTIPLE
 from efficientllm.pruning.landing import amount
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
@@ -16,7 +18,8 @@ def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
-    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_shapes(recipe.prune, plan), *_pace(recipe, plan))
+    said = (_latency(recipe.prune), _types(recipe.prune, plan), _source(plan), _shapes(recipe.prune, plan))
+    return (*(line for each in said for line in each), *_pace(recipe, plan))
 
 
 def _latency(prune: PruneConfig) -> Iterator[str]:
@@ -30,6 +33,18 @@ def _types(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
     out = [name for name in prune.types if name not in plan.options.types and source.count(name) > 1]
     if out:
         yield f"prune.cost {prune.cost} does not count {', '.join(out)}: the result keeps the source's width there"
+
+
+def _source(plan: PruningPlan) -> Iterator[str]:
+    """What of the source's configuration the result keeps, or bounds its shapes by."""
+    kind, rope = rope_kind(plan.source), rope_of(plan.source)
+    if kind != "default":
+        factor = f", factor {rope['factor']:g}" if "factor" in rope else ""
+        yield f"the source's rotary positions are scaled ({kind}{factor}); the result keeps that"
+    rule = plan.landing.space.hidden_rule
+    if rule is not None:
+        bound = "a multiple of its heads" if rule == MULTIPLE else f"{rule} to {int(rule) + 1} times its heads"
+        yield f"a {plan.source.model_type} model is saved only with a hidden size that is {bound}: others are not open"
 
 
 def _shapes(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
