@@ -52,7 +52,8 @@ def test_a_loop_at_the_edge_weakens_every_claim() -> None:
 
 def test_sensitivity_to_the_rate_is_a_table() -> None:
     failed = arm(0.0, 0.1) | {"losses_by_lr": {"0.002": 2.5, "0.008": None}}
-    lines = list(_rates({"loop": arm(0.0, 0.1), "it": failed}))
+    (table,) = _rates({"loop": arm(0.0, 0.1), "it": failed})
+    lines = table.splitlines()
     assert lines[0] == "| arm | 0.001 | 0.002 | 0.004 | 0.008 |"
     assert lines[2:] == ["| loop | 3.0000 | **2.0000** | 2.5000 | - |", "| it | - | **2.5000** | - | failed |"]
 
@@ -70,7 +71,8 @@ def test_what_was_spent_of_a_budget_is_a_column(shares: tuple[float | None, floa
         "mean": dict.fromkeys(names, 1.0),
         "runs": runs,
     }
-    header, _, row = _table({"it": figures})
+    (table,) = _table({"it": figures})
+    header, _, row = table.splitlines()
     assert ("| FLOPs / budget |" in header) == ("| 0.990 to 1.390 |" in row) == (shares[0] is not None)
     assert "| 1 + 5 |" in row
 
@@ -125,7 +127,8 @@ def test_structure_says_what_cannot_be_said() -> None:
     runs = {str(seed): {"widths": each, "loss": 4.0} for seed, each in enumerate(widths)}
     overlap = {"ffn": {"jaccard": 0.5, "chance": 0.1}}
     structure = {"loop": {"overlap": overlap, "spread": {"intermediate": 40, "heads": 1, "hidden": 0}, "shapes": None}}
-    lines = list(_structure({"structure": structure, "budgets": {"tokens": {"loop": {"runs": runs}}}}))
+    page = "\n".join(_structure({"structure": structure, "budgets": {"tokens": {"loop": {"runs": runs}}}}))
+    lines = page.splitlines()
     assert "| 40/1/0 |" in lines[-3]
     assert "cannot be said: that takes two seeds" in lines[-1]
 

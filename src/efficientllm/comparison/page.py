@@ -9,6 +9,7 @@ from typing import Any
 from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.budget import CLOSE
 from efficientllm.comparison.rates import FACTOR, MORE
+from efficientllm.reporting.tables import markdown
 from efficientllm.sizes import format_count
 
 TITLES = {
@@ -93,9 +94,7 @@ def _reach(results: Mapping[str, Any]) -> Iterator[str]:
 def _table(arms: Mapping[str, Any]) -> Iterator[str]:
     names = "arm, parameters, rate, loss, bits per byte, perplexity, difference to the loop, tokens, FLOPs"
     limited = any(run["budget_spent"] is not None for arm in arms.values() for run in arm["runs"].values())
-    columns = [*names.split(", "), *(["FLOPs / budget"] if limited else []), "seconds", "peak memory"]
-    yield f"| {' | '.join(columns)} |"
-    yield "| " + " | ".join(["---"] * len(columns)) + " |"
+    rows = [[*names.split(", "), *(["FLOPs / budget"] if limited else []), "seconds", "peak memory"]]
     for name, arm in arms.items():
         runs = list(arm["runs"].values())
         if not runs:
@@ -104,7 +103,7 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
         sizes = sorted({run["parameters"] for run in runs})
         size = " to ".join(dict.fromkeys(format_count(each) for each in (sizes[0], sizes[-1])))
         mean = arm["mean"]
-        cells = [
+        rows += [[
             name,
             size,
             f"{arm['lr']:.3g}",
@@ -117,8 +116,8 @@ def _table(arms: Mapping[str, Any]) -> Iterator[str]:
             *([_shares(runs)] if limited else []),
             f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
             f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
-        ]
-        yield f"| {' | '.join(cells)} |"
+        ]]  # fmt: skip
+    yield markdown(rows)
 
 
 def _shares(runs: Iterable[Mapping[str, Any]]) -> str:
@@ -130,8 +129,7 @@ def _shares(runs: Iterable[Mapping[str, Any]]) -> str:
 def _rates(arms: Mapping[str, Any]) -> Iterator[str]:
     """Loss with the first seed on the windows that rates are chosen on, by rate; the best in bold."""
     rates = sorted({float(lr) for arm in arms.values() for lr in arm["losses_by_lr"]})
-    yield f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |"
-    yield "| --- | " + " | ".join(["---"] * len(rates)) + " |"
+    rows = [["arm", *(f"{lr:g}" for lr in rates)]]
     for name, arm in arms.items():
         losses = {float(lr): loss for lr, loss in arm["losses_by_lr"].items()}
         best = min((loss for loss in losses.values() if loss is not None), default=None)
@@ -140,7 +138,8 @@ def _rates(arms: Mapping[str, Any]) -> Iterator[str]:
             loss = losses.get(lr)
             text = "failed" if lr in losses and loss is None else "-" if loss is None else f"{loss:.4f}"
             cells.append(f"**{text}**" if loss is not None and loss == best else text)
-        yield f"| {name} | {' | '.join(cells)} |"
+        rows.append([name, *cells])
+    yield markdown(rows)
 
 
 def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
@@ -148,7 +147,7 @@ def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
     tasks = list(dict.fromkeys(task for arm in arms.values() for task in [*arm["tasks"], *arm["task_problems"]]))
     if not tasks:
         return
-    yield from ("", f"| arm | {' | '.join(tasks)} |", "| --- | " + " | ".join(["---"] * len(tasks)) + " |")
+    rows = [["arm", *tasks]]
     for name, arm in arms.items():
         cells = []
         if not arm["runs"]:
@@ -162,7 +161,8 @@ def _tasks(arms: Mapping[str, Any]) -> Iterator[str]:
                 text += " " + "({mean:+.2f}: {low:+.2f} to {high:+.2f})".format(**points)
                 text = f"**{text}**" if difference["resolved"] else text
             cells.append(text)
-        yield f"| {name} | {' | '.join(cells)} |"
+        rows.append([name, *cells])
+    yield from ("", markdown(rows))
     for name, arm in arms.items():
         for task, why in arm["task_problems"].items():
             yield from ("", f"`{name}` is not measured on {task}: {why}")
@@ -220,9 +220,8 @@ def _structure(results: Mapping[str, Any]) -> Iterator[str]:
     yield "Jaccard index of the units that two seeds keep, mean over pairs and layers; in brackets: by chance."
     yield ""
     kinds = list(dict.fromkeys(kind for arm in results["structure"].values() for kind in arm["overlap"]))
-    widths = "widths by seed (FFN/heads/hidden) | their spread | loss by seed | do two shapes differ in loss?"
-    yield f"| arm | {' | '.join([*kinds, widths])} |"
-    yield "| --- | " + " | ".join(["---"] * (len(kinds) + 4)) + " |"
+    of_shapes = ["widths by seed (FFN/heads/hidden)", "their spread", "loss by seed", "do two shapes differ in loss?"]
+    rows = [["arm", *kinds, *of_shapes]]
     for name, arm in results["structure"].items():
         found = arm["overlap"]
         cells = [
@@ -232,13 +231,10 @@ def _structure(results: Mapping[str, Any]) -> Iterator[str]:
         cells.append(", ".join("{intermediate}/{heads}/{hidden}".format(**run["widths"]) for run in runs))
         cells.append("{intermediate}/{heads}/{hidden}".format(**arm["spread"]))
         cells.append(", ".join(f"{run['loss']:.3f}" for run in runs))
-        yield f"| {name} | {' | '.join([*cells, _shapes_cell(arm['shapes'])])} |"
+        rows.append([name, *cells, "cannot be said" if arm["shapes"] is None else difference_cell(arm["shapes"])])
+    yield markdown(rows)
     if all(arm["shapes"] is None for arm in results["structure"].values()):
         yield from (
             "",
             "Whether different shapes end at different losses cannot be said: that takes two seeds of each.",
         )
-
-
-def _shapes_cell(difference: Mapping[str, Any] | None) -> str:
-    return "cannot be said" if difference is None else difference_cell(difference)

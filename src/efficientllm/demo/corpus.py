@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.errors import UsageError
-from efficientllm.files import write_atomically
+from efficientllm.files import atomic_path, write_atomically
 
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
@@ -120,16 +119,9 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, folder: Path | str) 
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,  # it would eat spaces before punctuation, which code needs
     )
-    _save_tokenizer(tokenizer, Path(folder))
+    with atomic_path(Path(folder)) as partial:
+        tokenizer.save_pretrained(partial)
     return tokenizer
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _texts(files: Sequence[Path]) -> Iterator[str]:

@@ -21,19 +21,12 @@ from huggingface_hub.repocard import metadata_load
 from efficientllm.files import write_atomically
 from efficientllm.reporting.card_sources import datasets_of, described_data, hub_id, title_of, without_absolute_paths
 from efficientllm.reporting.evaluation_table import evaluation_way, measured
-from efficientllm.reporting.tables import markdown
+from efficientllm.reporting.tables import WIDTH_LABELS, markdown
 from efficientllm.reporting.templates import rendered
 from efficientllm.sizes import format_count
 
 README = "README.md"
 MARK = "efficientllm"  # the tag by which a card of ours is known
-WIDTH_NAMES = {
-    "layers": "layers",
-    "hidden": "hidden size",
-    "heads": "query heads",
-    "kv_heads": "key/value heads",
-    "intermediate": "FFN channels",
-}
 _ORIGINS = {
     "pruned": "made from {source} ({count} parameters) by pruning-aware\npretraining: the least salient structure was "
     "removed a little at a time while the model kept training.",
@@ -214,7 +207,7 @@ def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[st
         ["", "source", "compact"],
         ["parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"],
     ]
-    for key, name in WIDTH_NAMES.items():
+    for key, name in WIDTH_LABELS.items():
         if key in result["widths"]:
             rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
     losses = source.get("validation_loss"), result.get("validation_loss")

@@ -9,13 +9,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from efficientllm.pruning.dimensions import DIMENSIONS, of_type
 from efficientllm.pruning.history import fallen_at
 from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
 from efficientllm.reporting.run_record import RunRecord
-
-WIDTH_LABELS = {"intermediate": "FFN", "kv_heads": "KV heads"}
-UNIT_ROWS = {"ffn": "layer", "attention": "layer", "attention_query": "KV group", "stem": "model"}
+from efficientllm.reporting.tables import WIDTH_LABELS
 
 
 def architecture(runs: Sequence[RunRecord]) -> Figure | None:
@@ -28,7 +27,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
         assert run.source_widths is not None
         count = len(run.events)
         stages = [run.source_widths, *(dict(run.events[index]["widths"]) for index in (count // 3, 2 * count // 3, -1))]
-        names = ("hidden", "heads", "kv_heads", "intermediate", "layers")
+        names = tuple(WIDTH_LABELS)
         for place, stage in enumerate(stages):
             shares = [stage[width] / stages[0][width] for width in names]
             offset = np.arange(len(names)) + 0.2 * (place - 1.5)
@@ -36,7 +35,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
             axes.bar(offset, shares, width=0.19, color=str(0.75 - 0.2 * place), edgecolor="#0072B2", label=label)
             for x, share, width in zip(offset, shares, names, strict=True):
                 axes.text(x, share, str(stage[width]), ha="center", va="bottom", fontsize=FONT_SIZE - 3, clip_on=True)
-        axes.set_xticks(range(len(names)), [WIDTH_LABELS.get(width, width) for width in names])
+        axes.set_xticks(range(len(names)), list(WIDTH_LABELS.values()))
         axes.set_ylim(0, 1.45)
         dress(axes, "", "share of the source's", title=run.name)
         axes.legend(fontsize=FONT_SIZE - 1.5, frameon=False, ncols=4, loc="upper right")
@@ -44,7 +43,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def units(runs: Sequence[RunRecord]) -> Figure | None:
-    """A map a type and run: rows are layers (of query heads: KV groups), columns units, colour the time."""
+    """A map a type and run: rows are what the type lies within, columns its units, colour the time."""
     maps = []
     for run in runs:
         if not run.source_widths or not run.events:
@@ -54,10 +53,8 @@ def units(runs: Sequence[RunRecord]) -> Figure | None:
         except ValueError as error:
             run.notes.append(f"the map of units is left out: {error}")
             continue
-        wanted = {kind: table.numpy() for kind, table in when.items() if kind in UNIT_ROWS}
-        maps += [
-            (run, kind, table) for kind, table in wanted.items() if np.isfinite(table).any() and table.shape[1] > 1
-        ]
+        fallen = {kind: table.numpy() for kind, table in when.items() if table.isfinite().any()}
+        maps += [(run, kind, table) for kind, table in fallen.items() if table.shape[1] > 1]
     if not maps:
         return None
     heights = [0.55 + min(2.2, 0.12 * table.shape[0]) for _, _, table in maps]
@@ -70,7 +67,8 @@ def units(runs: Sequence[RunRecord]) -> Figure | None:
         axes.set_facecolor("#9A9A9A")
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="plasma_r", norm=Normalize(0, last))
         axes.set_title(kind if len(runs) == 1 else f"{run.name}: {kind}", fontsize=FONT_SIZE, loc="left")
-        axes.set_ylabel(UNIT_ROWS[kind], fontsize=FONT_SIZE - 1)
+        within = of_type(kind).within
+        axes.set_ylabel(DIMENSIONS[within].label if within else "model", fontsize=FONT_SIZE - 1)
         axes.set_xlabel("unit of the source", fontsize=FONT_SIZE - 1)
         axes.tick_params(labelsize=FONT_SIZE - 2)
         for axis in (axes.xaxis, axes.yaxis):

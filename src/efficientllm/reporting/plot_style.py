@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from efficientllm.files import write_atomically
+from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.sizes import format_count
 
 # Okabe and Ito's palette: told apart with any colour vision; line styles tell them apart in grey
-TYPE_STYLES: dict[str, tuple[str, Any, str]] = {  # colour, line style, label
-    "attention": ("#0072B2", "-", "attention (KV groups)"),
-    "attention_query": ("#CC79A7", (0, (5, 1)), "attention_query (heads per KV group)"),
-    "ffn": ("#D55E00", "-", "ffn (channels)"),
-    "stem": ("#009E73", "-", "stem (hidden channels)"),
-    "depth": ("#8C510A", (0, (1, 1)), "depth (layers)"),
+_STYLES: tuple[tuple[str, Any], ...] = (
+    ("#0072B2", "-"), ("#CC79A7", (0, (5, 1))), ("#D55E00", "-"), ("#009E73", "-"), ("#8C510A", (0, (1, 1)))
+)  # fmt: skip
+TYPE_STYLES = {  # of a pruning type: colour, line style, label
+    row.type: (*style, f"{row.type} ({row.label})") for row, style in zip(DIMENSIONS.values(), cycle(_STYLES))
 }
 LOSS_COLOUR = "#000000"
 VALIDATION_COLOUR = "#56B4E9"

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from efficientllm.pruning.dimensions import ATTENTION, ATTENTION_QUERY
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.plot_style import TYPE_STYLES, columns, dress, legend_below, panel, run_style, tokens_axis
 from efficientllm.reporting.run_record import RunRecord
 
@@ -31,7 +33,7 @@ class Quantity:
         """A line a type, in the type's colour; where saliency is drawn, a tick an event."""
         for kind, (colour, line, label) in TYPE_STYLES.items():
             at, values = self.curve(run, kind)
-            if kind == "attention" and run.source_widths and _width(run.source_widths, "attention_query") == 1.0:
+            if kind == ATTENTION and run.source_widths and Widths(**run.source_widths).count(ATTENTION_QUERY) == 1:
                 label = "attention (heads)"  # without grouped queries a KV group is an ordinary head
             if len(at):
                 axes.plot(at, values, color=colour, linestyle=line, label=label, **self.style)
@@ -82,18 +84,12 @@ def _saliency(run: RunRecord, kind: str) -> Points:
     return _positive([(line["tokens"], (line.get("saliency") or {}).get(kind)) for line in run.metrics])
 
 
-def _width(widths: Mapping[str, int], kind: str) -> float:
-    """What a type has units of; of query heads: within a KV group."""
-    names = {"attention": "kv_heads", "ffn": "intermediate", "stem": "hidden", "depth": "layers"}
-    return widths["heads"] / widths["kv_heads"] if kind == "attention_query" else float(widths[names[kind]])
-
-
 def _ratio(run: RunRecord, kind: str) -> Points:
-    source = run.source_widths
-    if source is None:
+    if run.source_widths is None:
         return columns([])
-    whole = _width(source, kind)
-    lines = [(line["tokens"], 1 - _width(line["widths"], kind) / whole) for line in run.metrics if "widths" in line]
+    whole = Widths(**run.source_widths).count(kind)
+    seen = ((line["tokens"], Widths(**line["widths"]).count(kind)) for line in run.metrics if "widths" in line)
+    lines = [(tokens, 1 - left / whole) for tokens, left in seen]
     return columns([(0.0, 0.0), *lines]) if any(ratio > 0 for _, ratio in lines) else columns([])
 
 

@@ -8,16 +8,14 @@ from typing import Any
 from efficientllm.reporting.bench_table import bench_parts
 from efficientllm.reporting.evaluation_table import evaluation_way, measured
 from efficientllm.reporting.run_record import RunRecord
-from efficientllm.reporting.tables import flops_sentence
+from efficientllm.reporting.tables import WIDTH_LABELS, flops_sentence
 from efficientllm.reporting.templates import rendered
 from efficientllm.sizes import format_count
-
-WIDTHS = {"hidden": "hidden", "heads": "heads", "kv_heads": "KV heads", "intermediate": "FFN", "layers": "layers"}
 
 
 def page(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, str]], notes: Sequence[str] = ()) -> str:
     """HTML of one or several runs. figures: id -> (caption, inline SVG). notes: sentences about none of them alone."""
-    head = ["model", "parameters", *WIDTHS.values(), "validation loss", "tokens", "FLOPs", "hours"]
+    head = ["model", "parameters", *WIDTH_LABELS.values(), "validation loss", "tokens", "FLOPs", "hours"]
     return rendered(
         "report.html",
         title=" and ".join(run.name for run in runs),
@@ -54,7 +52,7 @@ def _flops_by_part(run: RunRecord) -> dict[str, float] | None:
 
 def _shape(facts: Mapping[str, Any]) -> list[str]:
     parameters, loss = facts["parameters"], facts.get("validation_loss")
-    shape = [str(facts["widths"][name]) for name in WIDTHS]
+    shape = [str(facts["widths"][name]) for name in WIDTH_LABELS]
     return ["-" if parameters is None else format_count(parameters), *shape, "-" if loss is None else f"{loss:.4f}"]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, create_model
 
+from efficientllm.reporting.tables import WIDTH_LABELS
+
 Record = Mapping[str, Any]
 
 
@@ -24,7 +26,7 @@ def _form(**fields: Any) -> Any:
 _NUMBER = (float | None, None)
 _AMOUNTS = ("loss", "validation_loss", "live_parameters", "allocated_parameters", "seconds", "tokens_per_second")
 _LINE = {"step": (int, ...), "tokens": (float, ...), **dict.fromkeys((*_AMOUNTS, "flops", "allocated_after"), _NUMBER)}
-_WIDTHS = _form(**dict.fromkeys(("layers", "hidden", "heads", "kv_heads", "intermediate"), (PositiveInt, ...)))
+_WIDTHS = _form(**dict.fromkeys(WIDTH_LABELS, (PositiveInt, ...)))
 METRICS = _form(
     **_LINE,
     widths=(_WIDTHS, None),

@@ -11,6 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 PIPED_WIDTH = 160
+WIDTH_LABELS = {  # of a shape's record (Widths.record), in the order in which reports and cards show them
+    "layers": "layers",
+    "hidden": "hidden size",
+    "heads": "query heads",
+    "kv_heads": "KV heads",
+    "intermediate": "FFN channels",
+}
 
 
 def console() -> Console:
