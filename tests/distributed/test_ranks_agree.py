@@ -18,7 +18,8 @@ from processes import codes, start_ranks
 pytestmark = pytest.mark.slow
 TWO = [
     Case("full-correction"),
-    Case("full-wanda", family="llama-mha-tied", criterion="wanda", steps=3),
+    Case("full-wanda", family="gemma2-gqa-tied", criterion="wanda", steps=3),
+    Case("full-fused", family="phi-gqa", correction="none", steps=3),
     Case(
         "full-sparsegpt", family="mistral-gqa-tied", criterion="sparsegpt", correction="none", loss="chunked", steps=3
     ),

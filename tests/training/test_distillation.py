@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from conftest import tiny_config, tiny_model
+from efficientllm.models.parts import logits_of
 from efficientllm.models.space import space_of
 from efficientllm.training.distillation import Distillation, LiveTeacher, draws, sampled_divergence
 from efficientllm.training.gradient import Precision, summed_loss
@@ -21,10 +22,12 @@ IDS = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(2))
 
 @pytest.mark.parametrize("chunk", [4, 1000])
 @pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.3, 2.5)])
-def test_equals_the_formula(chunk: int, weight: float, temperature: float) -> None:
-    student, teacher = tiny_model("llama-mha-tied"), tiny_model("qwen2-gqa-tied", seed=4).eval()
+@pytest.mark.parametrize("pair", [("llama-mha-tied", "qwen2-gqa-tied"), ("gemma2-gqa-tied", "granite-gqa")])
+def test_equals_the_formula(chunk: int, weight: float, temperature: float, pair: tuple[str, str]) -> None:
+    """Capped logits and divided ones too."""
+    student, teacher = tiny_model(pair[0]), tiny_model(pair[1], seed=4).eval()
     distillation = Distillation(LiveTeacher(teacher), weight, temperature, chunk)
-    loss = distillation.summed_loss(student.model, student.lm_head, IDS, CPU)
+    loss = distillation.summed_loss(student.model, logits_of(student), IDS, CPU)
     loss.backward()
     got = {name: weight.grad.clone() for name, weight in student.named_parameters()}
     student.zero_grad()
