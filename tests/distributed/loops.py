@@ -34,6 +34,8 @@ from efficientllm.pruning.shards import whole
 OPTIONS: dict[str, Any] = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 STEPS = 8
 
+MIXED = {"ffn": "wanda", "stem": "gate-fisher", "attention": "taylor-element", "attention_query": "taylor-vector"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,7 +56,7 @@ class Case:
 
 HAND = [
     Case("copies", compact=True),
-    Case("copies-taylor", family="qwen2-gqa-tied", saliency={"ffn": "wanda"}, correction="none"),
+    Case("copies-taylor", family="qwen2-gqa-tied", saliency=MIXED, correction="none"),
     Case("shards", family="qwen3-gqa", shards=True),
     Case("shards-taylor", family="llama-mha-tied", saliency="taylor-element", shards=True, correction="none"),
 ]

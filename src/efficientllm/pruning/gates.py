@@ -45,8 +45,9 @@ class GateSums:
     """Adds up squared gate gradients over the passes of a look, on the model's device, in fp32.
 
     `begin` a pass before its forward pass and `add` every distinct input x of its linear layers during the backward
-    pass. Units of one layer (FFN channels, heads) are read from one x; those of the model (residual channels, layers)
-    from many, which are added up before they are squared.
+    pass. A token that is not predicted (padding, a masked label) is none of the n; its squares are what later tokens'
+    losses have left in it, none for padding. Units of one layer (FFN channels, heads) are read from one x; those of the
+    model (residual channels, layers) from many, which are added up before they are squared.
     """
 
     def __init__(self, space: Space, device: torch.device) -> None:
