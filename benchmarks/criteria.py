@@ -27,7 +27,7 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
 from efficientllm.pruning.groups import Cut, Live, Space
-from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.readers import reader_specs
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, mean_loss, summed_loss

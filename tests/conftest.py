@@ -27,11 +27,13 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -81,6 +83,16 @@ FAMILIES = {
     ),
     # llama.cpp wants tokens that are not here of whatever has "phi3" in its name.
     "phi-gqa": (Phi3Config, {"num_key_value_heads": 2}),
+    "qwen3-moe-gqa": (
+        Qwen3MoeConfig,
+        {"num_key_value_heads": 2, "tie_word_embeddings": False, "norm_topk_prob": True, "moe_intermediate_size": 16}
+        | {"num_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "olmoe-tied": (
+        OlmoeConfig,
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 10, "intermediate_size": 16}
+        | {"num_experts": 5, "num_experts_per_tok": 2},
+    ),
 }
 
 
@@ -114,7 +126,7 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
     offsets = space_of(model.config).offsets
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim > 1:
                 weight.normal_(0.0, 0.3)
             elif name.endswith("bias"):
                 weight.normal_(0.0, 0.1)

@@ -28,8 +28,8 @@ from efficientllm.config.fields import Section
 from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
-from efficientllm.pruning.costs import KVCache, Params, TableCost
-from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.costs import ActiveParams, KVCache, Params, TableCost
+from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.schedule import CURVES
 from efficientllm.pruning.selection import ORDERS
 from efficientllm.sizes import Amount
@@ -289,7 +289,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.target={flop: 40%}", "prune.target.flop is not a recipe key: did you mean prune.target.flops?"),
         ("prune.target={flops: 120%}", "prune.target.flops: '120%' is no size to reach: write a ratio such as 50%"),
         ("prune.target={latency: 12}", "prune.target.latency: 12 is no latency to reach: write a ratio such as 50%"),
-        ("prune.target={flops: 40%, latency: 40%}", "a size to prune to is in one cost: give one of flops, kv_cache"),
+        ("prune.target={flops: 40%, latency: 40%}", "a size to prune to is in one cost: give one of active, flops"),
         (
             "prune={target: {flops: 40%}, cost: flops, ladder: [{flops: 80%}, 60%]}",
             "prune.cost is flops, but prune.ladder[1] is in params",
@@ -299,7 +299,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.target={flops: 40%}", "prune.target is in flops, but prune.cost counts params: set prune.cost: flops"),
         ("prune.cost=flops", "prune.cost is flops, but prune.target is in params: write it as {flops: 40%}"),
         ("prune.latency_table=a.json", "prune.latency_table has no effect with prune.cost params: remove it"),
-        ("prune.cost=energy", "prune.cost should be 'params', 'flops', 'kv-cache' or 'latency', not 'energy'"),
+        ("prune.cost=energy", "prune.cost should be 'params', 'active', 'flops', 'kv-cache' or 'latency', not"),
         (
             "train.batch_tokens=1000",
             "train.batch_tokens (1000) is less than one row of data.sequence_length (1024): raise it to a row or more",
@@ -317,7 +317,7 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, or a multiple such as 64"),
         (
             "prune.types=[fnn]",
-            "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem' or 'depth', not 'fnn'",
+            "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem', 'depth', 'expert' or ",
         ),
         ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
         (
@@ -432,10 +432,10 @@ def choices(field: str) -> tuple[str, ...]:
 
 def test_lists_of_words_are_those_of_the_pruning_room() -> None:
     """Words that a type checker is to know stand in config a second time."""
-    assert choices("types") == PRUNING_TYPES
+    assert choices("types") == (*PRUNING_TYPES, *EXPERT_TYPES)
     assert set(choices("curve")) == {*CURVES, "exponential"}
     assert set(choices("selection")) == {"auto", "calibrated", "raw", "interleaved", *ORDERS}
-    costs = (Params, FlopsPerToken, KVCache, TableCost)
+    costs = (Params, ActiveParams, FlopsPerToken, KVCache, TableCost)
     assert choices("cost") == tuple(each.__dataclass_fields__["name"].default for each in costs)
     sizes = {name.replace("_", "-") for name in CostTarget.model_fields}
     assert sizes == {*choices("cost")} - {"params"}

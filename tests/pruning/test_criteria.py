@@ -7,9 +7,10 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import space_of
-from efficientllm.pruning.criteria import CRITERIA, criterion
-from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs
+from efficientllm.pruning.criteria import CRITERIA, criteria_of, criterion
+from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES
+from efficientllm.pruning.readers import input_scores, reader_specs
+from efficientllm.pruning.saliency import drawn_scores
 from efficientllm.training.capture import captured_inputs
 from reference.criteria_fp64 import unit_score
 
@@ -23,10 +24,16 @@ def test_scores_equal_the_reference(family: str, name: str) -> None:
     readers = reader_specs(space)
     with torch.no_grad(), captured_inputs(model, [spec.name for spec in readers]) as inputs:
         model(input_ids=IDS)
+    if criterion(name).routed and "experts" not in space.widths.counts():
+        with pytest.raises(ValueError, match=r"reap scores experts and not ffn: write prune.saliency \{expert: reap\}"):
+            criteria_of(name, ["ffn"])
+        return
     params = dict(model.named_parameters())
     scores = input_scores(space, criterion(name), readers, params, inputs, torch.device("cpu"))
     weights = {spec.name: params[spec.name].detach() for spec in readers}
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in space.types:
+        if criterion(name).routed and pruning_type not in EXPERT_TYPES:
+            continue
         rows, units = scores[pruning_type].shape
         for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
             want = unit_score(name, weights, dict(inputs), space.widths, space.head_dim, pruning_type, row, unit)

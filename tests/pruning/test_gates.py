@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from transformers import PreTrainedModel
 from conftest import tiny_model
 from efficientllm.models.parts import recompute
 from efficientllm.models.space import space_of
-from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.gates import GateSums
 from efficientllm.training.capture import watched_gates
 
@@ -45,8 +46,13 @@ def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
 
             hooks.callback(module.register_forward_pre_hook(gated).remove)
 
+        experts = widths.counts().get("experts", 0)
         for number, layer in enumerate(model.model.layers):
+            if experts:
+                layer.mlp.experts.forward = partial(experts_forward, layer.mlp.experts, gate, range(0), whole)
             if pruning_type == "stem":
+                if experts:
+                    close(layer.mlp, slice(unit, unit + 1))
                 for name, module in layer.named_modules():
                     if name.rpartition(".")[2] in STEM_READERS:
                         close(module, slice(unit, unit + 1))
@@ -56,7 +62,16 @@ def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
                     hooks.callback(hook.remove)
             elif pruning_type == "depth" and number == unit:
                 close(layer.self_attn.o_proj, whole)
-                close(layer.mlp.down_proj, whole)
+                if experts:
+                    layer.mlp.experts.forward = partial(experts_forward, layer.mlp.experts, gate, range(experts), whole)
+                else:
+                    close(layer.mlp.down_proj, whole)
+            elif pruning_type == "expert" and number == row:
+                layer.mlp.experts.forward = partial(experts_forward, layer.mlp.experts, gate, [unit], whole)
+            elif pruning_type == "expert_ffn" and number == row // experts:
+                layer.mlp.experts.forward = partial(
+                    experts_forward, layer.mlp.experts, gate, [row % experts], slice(unit, unit + 1)
+                )
             elif pruning_type == "ffn" and number == row:
                 close(layer.mlp.down_proj, slice(unit, unit + 1))
             elif pruning_type == "attention" and number == row:
@@ -68,6 +83,22 @@ def reference(family: str, pruning_type: str, row: int, unit: int) -> float:
             close(model.lm_head, slice(unit, unit + 1))
         (gradient,) = torch.autograd.grad(mean_loss(model, IDS) * PREDICTED, gate)
     return float(gradient.square().sum() / PREDICTED / 2)
+
+
+def experts_forward(
+    experts: Any, gate: Tensor, gated: Sequence[int], part: slice, states: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """transformers' experts one by one, with a gate at every token of some channels of some of them."""
+    total = torch.zeros_like(states)
+    for expert in range(len(experts.down_proj)):
+        chosen = torch.zeros(experts.down_proj.shape[-1], dtype=torch.float64)
+        if expert in gated:
+            chosen[part] = 1.0
+        tokens, place = (index == expert).nonzero(as_tuple=True)
+        low, high = (states[tokens] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        inner = functional.silu(low) * high * (1.0 + (gate.flatten()[tokens, None] - 1.0) * chosen)
+        total = total.index_add(0, tokens, inner @ experts.down_proj[expert].T * weights[tokens, place, None])
+    return total
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -85,7 +116,7 @@ def test_scores_equal_the_reference(family: str, checkpointing: bool) -> None:
         mean_loss(model, IDS[:1]).backward()  # one that does not count
     scores = gates.scores()
     assert_reference(scores, family)
-    assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks
+    assert not model.model.layers[0].self_attn.o_proj._forward_pre_hooks
 
 
 def test_passes_may_overlap() -> None:
@@ -110,7 +141,7 @@ def test_passes_may_overlap() -> None:
 
 
 def assert_reference(scores: Mapping[str, Tensor], family: str) -> None:
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in scores:
         rows, units = scores[pruning_type].shape
         for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
             want = reference(family, pruning_type, row, unit)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
+from efficientllm.models.experts import is_mixture
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA, criterion
-from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.saliency import MovingAverage, unit_scores
 from reference.groups_fp64 import group_masks, unit_saliency
 
@@ -40,6 +40,8 @@ def fp64_model(family: str) -> torch.nn.Module:
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(module, name, Norm(child))
+    if is_mixture(model.config):
+        model.set_experts_implementation("eager")  # the others know no fp64
     return model.double()
 
 
@@ -58,7 +60,7 @@ def test_scores_equal_the_reference(family: str, name: str) -> None:
     parts = ((spec, weights[spec.name], grads[spec.name]) for spec in space.params)
     scores = unit_scores(space, criterion(name), parts, torch.device("cpu"))
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in space.types:
         rows, units = scores[pruning_type].shape
         for row, unit in {(0, 0), (rows - 1, units - 1), (rows // 2, units // 2)}:
             masks = group_masks(shapes, space.widths, space.head_dim, pruning_type, row, unit)
@@ -79,7 +81,7 @@ def test_taylor_vector_is_the_slope_of_the_loss(family: str, monkeypatch: pytest
     shapes = {key: tuple(weight.shape) for key, weight in params.items()}
     originals = {key: weight.detach().clone() for key, weight in params.items()}
     h = 1e-4
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in space.types:
         masks = group_masks(shapes, space.widths, space.head_dim, pruning_type, 0, 0)
         losses = []
         for sign in (1.0, -1.0):

@@ -21,13 +21,29 @@ def group_masks(
                 name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"))
             ):
                 mask[:, unit] = True
+            elif name.endswith(("mlp.gate.weight", "experts.gate_up_proj")):
+                mask[..., unit] = True
+            elif name.endswith("experts.down_proj"):
+                mask[:, unit, :] = True
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 mask[unit, :] = True
             elif name.endswith(("layernorm.weight", "model.norm.weight", "o_proj.bias", "down_proj.bias")):
                 mask[unit] = True
         return masks
-    layer = row if pruning_type != "attention_query" else row // widths.kv_heads
+    layer = row // {"attention_query": widths.kv_heads, "expert_ffn": widths.counts().get("experts")}.get(
+        pruning_type, 1
+    )
     prefix = f"model.layers.{layer}."
+    if pruning_type == "expert":
+        for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+            masks[prefix + name][unit] = True
+        return masks
+    if pruning_type == "expert_ffn":
+        expert = row % widths["experts"]
+        masks[prefix + "mlp.experts.gate_up_proj"][expert, unit] = True
+        masks[prefix + "mlp.experts.gate_up_proj"][expert, widths["expert_intermediate"] + unit] = True
+        masks[prefix + "mlp.experts.down_proj"][expert, :, unit] = True
+        return masks
     heads_first = {"q": 0, "k": widths.heads * head_dim, "v": (widths.heads + widths.kv_heads) * head_dim}
 
     def fall(part: str, channel: int) -> None:

@@ -24,6 +24,8 @@ from efficientllm.benching.process import measure, turn
 from efficientllm.benching.results import machine
 from efficientllm.benching.settings import Settings
 from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
+from efficientllm.errors import UsageError
+from efficientllm.models.experts import is_mixture
 from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_of, table_content
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
@@ -41,6 +43,10 @@ def grid_of(config: PretrainedConfig, levels: int = 3, *, depth: bool = False, l
     """Of each of TABLE_AXES evenly spaced widths from one layer, one head, `head_dim` residual and `least_ffn` FFN
     channels to the source's own, inner ones aligned as a run's would be. Fewer where an axis is short; layers stay
     unless `depth`."""
+    if is_mixture(config):
+        raise UsageError(
+            "a latency table is of a dense model, and this is a mixture of experts: bench it without --table"
+        )
     source = widths_of(config)
     least = {"hidden": head_dim_of(config), "intermediate": least_ffn, "layers": 1 if depth else source.layers}
     grid = []

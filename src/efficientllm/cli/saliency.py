@@ -29,7 +29,7 @@ def probe(
 ) -> None:
     """Measure how well every criterion predicts what removing a unit of this model really costs."""
     from efficientllm.jobs.probing import ProbeRequest, run_probe
-    from efficientllm.pruning.dimensions import DEFAULT_TYPES, PRUNING_TYPES
+    from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, PRUNING_TYPES
     from efficientllm.reporting.tables import print_probe
 
     result = run_probe(
@@ -38,7 +38,7 @@ def probe(
             data,
             out,
             text_column,
-            PRUNING_TYPES if depth else DEFAULT_TYPES,
+            (*(PRUNING_TYPES if depth else DEFAULT_TYPES), *EXPERT_TYPES),  # those that the model has
             units,
             tokens,
             sequence_length,

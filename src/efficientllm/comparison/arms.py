@@ -156,7 +156,7 @@ def _prune_section(
                 shape = proportional_widths(space, cost(Widths(**found)), cost)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-            widths = {name: getattr(shape, name) for name in found}
+            widths = {name: shape.record()[name] for name in found}
         layers = {"layers"} if widths["layers"] == space.widths.layers else set()
-        made["target"] = {name: width for name, width in widths.items() if name not in layers}
+        made["target"] = {name.removeprefix("expert_"): each for name, each in widths.items() if name not in layers}
     return made

@@ -228,8 +228,8 @@ def _structure(results: Mapping[str, Any]) -> Iterator[str]:
             f"{each['jaccard']:.2f} ({each['chance']:.2f})" if (each := found.get(kind)) else "-" for kind in kinds
         ]
         runs = results["budgets"]["tokens"][name]["runs"].values()
-        cells.append(", ".join("{intermediate}/{heads}/{hidden}".format(**run["widths"]) for run in runs))
-        cells.append("{intermediate}/{heads}/{hidden}".format(**arm["spread"]))
+        cells.append(", ".join(_widths_cell(run["widths"]) for run in runs))
+        cells.append(_widths_cell(arm["spread"]))
         cells.append(", ".join(f"{run['loss']:.3f}" for run in runs))
         rows.append([name, *cells, "cannot be said" if arm["shapes"] is None else difference_cell(arm["shapes"])])
     yield markdown(rows)
@@ -238,3 +238,9 @@ def _structure(results: Mapping[str, Any]) -> Iterator[str]:
             "",
             "Whether different shapes end at different losses cannot be said: that takes two seeds of each.",
         )
+
+
+def _widths_cell(widths: Mapping[str, int]) -> str:
+    """Of a mixture of experts the FFN is experts x their channels."""
+    ffn = "{intermediate}" if "intermediate" in widths else "{experts}x{expert_intermediate}"
+    return (ffn + "/{heads}/{hidden}").format(**widths)

@@ -22,7 +22,7 @@ from efficientllm.config.gone import GONE
 from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.pruning.criteria import DEFAULT, criteria_of
-from efficientllm.pruning.dimensions import DEFAULT_TYPES
+from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES
 from efficientllm.sizes import parse_count
 
 
@@ -34,7 +34,8 @@ class FloorsConfig(Section):
     hidden: Count | None = Field(default=None, description="Residual channels; null: a third of the proportional shape")
     kv_heads: Count | None = Field(default=None, description="Key-value heads; null: likewise, at least one")
     heads_per_kv: Count | None = Field(default=None, description="Query heads of a key-value head; null: likewise")
-    intermediate: Count | None = Field(default=None, description="FFN channels; null: likewise")
+    intermediate: Count | None = Field(default=None, description="FFN channels, of an expert too; null: likewise")
+    experts: Count | None = Field(default=None, description="Experts; null: likewise, no fewer than a token uses")
 
 
 def _several(value: object) -> object:
@@ -61,7 +62,7 @@ def _saliency(value: object) -> object:
     return value
 
 
-PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth"]
+PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth", "expert", "expert_ffn"]
 Selection = Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"]
 AT_REST = Idle(lambda prune: prune.mode != "loop", "with prune.mode {0.mode}, which sets its own pace")
 PACED = Idle(
@@ -77,7 +78,7 @@ class PruneConfig(Section):
     target: Annotated[Target, Fact.ARM] = Field(
         description="Size to reach: parameters (469M), a ratio (40%), widths (a mapping), or a size in prune.cost"
     )
-    cost: Annotated[Literal["params", "flops", "kv-cache", "latency"], Fact.ARM] = Field(
+    cost: Annotated[Literal["params", "active", "flops", "kv-cache", "latency"], Fact.ARM] = Field(
         default="params", description="What target, schedule and choice count: damage is weighed per unit of it"
     )
     latency_table: Annotated[Text | None, Idle(lambda prune: prune.cost != "latency", "with prune.cost {0.cost}")] = (
@@ -113,7 +114,8 @@ class PruneConfig(Section):
     )
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
         default=cast(tuple[PruningType, ...], DEFAULT_TYPES),
-        description="What may fall; attention_query needs a GQA model, depth takes whole layers",
+        description="What may fall; attention_query needs a GQA model, depth takes whole layers. The default is, of a "
+        "mixture of experts, expert and expert_ffn in place of ffn",
     )
     selection: Selection = Field(
         default="auto",
@@ -192,7 +194,8 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _scores_are_of_its_types(self) -> Self:
         named = self.saliency if isinstance(self.saliency, Mapping) else {}
-        idle = next((name for name in named if name not in self.types), None)
+        known = (*self.types, *EXPERT_TYPES) if self.types == DEFAULT_TYPES else self.types
+        idle = next((name for name in named if name not in known), None)
         if idle:
             raise UsageError(f"prune.saliency.{idle} has no effect: {idle} is not in prune.types")
         return self

@@ -21,14 +21,13 @@ class WidthTarget(Section):
     hidden: Count | None = Field(default=None, description="Residual channels")
     heads: Count | None = Field(default=None, description="Query heads")
     kv_heads: Count | None = Field(default=None, description="Key-value heads")
-    intermediate: Count | None = Field(default=None, description="FFN channels")
+    intermediate: Count | None = Field(default=None, description="FFN channels; of a mixture of experts those of each")
+    experts: Count | None = Field(default=None, description="Experts of a layer, no fewer than a token uses")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.model_fields_set:
-            raise UsageError(
-                "prune.target names no width: give one or more of layers, hidden, heads, kv_heads, intermediate"
-            )
+            raise UsageError("prune.target names no width: give one or more of " + ", ".join(type(self).model_fields))
         return self
 
 
@@ -40,6 +39,9 @@ class CostTarget(Section):
     """A size in what `prune.cost` counts: a share of the source's, or an amount."""
 
     section: ClassVar[str] = "prune.target"
+    active: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
+        default=None, description="Parameters that a token computes with: of experts those that it uses"
+    )
     flops: Annotated[Amount | None, PlainValidator(Amount.parse), json_as(str)] = Field(
         default=None, description="Forward FLOPs of a token, the mean over data.sequence_length"
     )

@@ -13,7 +13,8 @@ from efficientllm.evaluation.removal import Sample, Tick
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.gates import GateSums
-from efficientllm.pruning.saliency import drawn_scores, input_scores, reader_specs, unit_scores
+from efficientllm.pruning.readers import input_scores, reader_specs
+from efficientllm.pruning.saliency import drawn_scores, unit_scores
 from efficientllm.training.capture import Watch, captured_inputs, unwatched, watched_gates
 from efficientllm.training.gradient import Precision, predicted_tokens, summed_loss
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
-from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, PRUNING_TYPES, STEM
+from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, EXPERT_FFN, STEM
 from efficientllm.pruning.groups import Cut, Live, Space
+from efficientllm.pruning.shards import local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, predicted_tokens
@@ -42,7 +43,7 @@ def sample_units(space: Space, types: Sequence[str], count: int, seed: int) -> l
     """Up to `count` units of each type, drawn without repetition. Types of one unit are left out."""
     generator = torch.Generator().manual_seed(seed)
     live, chosen = Live.full(space.widths), []
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in space.types:
         rows, units = live.units(pruning_type).shape
         if pruning_type in types and units > 1:
             order = torch.randperm(rows * units, generator=generator)[:count].sort().values
@@ -57,6 +58,8 @@ def first_layer(space: Space, unit: Unit) -> int | None:
         return None
     if pruning_type == DEPTH:
         return number
+    if pruning_type == EXPERT_FFN:
+        return row // space.widths["experts"]
     return row // space.widths.kv_heads if pruning_type == ATTENTION_QUERY else row
 
 
@@ -68,15 +71,16 @@ def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: 
     units[row] = unit
     saved = []
     for part in group_slices(space, [Cut(pruning_type, units)]):
-        weight, indices = params[part.name].detach(), part.indices.to(params[part.name].device)
-        saved.append((weight, part.dim, indices, weight.index_select(part.dim, indices)))
+        weight = params[part.name].detach()
+        place = local_place(weight, part.dim, part.indices, part.rows)
+        saved.append((weight, place, weight[place]))
     try:
-        for weight, dim, indices, _ in saved:
-            weight.index_fill_(dim, indices, 0.0)
+        for weight, place, _ in saved:
+            weight[place] = 0.0
         yield
     finally:
-        for weight, dim, indices, values in saved:
-            weight.index_copy_(dim, indices, values)
+        for weight, place, values in saved:
+            weight[place] = values
 
 
 def passes(space: Space, units: Sequence[Unit], length: int) -> float:

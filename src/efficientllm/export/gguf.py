@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from transformers import PretrainedConfig
 
 from efficientllm.errors import UsageError
@@ -30,6 +31,7 @@ from efficientllm.export.gguf_tensors import (
     Stored,
     arranged,
     encoded,
+    ffn_width,
     layout,
     misfits,
     rope_factors,
@@ -39,6 +41,7 @@ from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import end_tokens, tokenizer_of
 from efficientllm.export.weights import Weights
 from efficientllm.files import atomic_path, write_atomically
+from efficientllm.models.experts import is_mixture
 from efficientllm.models.space import head_dim_of
 from efficientllm.reporting.model_card import GGUF, MARK, Card, metadata_of
 from efficientllm.reporting.progress import track
@@ -158,7 +161,8 @@ def _write(
         writer.write_tensor_data(factors)
     with track("export", sum(each.bytes for each in stored)) as progress:
         for each in stored:
-            weight = arranged(each.source, weights.read(each.source), weights.config, architecture)
+            parts = [arranged(source, weights.read(source), weights.config, architecture) for source in each.sources]
+            weight = parts[0] if len(each.shape) == parts[0].ndim else torch.stack(parts)
             writer.write_tensor_data(encoded(weight, each))
             progress.advance(each.bytes)
 
@@ -206,7 +210,11 @@ def _hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig, architec
     writer.add_context_length(context_length(config, architecture))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(ffn_width(config))
+    if is_mixture(config):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(ffn_width(config))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)

@@ -35,6 +35,7 @@ class Architecture:
     entries: metadata from fields of the config, by GGUFWriter's method.
     query: weights by which the queries are multiplied where the scores are divided by another root than that of
     head_dim; large: the number of layers at which it divides by the root of hidden // heads instead.
+    normalised: whether it divides the weights of a token's experts by their sum; None: it has no experts.
     """
 
     paired: bool = False
@@ -51,6 +52,7 @@ class Architecture:
     entries: Mapping[str, str] = field(default_factory=dict)
     query: str | None = None
     large: int | None = None
+    normalised: bool | None = None
 
 
 _CAPS = {
@@ -91,6 +93,8 @@ ARCHITECTURES = {
         query="self_attn.q_norm",
         large=62,
     ),
+    "qwen3moe": Architecture(lacks=("attention_bias", "use_sliding_window"), normalised=True),
+    "olmoe": Architecture(lacks=("clip_qkv",), normalised=False),
     "phi3": Architecture(square=True, partial=True),
 }
 
@@ -125,6 +129,8 @@ def _reason(config: PretrainedConfig, rows: Architecture, name: str, width: int)
     for flag in rows.lacks:
         if getattr(config, flag, None):
             return f"llama.cpp's {name} has nothing for {flag}, which this model sets"
+    if rows.normalised is not None and rows.normalised != config.norm_topk_prob:
+        return f"llama.cpp's {name} has norm_topk_prob {str(rows.normalised).lower()}, and this model the opposite"
     if rows.square and width != config.hidden_size:
         return f"llama.cpp's {name} takes heads x head_dim ({width}) only as the hidden size ({config.hidden_size})"
     if rows.head is not None and rows.head == config.tie_word_embeddings:

@@ -7,6 +7,7 @@ i + head_dim / 2. So the rows of q and k (and their biases) are reordered for th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from efficientllm.errors import UsageError
 from efficientllm.export.gguf_architectures import ARCHITECTURES, query_factor, rope_theta
+from efficientllm.models.experts import ROUTER
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from efficientllm.models.space import head_dim_of, rope_kind
+from efficientllm.models.space import head_dim_of, rope_kind, widths_of
 
 BLOCK = 32  # row lengths of all types that are written here
 SUPER_BLOCK = 256  # of the k-quants, which llama.cpp writes itself
@@ -94,12 +96,17 @@ def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight lies in the file. `shape` is transformers' (outputs, inputs); GGUF lists it the other way."""
+    """How one weight lies in the file. `shape` is transformers' (outputs, inputs); GGUF lists it the other way.
+    sources: the weights that it is made of, one an expert, or the one that it is."""
 
-    source: str
+    sources: tuple[str, ...]
     name: str
     shape: tuple[int, ...]
     type: Type
+
+    @property
+    def source(self) -> str:
+        return self.sources[0]
 
     @property
     def bytes(self) -> int:
@@ -108,19 +115,25 @@ class Stored:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, layers: int) -> list[Stored]:
-    """Every weight with its name and type, in the order of `shapes`.
+    """Every weight with its name and type, in the order of `shapes`; the matrices of a layer's experts as one.
 
-    Vectors (norms, biases) stay f32. Where a row is no multiple of 32 the matrix is f16, as llama.cpp has it. The
+    Vectors (norms, biases) stay f32, and routers, which choose. Where a row is no multiple of 32 the
+    matrix is f16, as llama.cpp has it. The
     matrix that the logits come from is q8_0 at least: at 4 or 5 bits it costs far more than it saves.
     """
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, layers)
     head = HEAD_WEIGHT if HEAD_WEIGHT in shapes else EMBEDDING_WEIGHT
+    together: dict[str, list[str]] = {}
+    for source in shapes:
+        together.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", source), []).append(source)
     stored = []
-    for source, shape in shapes.items():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"{source} has no name in llama.cpp"
-        stored.append(Stored(source, name, shape, _type_of(shape, WRITTEN[kind][0], source == head)))
+    for whole, sources in together.items():
+        name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"{whole} has no name in llama.cpp"
+        shape = shapes[sources[0]]
+        kind_of = Type.F32 if whole.endswith(ROUTER) else _type_of(shape, WRITTEN[kind][0], whole == head)
+        stored.append(Stored(tuple(sources), name, (len(sources), *shape) if whole != sources[0] else shape, kind_of))
     return stored
 
 
@@ -140,11 +153,17 @@ def encoded(weight: Tensor, stored: Stored) -> np.ndarray:
     return gguf.quants.quantize(weight.to(torch.float32).contiguous().numpy(), stored.type)
 
 
+def ffn_width(config: PretrainedConfig) -> int:
+    """FFN channels, of an expert where there are some."""
+    counts = widths_of(config).counts()
+    return counts.get("intermediate") or counts["expert_intermediate"]
+
+
 def row_lengths(config: PretrainedConfig) -> dict[str, int]:
     """The three lengths that rows of matrices have, by what they are called."""
     return {
         "hidden size": config.hidden_size,
-        "FFN width": config.intermediate_size,
+        "FFN width": ffn_width(config),
         "heads x head_dim": config.num_attention_heads * head_dim_of(config),
     }
 

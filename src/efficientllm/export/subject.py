@@ -15,7 +15,7 @@ from efficientllm import __version__
 from efficientllm.errors import UsageError
 from efficientllm.files import read_json
 from efficientllm.models.loading import located
-from efficientllm.models.space import head_dim_of
+from efficientllm.models.space import head_dim_of, widths_of
 from efficientllm.reporting.journal import read_journal
 from efficientllm.reporting.model_card import Card, license_of
 
@@ -44,10 +44,18 @@ class Subject:
         heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
         shape = (
             f"a {config.model_type} of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads} of "
-            f"{head_dim_of(config)}, {config.intermediate_size} FFN channels, a vocabulary of {config.vocab_size:,}"
+            f"{head_dim_of(config)}, {_ffn(config)}, a vocabulary of {config.vocab_size:,}"
         )
         run = versions | self.facts if self.facts else None
         return Card(parameters, run, licence, self.results, self.name, shape)
+
+
+def _ffn(config: PretrainedConfig) -> str:
+    counts = widths_of(config).counts()
+    if "experts" not in counts:
+        return f"{counts['intermediate']} FFN channels"
+    experts, used = counts["experts"], config.num_experts_per_tok
+    return f"{experts} experts of {counts['expert_intermediate']} FFN channels ({used} of them a token)"
 
 
 def subject_of(path: Path) -> Subject:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from efficientllm.errors import UsageError
+from efficientllm.models.experts import on_disk
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.loading import reason_of
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -40,7 +41,11 @@ class Weights:
         self.config = read_config(folder)
         self._places = _places(folder)
         space = space_of(_without_dropout(self.config), "exported")
-        wanted = {spec.name: space.shape(spec, space.widths) for spec in space.params}
+        wanted = {
+            name: shape
+            for spec in space.params
+            for name, shape in on_disk(spec.name, space.shape(spec, space.widths)).items()
+        }
         self._check(wanted)
         self.shapes = wanted
 

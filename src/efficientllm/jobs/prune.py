@@ -21,6 +21,7 @@ from efficientllm.jobs.records import compaction_record, event_records, metrics_
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
 from efficientllm.models.process_memory import memory_in_a_sentence
+from efficientllm.pruning.contract import PruneReport
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation
@@ -108,9 +109,9 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
                 leave_rung(job, state, record.prune.rung, progress)
             if state.skipped_in_a_row:
                 progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
-            if record.prune and (record.prune.corrections.skipped or record.prune.blind) and not warned:
+            if record.prune and not warned and (said := trouble(record.prune)):
                 warned = True
-                progress.note(BLIND if record.prune.blind else SKIPPED)
+                progress.note(said)
             last = state.step == job.plan.steps
             due = last or crossed(job.plan.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
@@ -157,6 +158,19 @@ def after_divergence(job: Job) -> str:
 BLIND = (
     "pruning was due, but every score was no number, so that nothing fell; metrics.jsonl counts such looks under "
     "nonfinite (lower train.lr, or train without bf16, if it goes on)"
+)
+
+
+def trouble(report: PruneReport) -> str | None:
+    """What a step of pruning had to leave out, once a run."""
+    if report.blind:
+        return BLIND
+    return SKIPPED if report.corrections.skipped else STARVED if report.corrections.starved else None
+
+
+STARVED = (
+    "an expert that fewer of the captured tokens had chosen than it has channels was left uncorrected; metrics.jsonl "
+    "counts them under corrections.starved (larger batches give each more tokens)"
 )
 SKIPPED = (
     "a correction did not converge and was left out; metrics.jsonl counts them under corrections.skipped (set "

@@ -7,9 +7,11 @@ from typing import Any
 from efficientllm.models.family import (
     ATTENTION,
     FFN_BIASES,
+    FIELDS,
     GATED,
     HEAD_NORMS,
     LAYER,
+    MIXTURE_LAYER,
     O_BIAS,
     QKV_BIASES,
     Axes,
@@ -58,6 +60,8 @@ _PHI: Axes = {
     "mlp.down_proj.weight": (HIDDEN, FFN),
 }
 
+_SHARED_FIELDS = {width: name for width, name in FIELDS.items() if width != "intermediate"}  # of mixtures of experts
+
 _ROWS = (
     # Also SmolLM, TinyLlama, Llama 2 and 3. transformers 5 refuses most pruned shapes of Llamas, and none of Mistrals.
     Family(
@@ -78,5 +82,22 @@ _ROWS = (
         "gemma3_text", _GEMMA | HEAD_NORMS, optional=_ATTENTION_BIASES, normed=_QK_NORMS, gguf="gemma3", **_OF_GEMMA
     ),
     Family("phi3", _PHI, long_rotary=True, gguf="phi3"),  # also Phi-4-mini
+    Family(
+        "qwen3_moe",
+        layer=MIXTURE_LAYER | HEAD_NORMS,
+        optional=_ATTENTION_BIASES,
+        normed=_QK_NORMS,
+        fields=_SHARED_FIELDS | {"experts": "num_local_experts", "expert_intermediate": "moe_intermediate_size"},
+        gguf="qwen3moe",
+    ),
+    Family(
+        "olmoe",
+        layer=MIXTURE_LAYER | {"self_attn.q_norm.weight": (QUERY,), "self_attn.k_norm.weight": (KV,)},
+        normed=_QK_NORMS,
+        fields=_SHARED_FIELDS | {"experts": "num_experts", "expert_intermediate": "intermediate_size"},
+        refused={"attention_bias": ("it has attention biases", "; use a source without them")},
+        square=True,
+        gguf="olmoe",
+    ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

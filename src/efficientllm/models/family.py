@@ -9,7 +9,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from efficientllm.errors import UsageError
-from efficientllm.pruning.dimensions import FFN, HIDDEN, KV, QUERY
+from efficientllm.pruning.dimensions import ATTENTION as HEADS
+from efficientllm.pruning.dimensions import ATTENTION_QUERY, EXPERT, EXPERT_FFN, FFN, HIDDEN, KV, QUERY, STEM
 from efficientllm.pruning.groups import MULTIPLE, Axis
 
 HEAD = "head"  # the axis of a weight that all heads of a layer share: head_dim entries, of which none falls
@@ -35,12 +36,19 @@ GATED: Axes = {
     "mlp.up_proj.weight": (FFN, HIDDEN),
     "mlp.down_proj.weight": (HIDDEN, FFN),
 }
+# As transformers 5 fuses them: a matrix of each expert, gate over up.
+MIXTURE: Axes = {
+    "mlp.gate.weight": (EXPERT, HIDDEN),
+    "mlp.experts.gate_up_proj": (EXPERT, (EXPERT_FFN, EXPERT_FFN), HIDDEN),
+    "mlp.experts.down_proj": (EXPERT, HIDDEN, EXPERT_FFN),
+}
 LAYER: Axes = {
     "input_layernorm.weight": (HIDDEN,),
     **ATTENTION,
     "post_attention_layernorm.weight": (HIDDEN,),
     **GATED,
 }
+MIXTURE_LAYER: Axes = {name: axes for name, axes in LAYER.items() if name not in GATED} | MIXTURE
 FIELDS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -79,6 +87,7 @@ class Family:
     carrier: who carries the shapes that the family's own config class refuses, a hidden size that is no multiple of
     the heads; None: the class takes any. whole: it refuses such shapes, and nobody carries them.
     long_rotary: it refuses shapes in which hidden // heads is not head_dim, where rotary factors are given by channel.
+    square: its modules take the hidden size for heads x head_dim too, for norms over all heads: neither falls alone.
     refused: fields of the config that must not be set, and what to say where they are.
     gguf: llama.cpp's name of the architecture, a row of export/gguf_tensors.py; None: it has none.
     """
@@ -95,6 +104,7 @@ class Family:
     carrier: Carrier | None = None
     whole: bool = False
     long_rotary: bool = False
+    square: bool = False
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     gguf: str | None = None
 
@@ -111,12 +121,19 @@ class Family:
         for flag, reason in self.refused.items():
             if getattr(config, flag, None):
                 return reason
+        if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+            return "some of its layers are dense and others mixtures of experts", "; all layers must be alike"
         if getattr(config, "quantization_config", None):
             return "its weights are quantised", "; use the unquantised checkpoint"
         for name in DROPOUTS:
             if getattr(config, name, 0.0):
                 return f"{name} is not 0 in its config.json", "; set it to 0.0, since a run must be repeatable"
         return None
+
+    def fixed(self) -> dict[str, str]:
+        """Pruning types that cannot fall, and why, as the end of a sentence (groups.Space)."""
+        why = f"its q and k norms run over all heads, and {self.model_type} gives them the hidden size's length"
+        return dict.fromkeys((HEADS, ATTENTION_QUERY, STEM), why) if self.square else {}
 
     def config(self, values: Mapping[str, Any]) -> PretrainedConfig:
         """A config of these values, of the family or, where its class refuses their shape, of its carrier.

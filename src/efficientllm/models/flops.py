@@ -5,7 +5,7 @@ attention of an SDPA kernel over the whole square of positions (the causal half 
 recomputes the scores (five products to the forward's two). Everything elementwise counts as nothing: norms, softmax,
 embedding lookups, the optimizer, the scores of element criteria.
 
-Widths are the allocated ones: a zeroed unit is computed until it is cut.
+Widths are the allocated ones: a zeroed unit is computed until it is cut. Of experts those count that a token uses.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = 
     their fields are int64 tensors."""
     widths = space.widths if widths is None else widths
     tokens = rows * length
-    matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) == 2)
-    in_layers = [spec.axes for spec in space.params if spec.layer == 0 and len(spec.axes) == 2]  # in order of use
+    matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) > 1)
+    in_layers = [spec.axes for spec in space.params if spec.layer == 0 and len(spec.axes) > 1]  # in order of use
     linear = last = head = 0
     for (layered, axes), number in matrices.items():
-        product = 2 * tokens * math.prod(space.axis_length(axis, widths) for axis in axes)
+        product = 2 * tokens * math.prod(space.active_length(axes, dim, widths) for dim in range(len(axes)))
         if layered:
             linear += number // space.widths.layers * widths.layers * product
-            last += widths.layers * product if axes == in_layers[-1] and not space.closing else 0
+            # What experts give is weighed by the router, whose gradient needs it.
+            last += widths.layers * product if axes == in_layers[-1] and len(axes) == 2 and not space.closing else 0
         else:  # the embedding, and the LM head of the same shape; where they are tied it is one matrix
             head = product
     attention = 4 * rows * widths.layers * space.axis_length(QUERY, widths) * length**2  # scores and values

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from efficientllm.errors import UsageError
+from efficientllm.models.experts import prepare
 from efficientllm.models.generation import REFUSED, savable, token_ids
 from efficientllm.models.space import attention_of, build, check_space, space_of
 
@@ -107,6 +108,7 @@ def load_model(
         )
     model.config.use_cache = False
     check_space(space_of(config), model)
+    prepare(model)
     return _owning(model.to(device))
 
 

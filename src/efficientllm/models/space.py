@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from efficientllm.errors import UsageError
+from efficientllm.models.experts import is_mixture, prepare
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.family import FIELDS, HEAD, Family, family_for
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS_PREFIX, NORM_WEIGHT
@@ -78,6 +79,8 @@ def space_of(config: PretrainedConfig, use: str = "pruned") -> Space:
         ),
         hidden_rule=family.hidden_rule(config.to_dict()),
         eager=family.eager,
+        experts_per_token=config.num_experts_per_tok if is_mixture(config) else 1,
+        fixed=family.fixed(),
     )
 
 
@@ -109,6 +112,11 @@ def _check_widths(config: PretrainedConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"the model's config.json has {name} {value}, which is no positive number; copy it anew")
+    if is_mixture(config) and not 0 < config.num_experts_per_tok <= config.num_experts:
+        raise UsageError(
+            f"the model's config.json has {config.num_experts_per_tok} experts a token (num_experts_per_tok), but "
+            f"{config.num_experts} experts; copy it anew"
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError(
             f"the model's config.json has {config.num_attention_heads} heads, no multiple of its "
@@ -150,6 +158,7 @@ def build(config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTr
     """A model with fresh fp32 weights, no key-value cache."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
+    prepare(model)
     model.config.use_cache = False
     return model
 
@@ -170,6 +179,7 @@ def empty_model(config: PretrainedConfig, device: torch.device | str = "cpu") ->
     """
     with _Unallocated():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
+    prepare(model)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

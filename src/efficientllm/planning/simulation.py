@@ -6,6 +6,7 @@ same size, at about the same cost.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from efficientllm.pruning.calibration import Calibration, trial_events
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
-from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.saliency import read_tensors
+from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
@@ -69,7 +70,7 @@ class Simulation:
         self._rows = LookRows.of(plan, rows, length)
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
-        self._types = [name for name in PRUNING_TYPES if name in plan.options.types]
+        self._types = [name for name in space.types if name in plan.options.types]
         self._course = Course(plan.landings, plan.schedule)
         self._guide, self._sites = ByShape(self._types), read_tensors(space)
 
@@ -159,8 +160,11 @@ class Simulation:
                 removed = self._space.axis_length(axis, before) - self._space.axis_length(axis, left)
                 if removed:
                     layers, width = wide.layers if layered else 1, self._space.axis_length(axis, wide)
-                    reads = sum(self._space.axis_length(each, wide) for each in outputs)
-                    flops += solve_flops((layers, rows * self._length, width), removed, EXPECTED)
+                    reads = sum(math.prod(self._space.axis_length(one, wide) for one in each) for each in outputs)
+                    tokens = rows * self._length
+                    if DIMENSIONS[axis].apart:  # each expert by itself, on the tokens that have chosen it
+                        layers, tokens = layers * wide["experts"], tokens * self._space.copies(axis) // wide["experts"]
+                    flops += solve_flops((layers, tokens, width), removed, EXPECTED)
                     flops += 2 * layers * width * reads * removed
         return flops
 

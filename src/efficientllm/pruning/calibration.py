@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from efficientllm.pruning.groups import Cut, Space
-from efficientllm.pruning.shards import local, local_indices
+from efficientllm.pruning.shards import local, local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.widths import Widths
 
@@ -99,12 +99,12 @@ def trial(
     parts = []
     for part in group_slices(space, cuts):
         if part.name not in whole:
-            indices = local_indices(params[part.name], part.dim, part.indices)
-            parts.append((part, indices, local(params[part.name]).index_select(part.dim, indices)))
+            place = local_place(params[part.name], part.dim, part.indices, part.rows)
+            parts.append((part.name, place, local(params[part.name])[place]))
     try:
         yield
     finally:
-        for part, indices, values in parts:
-            local(params[part.name]).index_copy_(part.dim, indices, values)
+        for name, place, values in parts:
+            local(params[name])[place] = values
         for name, copy in whole.items():
             local(params[name]).copy_(copy)

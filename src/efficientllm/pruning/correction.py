@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from efficientllm.pruning.groups import Cut, Live, Space
-from efficientllm.pruning.saliency import reader_specs
-from efficientllm.pruning.shards import ALONE, World, local
+from efficientllm.pruning.readers import inputs_of_expert, reader_specs
+from efficientllm.pruning.shards import ALONE, World, first_row, local
 from efficientllm.pruning.slices import group_slices
 
 EXPECTED = 16  # iterations of a solve at the default tolerance: 10 to 23 for a random Llama and stories260K
@@ -112,48 +113,70 @@ def forms_gram(tokens: int, inputs: int, removed: int) -> bool:
 def corrected(weight: Tensor, removed: Tensor, coefficients: Tensor) -> Tensor:
     """W with its kept columns corrected and the removed ones at zero. weight (outputs, inputs), removed (|P|,),
     coefficients B (inputs, |P|), zero outside K; returns the weight's dtype."""
-    lost = weight.index_select(1, removed)
+    lost = weight.index_select(-1, removed)
     update = lost.to(coefficients.dtype) @ coefficients.T
-    return (weight + update.to(weight.dtype)).index_fill(1, removed, 0.0)
+    return (weight + update.to(weight.dtype)).index_fill(-1, removed, 0.0)
 
 
 @dataclass(frozen=True)
 class Reader:
     """A linear layer that loses inputs: its weight's name; removed, int64 (|P|,), and kept, bool (inputs,):
-    what lives on."""
+    what lives on. expert: the one whose part of the weight it is."""
 
     name: str
     removed: Tensor
     kept: Tensor
+    expert: int | None = None
+
+    @property
+    def source(self) -> str:
+        """What its inputs are called."""
+        return self.name if self.expert is None else inputs_of_expert(self.name, self.expert)
+
+    def weight(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The part of its weight that lies here: rows of it, of an expert all or none."""
+        weight = local(params[self.name])
+        if self.expert is None:
+            return weight
+        place = self.expert - first_row(params[self.name])
+        return weight[place] if 0 <= place < len(weight) else weight[0, :0]
 
 
 def losing_readers(space: Space, events: Sequence[Cut], live: Live) -> Iterator[Reader]:
     """Every linear layer that loses inputs to the events. `live` is the mask without them.
 
-    FFN channels: down_proj. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every layer and the LM head.
+    FFN channels: down_proj, of experts each one's own. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every
+    layer, the router, and the LM head.
     A tied LM head is left out: its matrix is the embedding too, and correcting it as a reader would change what every
     token writes into the stem.
     """
     specs = {spec.name: spec for spec in reader_specs(space)}
     for part in group_slices(space, events):
-        if part.dim == 1 and part.name in specs:
+        if part.name in specs and part.dim == len(specs[part.name].axes) - 1:
             spec = specs[part.name]
-            kept = live.entries(str(spec.axes[1]), spec.layer or 0, space.head_dim)
-            yield Reader(part.name, part.indices, kept)
+            kept = live.entries(str(spec.inputs), spec.layer or 0, space.head_dim)
+            if part.rows is None:
+                yield Reader(part.name, part.indices, kept)
+                continue
+            for expert in part.rows.unique().tolist():
+                yield Reader(part.name, part.indices[part.rows == expert], kept[expert], expert)
 
 
 @dataclass
 class Corrections:
-    """How many linear layers were corrected, how many were left as they were for want of convergence, and the
-    floating-point operations of it all (matrix products)."""
+    """How many linear layers were corrected, how many were left as they were for want of convergence, how many experts
+    because fewer tokens had chosen them than they have inputs, and the floating-point operations of it all (matrix
+    products)."""
 
     done: int = 0
     skipped: int = 0
+    starved: int = 0
     flops: int = field(default=0, compare=False)
 
     def add(self, other: Corrections) -> None:
         self.done += other.done
         self.skipped += other.skipped
+        self.starved += other.starved
         self.flops += other.flops
 
 
@@ -179,24 +202,43 @@ def correct(
 
     Rows of a weight (outputs) are corrected independently, so of a sharded one each process corrects its own.
 
-    inputs: X of each reader by name, (tokens, inputs); readers that share one tensor (q, k, v) share its solve. A
-    reader without inputs (a fused kernel has bypassed its module) counts as skipped.
+    inputs: X of each reader by its source, (tokens, inputs); readers that share one tensor (q, k, v) share its solve. A
+    reader without inputs (a fused kernel has bypassed its module) counts as skipped. Experts see the tokens that have
+    chosen them; those that fewer have than the expert has inputs are left as they are. The others are filled up with
+    tokens of zeros, which change no product, to be solved at once.
     """
-    held = {name: inputs[name] for name in dict.fromkeys(reader.name for reader in readers) if name in inputs}
-    report = Corrections(skipped=sum(reader.name not in held for reader in readers))
+    held = {name: inputs[name] for name in dict.fromkeys(reader.source for reader in readers) if name in inputs}
+    report = Corrections(skipped=sum(reader.source not in held for reader in readers))
+    held, report.starved = _filled_up(held, readers, reduction)
     sites: dict[tuple[int, tuple[int, ...]], list[Reader]] = defaultdict(list)
     for reader in readers:
-        if reader.name in held:
-            sites[id(held[reader.name]), tuple(reader.removed.tolist())].append(reader)
-    shapes: dict[tuple[int, int, int], list[list[Reader]]] = defaultdict(list)
+        if reader.source in held:
+            sites[id(held[reader.source]), tuple(reader.removed.tolist())].append(reader)
+    shapes: dict[tuple[int, int, int, bool], list[list[Reader]]] = defaultdict(list)  # alike on all processes
     for site in sites.values():
-        tokens, width = held[site[0].name].shape
-        shapes[tokens, width, len(site[0].removed)].append(site)
-    for (tokens, width, _), same in shapes.items():
+        tokens, width = held[site[0].source].shape
+        shapes[tokens, width, len(site[0].removed), site[0].expert is None].append(site)
+    for (tokens, width, *_), same in shapes.items():
         at_once = max(1, CHUNK // (reduction.largest(tokens) * width))  # alike on all processes
         for first in range(0, len(same), at_once):
             _correct_sites(params, same[first : first + at_once], held, options, reduction, report)
     return report
+
+
+def _filled_up(held: dict[str, Tensor], readers: Sequence[Reader], reduction: World) -> tuple[dict[str, Tensor], int]:
+    """The inputs with those of experts all as long, and how many experts have too few over all processes."""
+    experts = {each.source: each for each in readers if each.expert is not None and each.source in held}
+    if not experts:
+        return held, 0
+    tokens = torch.tensor([len(held[name]) for name in experts], dtype=torch.float32)
+    device = next(iter(held.values())).device
+    totals = reduction.over_batch(tokens.to(device, copy=True)).tolist()
+    starved = {name for (name, each), count in zip(experts.items(), totals, strict=True) if count < each.kept.sum()}
+    longest = int(tokens.max())
+    held = {name: each for name, each in held.items() if name not in starved}
+    for name in experts.keys() - starved:
+        held[name] = functional.pad(held[name], (0, 0, 0, longest - len(held[name])))
+    return held, len(starved)
 
 
 def _correct_sites(
@@ -208,7 +250,7 @@ def _correct_sites(
     report: Corrections,
 ) -> None:
     """Sites of equal shape, solved as one batch."""
-    stacked = torch.stack([inputs[site[0].name].float() for site in sites])
+    stacked = torch.stack([inputs[site[0].source].float() for site in sites])
     removed = torch.stack([site[0].removed for site in sites]).to(stacked.device)
     kept = torch.stack([site[0].kept for site in sites]).to(stacked.device)
     solution = solve_coefficients(stacked, removed, kept, options, reduction)
@@ -216,9 +258,11 @@ def _correct_sites(
     converged = solution.converged.tolist()
     for site, indices, coefficients, good in zip(sites, removed, solution.coefficients, converged, strict=True):
         for reader in site:
-            weight = local(params[reader.name])
+            weight = reader.weight(params)
             if good:
                 weight.copy_(corrected(weight, indices, coefficients))
-                report.flops += 2 * params[reader.name].numel() * len(indices)
+                whole = params[reader.name]
+                rows = whole.numel() if reader.expert is None else whole.numel() // whole.shape[0]
+                report.flops += 2 * rows * len(indices)
         report.done += len(site) * good
         report.skipped += len(site) * (not good)

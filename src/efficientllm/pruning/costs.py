@@ -1,4 +1,4 @@
-"""What a shape costs: parameters, KV-cache bytes, measured latency. Pruning buys as much of it as it can per damage.
+"""What a shape costs: parameters (all, active), KV-cache bytes, latency. Pruning buys much of it for little damage.
 
 A cost is a pure function of the widths and never falls when a width grows (but for rounding in the last bits; along
 the FFN's width, which landing.py searches, not even by that). The one cost of a run serves everything
@@ -8,6 +8,8 @@ that weighs or counts: an event's damage is divided by it (selection.py), the fi
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,25 +17,39 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import DIMENSIONS
+from efficientllm.pruning.dimensions import DIMENSIONS, of_type
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.widths import Widths
 
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.
 TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
-# The type that each of them narrows with.
-AXIS_TYPES = tuple(next(row.type for row in DIMENSIONS.values() if row.width == axis) for axis in TABLE_AXES)
+# In the order in which shapes are listed: what has the most units last (landing.py searches along it).
+_AXES = (*TABLE_AXES[:-1], "experts", "intermediate", "expert_intermediate")
 
 
-def shape_at(place: Sequence[Any]) -> Widths:
-    """Widths from a number for each of TABLE_AXES; their fields are tensors where the numbers are."""
-    return Widths.of(dict(zip(TABLE_AXES, place, strict=True)))
+def axes_of(widths: Widths) -> tuple[str, ...]:
+    """The widths of a model by name: TABLE_AXES, but for a mixture of experts."""
+    counts = widths.counts()
+    return tuple(axis for axis in _AXES if axis in counts)
+
+
+def types_along(axes: Sequence[str]) -> tuple[str, ...]:
+    """The type that each of these widths narrows with."""
+    return tuple(next(row.type for row in DIMENSIONS.values() if row.width == axis) for axis in axes)
+
+
+AXIS_TYPES = types_along(TABLE_AXES)
+
+
+def shape_at(place: Sequence[Any], axes: Sequence[str] = TABLE_AXES) -> Widths:
+    """Widths from a number for each of the axes; their fields are tensors where the numbers are."""
+    return Widths.of(dict(zip(axes, place, strict=True)))
 
 
 def place_of(widths: Widths) -> list[int]:
-    """A number for each of TABLE_AXES."""
-    return [widths[axis] for axis in TABLE_AXES]
+    """A number for each of its axes."""
+    return [widths[axis] for axis in axes_of(widths)]
 
 
 class Cost(Protocol):
@@ -71,6 +87,27 @@ class Params:
 
     def __call__(self, widths: Any) -> Any:
         return self.space.num_params(widths)
+
+
+@dataclass(frozen=True)
+class ActiveParams:
+    """Parameters that one token computes with: of a layer's experts those that it uses, and the whole router."""
+
+    space: Space
+    name: str = "active"
+    unit: str = "active parameters"
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __call__(self, widths: Any) -> Any:
+        space, total = self.space, 0
+        for (layered, axes), number in Counter((spec.layer is not None, spec.axes) for spec in space.params).items():
+            copies = number // space.widths.layers * widths.layers if layered else number
+            each = math.prod(space.active_length(axes, dim, widths) for dim in range(len(axes)))
+            total = total + copies * each
+        return total
 
 
 @dataclass(frozen=True)
@@ -151,14 +188,14 @@ def counts(cost: Cost, source: Widths, pruning_type: str, least: Widths) -> bool
     """
     if source.count(pruning_type) <= least.count(pruning_type):
         return False
-    own = TABLE_AXES[AXIS_TYPES.index(pruning_type)]
+    own, names = of_type(pruning_type).width, axes_of(source)
     axes = []
-    for axis in TABLE_AXES:
-        low, high = int(getattr(least, axis)), int(getattr(source, axis))
+    for axis in names:
+        low, high = int(least[axis]), int(source[axis])
         axes.append(torch.tensor([high]) if axis == own else torch.linspace(low, high, SAMPLES).round().long().unique())
     wide = [each.flatten() for each in torch.meshgrid(*axes, indexing="ij")]
     narrow = [
         torch.full_like(each, least.count(pruning_type)) if axis == own else each
-        for axis, each in zip(TABLE_AXES, wide, strict=True)
+        for axis, each in zip(names, wide, strict=True)
     ]
-    return bool((cost(shape_at(narrow)) < cost(shape_at(wide))).any())
+    return bool((cost(shape_at(narrow, names)) < cost(shape_at(wide, names))).any())

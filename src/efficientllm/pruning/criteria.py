@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import of_type
+from efficientllm.pruning.dimensions import EXPERT_TYPES, of_type
 
 ElementScore = Callable[[Tensor, Tensor], Tensor]
 InputStatistic = Callable[[Tensor], Tensor]
@@ -39,7 +39,8 @@ class Criterion:
     taken once where layers share X; column(W, statistic) one number an input of W, and without it the statistic itself
     is the score of each X. statistic_flops(tokens, inputs): of its matrix
     products. root: a unit's score is the square root of its sum. nats: a unit's score is the loss increase that its
-    fall would bring, so that types compare by their scores as they are.
+    fall would bring, so that types compare by their scores as they are. routed: it scores experts and their channels
+    alone, by the tokens that have chosen them; expert(W, X) is the score of an expert as a whole.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Criterion:
     column: ColumnScore | None = None
     root: bool = False
     nats: bool = False
+    routed: bool = False
+    expert: ColumnScore | None = None
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
@@ -141,6 +144,24 @@ def optimal_brain_surgeon(weight: Tensor, inverse: Tensor) -> Tensor:
     return weight.square().sum(0) * inverse
 
 
+def mean_size(inputs: Tensor) -> Tensor:
+    """Mean of |X_j| over the tokens; 0 where there are none."""
+    return inputs.abs().sum(0) / max(1, len(inputs))
+
+
+def reach(weight: Tensor, size: Tensor) -> Tensor:
+    """||W_j|| times the mean of |X_j|: REAP's rule (below) for one channel of an expert, which is our extension."""
+    return weight.norm(dim=0) * size
+
+
+def routed_output(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Mean of g ||f(x)|| over the tokens that have chosen an expert, g the router's weight (REAP, arXiv 2510.13999).
+
+    inputs: of the expert's last matrix, (tokens, inputs), times g: W (g a) = g f(x).
+    """
+    return (inputs @ weight.T).norm(dim=1).sum() / max(1, len(inputs))
+
+
 DEFAULT = "gate-fisher"
 FREE = "free with training"
 LLM_PRUNER, PASS = "arXiv 2305.11627", "inputs of a pass at each look"
@@ -165,6 +186,17 @@ CRITERIA = {
             statistic_flops=hessian_flops,
             column=optimal_brain_surgeon,
         ),
+        Criterion(
+            "reap",
+            "inputs",
+            "arXiv 2510.13999",
+            "mean g ||f(x)|| of an expert",
+            PASS,
+            statistic=mean_size,
+            column=reach,
+            routed=True,
+            expert=routed_output,
+        ),
         Criterion("random", "nothing", "the control", "one draw a unit", "free"),
     )
 }
@@ -186,9 +218,18 @@ def criterion(name: str) -> Criterion:
 def criteria_of(saliency: str | Mapping[str, str], types: Sequence[str]) -> dict[str, Criterion]:
     """The criterion of each of the types: one for all, or by type, where DEFAULT serves those that are not named.
 
-    Raises ValueError for a name that is unknown, and for a type that is no pruning type.
+    Raises ValueError for a name that is unknown, for a type that is no pruning type, and for one that its criterion
+    does not score.
     """
     if isinstance(saliency, str):
-        return dict.fromkeys(types, criterion(saliency))
-    named = {of_type(str(name)).type: criterion(str(each)) for name, each in saliency.items()}
-    return {name: named.get(name) or criterion(DEFAULT) for name in types}
+        chosen = dict.fromkeys(types, criterion(saliency))
+    else:
+        named = {of_type(str(name)).type: criterion(str(each)) for name, each in saliency.items()}
+        chosen = {name: named.get(name) or criterion(DEFAULT) for name in dict.fromkeys((*types, *named))}
+    for name, each in chosen.items():
+        if each.routed and name not in EXPERT_TYPES:
+            raise ValueError(
+                f"{each.name} scores experts and not {name}: write prune.saliency {{expert: {each.name}}}, or "
+                "prune.types [expert]"
+            )
+    return {name: chosen[name] for name in types}

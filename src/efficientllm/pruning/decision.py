@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from efficientllm.pruning.calibration import Calibration
-from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.pruning.groups import Cut, Event, Live
 from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.schedule import Schedule
@@ -134,7 +134,7 @@ class ByShape:
     of its way left. A run will end in other widths of the same size."""
 
     def __init__(self, types: Sequence[str]) -> None:
-        self._types = [name for name in PRUNING_TYPES if name in types]
+        self._types = [row.type for row in DIMENSIONS.values() if row.type in types]
         self._towards: tuple[Landing, Widths] | None = None
 
     def next(self, widths: Widths, landing: Landing) -> Cut:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAYERS, HIDDEN, KV, QUERY, FFN = "layers", "hidden", "kv", "query", "ffn"
+EXPERT, EXPERT_FFN = "expert", "expert_ffn"  # the names of the dimensions, and of the types that narrow them
 ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH = "attention", "attention_query", "ffn", "stem", "depth"
 
 
@@ -22,6 +23,8 @@ class Dimension:
     name: of its masks, and the label of the tensor axis that its units lie along. type: the pruning type that narrows
     it. width: its name in Widths, in a target, in records and in floors. within: the dimension each of whose units has
     units of this one; None: the model has. per_head: every unit has head_dim entries along the axis, else one.
+    apart: a weight with its label has the dimension that it lies within along dimension 0, and the units of one of
+    those along its own; else one axis runs over all units of all. floored: no fewer may stay than a token uses.
     held: a gradient still reaches the weights of a dead unit, so that it must be cleared at every step. default:
     whether it falls where a recipe does not say what may. label: for people.
     """
@@ -32,6 +35,8 @@ class Dimension:
     label: str
     within: str | None = None
     per_head: bool = False
+    apart: bool = False
+    floored: bool = False
     held: bool = False
     default: bool = True
 
@@ -51,6 +56,8 @@ _TABLE = (
     Dimension(KV, ATTENTION, "kv_heads", "KV groups", within=LAYERS, per_head=True),
     Dimension(QUERY, ATTENTION_QUERY, "queries_per_kv", "query heads", within=KV, per_head=True, held=True),
     Dimension(FFN, FFN_TYPE, "intermediate", "FFN channels", within=LAYERS),
+    Dimension(EXPERT, EXPERT, "experts", "experts", within=LAYERS, floored=True),
+    Dimension(EXPERT_FFN, EXPERT_FFN, "expert_intermediate", "expert FFN channels", within=EXPERT, apart=True),
     Dimension(HIDDEN, STEM, "hidden", "residual channels"),
     Dimension(LAYERS, DEPTH, "layers", "layers", held=True, default=False),
 )
@@ -69,8 +76,9 @@ def add_dimension(dimension: Dimension) -> None:
 
 for _row in _TABLE:
     add_dimension(_row)
-PRUNING_TYPES = tuple(row.type for row in _TABLE)
-DEFAULT_TYPES = tuple(row.type for row in _TABLE if row.default)
+EXPERT_TYPES = (EXPERT, EXPERT_FFN)  # a mixture of experts has them in place of ffn
+PRUNING_TYPES = tuple(row.type for row in _TABLE if row.type not in EXPERT_TYPES)  # of a dense decoder
+DEFAULT_TYPES = tuple(row.type for row in _TABLE if row.default and row.type in PRUNING_TYPES)
 
 
 def of_type(pruning_type: str) -> Dimension:

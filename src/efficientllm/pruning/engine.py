@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, Pr
 from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
-from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
+from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
 from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.looks import Looks
-from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.readers import reader_specs
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shards import ALONE, World, fill
@@ -107,7 +107,7 @@ class PruningEngine:
         for part in self.held:
             gradient = self.params[part.name].grad
             if gradient is not None:
-                fill(gradient, part.dim, part.indices)
+                fill(gradient, part.dim, part.indices, part.rows)
 
     @torch.no_grad()
     def step(self, position: float, probe: Probe) -> PruneReport:
@@ -157,8 +157,8 @@ class PruningEngine:
         if not self.options.correction:
             return []
         falling = {of_type(name).name for name in self.options.types if self.landing.may_fall(name, self.widths)}
-        falling.discard(LAYERS)
-        return [spec.name for spec in readers if falling & set(DIMENSIONS[str(spec.axes[1])].chain)]
+        falling -= {LAYERS, EXPERT}  # they take no inputs from what stays
+        return [spec.name for spec in readers if falling & set(DIMENSIONS[str(spec.inputs)].chain)]
 
     def _act(self, bundle: Sequence[Decided[Event]], inputs: Mapping[str, Tensor] | None, report: PruneReport) -> None:
         """Carries out what has been decided: what is left is corrected, the rest zeroed."""
@@ -190,11 +190,11 @@ class PruningEngine:
     def _zero(self, cuts: Sequence[Cut], *, moments: bool) -> None:
         for part in group_slices(self.space, cuts):
             for tensor in (self.params[part.name], *(self.moments(part.name).values() if moments else ())):
-                fill(tensor, part.dim, part.indices)
+                fill(tensor, part.dim, part.indices, part.rows)
 
     def _slices_to_hold(self) -> list[Slice]:
         parts = dead_slices(self.space, self.live)
-        return [Slice(part.name, part.dim, part.indices.to(self._device)) for part in parts]
+        return [replace(part, indices=part.indices.to(self._device)) for part in parts]
 
     def _calibrate(
         self, ranking: Ranking, probe: Probe, inputs: Mapping[str, Tensor] | None, report: PruneReport

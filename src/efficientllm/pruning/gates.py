@@ -16,13 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
+from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS
 from efficientllm.pruning.groups import Space, mask_shapes
 from efficientllm.pruning.shards import ALONE, World
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Which expert each row of an input belongs to, and which of so many tokens; int64 (rows,) both."""
+
+    experts: Tensor
+    tokens: Tensor
+    count: int
 
 
 class GatePass:
@@ -86,6 +96,18 @@ class GateSums:
             else:
                 units = products.view(len(products), *self._shapes[name][1:], -1).sum(-1)
                 self._squares[name][layer] += units.square().sum(0)
+
+    @torch.no_grad()
+    def add_experts(
+        self, passed: GatePass, axis: str, layer: int, inputs: Tensor, gradient: Tensor, routed: Routed
+    ) -> None:
+        """As `add`, of the experts of a layer: x is (rows, entries of one expert), a row for each token of each."""
+        products = inputs.float() * gradient.float()
+        own = products.sum(1)
+        whole = own.new_zeros(routed.count).index_add_(0, routed.tokens, own)
+        passed.add(LAYERS, whole[:, None], self._shapes[LAYERS][0], layer)
+        for name, gates in ((EXPERT, own), (axis, products)):
+            self._squares[name][layer].index_add_(0, routed.experts, gates.square())
 
     @torch.no_grad()
     def _close(self) -> None:

@@ -9,6 +9,8 @@ hidden     hidden                       residual channels (shared by the whole m
 query      heads * head_dim             per layer: KV head, query head of it, channel
 kv         kv_heads * head_dim          per layer: KV head, channel
 ffn        intermediate                 per layer: FFN channels
+expert     experts                      per layer: experts
+expert_ffn expert_intermediate          per layer and expert: its FFN channels
 =========  ===========================  =======================================
 
 Fused weights have axes that stand one after the other along one dimension, a tuple of labels: (query, kv, kv) are the
@@ -24,11 +26,17 @@ type             row                           unit                             
 attention        layer                         KV head with its queries (MHA: head)  query, kv
 attention_query  layer and KV head             one query head of it                  query
 ffn              layer                         FFN channel                           ffn
+expert           layer                         expert, with its row of the router    expert
+expert_ffn       layer and expert              FFN channel of it                     expert_ffn
 stem             the model (a single row)      residual channel                      hidden
 depth            the model (a single row)      layer                                 (all of its weights)
 ===============  ============================  ====================================  ================
 
-A layer whose weights are zero adds nothing to the stem: it is the identity until compaction drops it.
+A layer whose weights are zero adds nothing to the stem: it is the identity until compaction drops it. An expert whose
+row of the router is zero is never chosen (models/experts.py).
+
+The experts of a layer are one weight: dimension 0 runs over them, another over the FFN channels of each, which are its
+own choice. Such an axis is *apart* (dimensions.py): its entries are told together with those along dimension 0.
 
 Source: EfficientLLM (ACL 2026), the pruning space; GQA units and depth are ours.
 """
@@ -37,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -66,6 +74,15 @@ class ParamSpec:
     axes: tuple[Axis, ...]
     layer: int | None = None
 
+    @property
+    def inputs(self) -> Axis:
+        """The axis of what a matrix is multiplied with."""
+        return self.axes[-1]
+
+    def is_apart(self, dim: int) -> bool:
+        """Whether the units along a dimension are those of one unit along dimension 0."""
+        return any(DIMENSIONS[label].apart for label in labels(self.axes[dim]))
+
     def name_in(self, layer: int) -> str:
         """The name of the same weight of another layer."""
         return self.name.replace(f".{self.layer}.", f".{layer}.", 1)
@@ -73,11 +90,13 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one weight that falls with a unit: `indices` (int64, 1-D) along dimension `dim`."""
+    """The part of one weight that falls with a unit: `indices` (int64, 1-D) along dimension `dim`. rows: where they are
+    not the same along dimension 0, the place there of each of them."""
 
     name: str
     dim: int
     indices: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,8 @@ class Space:
     hidden_rule: what a model that is to be saved needs of the hidden width: MULTIPLE of the heads, or a number that
         hidden // heads is; None: nothing (shapes.py).
     eager: attention's scores stand in memory, and its backward pass does not compute them anew.
+    experts_per_token: of a mixture of experts. fixed: pruning types that do not fall, and why, as the end of a
+        sentence.
     """
 
     params: tuple[ParamSpec, ...]
@@ -103,6 +124,17 @@ class Space:
     closing: frozenset[str] = frozenset()
     hidden_rule: str | int | None = None
     eager: bool = False
+    experts_per_token: int = 1
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The pruning types that may fall, in the order of the table."""
+        return tuple(name for name in self.widths.types() if name not in self.fixed)
+
+    def least(self, pruning_type: str) -> int:
+        """Units of a type that every row keeps, whatever the floors: the experts that a token uses, else one."""
+        return self.experts_per_token if of_type(pruning_type).floored else 1
 
     def axis_length(self, axis: Axis, widths: Any) -> Any:
         """Length of an axis; elementwise where the fields of `widths` are tensors."""
@@ -111,7 +143,8 @@ class Space:
         if isinstance(axis, tuple):
             return sum(self.axis_length(part, widths) for part in axis)
         dimension = DIMENSIONS[axis]
-        inner = [DIMENSIONS[name].width for name in dimension.chain if name != LAYERS]
+        chain = (axis,) if dimension.apart else dimension.chain
+        inner = [DIMENSIONS[name].width for name in chain if name != LAYERS]
         return math.prod([widths[width] for width in inner], start=self.head_dim if dimension.per_head else 1)
 
     def shape(self, spec: ParamSpec, widths: Widths) -> tuple[int, ...]:
@@ -130,6 +163,15 @@ class Space:
             copies = number // self.widths.layers * widths.layers if layered else number
             total = total + copies * math.prod([self.axis_length(axis, widths) for axis in axes])
         return total
+
+    def copies(self, axis: Axis) -> int:
+        """How many entries of an axis one token has in a layer: of an expert's one for each expert that it uses."""
+        return self.experts_per_token if any(DIMENSIONS[label].apart for label in labels(axis)) else 1
+
+    def active_length(self, axes: Sequence[Axis], dim: int, widths: Any) -> Any:
+        """Entries along a dimension of a weight that one token computes with: of experts those that it uses."""
+        is_expert = len(axes) == 3 and dim == 0
+        return self.experts_per_token if is_expert else self.axis_length(axes[dim], widths)
 
     def event_cost(self, pruning_type: str, widths: Widths, events: int = 1) -> int:
         """Parameters that `events` events of one type remove from a model of these widths."""
@@ -201,11 +243,13 @@ class Live:
         return mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
 
     def entries(self, axis: str | tuple[str, ...], layer: int, head_dim: int) -> Tensor:
-        """Live entries along one axis of one layer, bool (length,)."""
+        """Live entries along one axis of one layer, bool (length,); of one that is apart (experts, length)."""
         if isinstance(axis, tuple):
-            return torch.cat([self.entries(part, layer, head_dim) for part in axis])
+            return torch.cat([self.entries(part, layer, head_dim) for part in axis], dim=-1)
         dimension = DIMENSIONS[axis]
         mask = self._masks[axis]
+        if dimension.apart:
+            return mask[layer]
         units = (mask[layer] if dimension.within else mask).flatten()
         return units.repeat_interleave(head_dim) if dimension.per_head else units
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Cut, Live
 from efficientllm.pruning.surgery import choose_kept, cut_live
 from efficientllm.pruning.widths import Widths
@@ -43,4 +42,4 @@ def fallen_at(
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"events and compactions do not fit each other: {error}") from error
-    return {kind: Live(when).units(kind) for kind in PRUNING_TYPES}
+    return {kind: Live(when).units(kind) for kind in source.types()}

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.costs import AXIS_TYPES, Cost, Params, place_of, shape_at
+from efficientllm.pruning.costs import Cost, Params, axes_of, place_of, shape_at, types_along
 from efficientllm.pruning.dimensions import of_type
 from efficientllm.pruning.groups import MULTIPLE, Space
 from efficientllm.pruning.shapes import Floors, fits
@@ -25,33 +26,40 @@ OUT_OF_REACH = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Alignment:
-    """Multiples that hidden and intermediate widths are rounded to (up while running, to land at the end)."""
+    """Multiples that hidden and intermediate widths (of experts too) are rounded to: up while running, to land at the
+    end."""
 
     hidden: int = 1
     intermediate: int = 1
 
     @classmethod
-    def automatic(cls, widths: Widths) -> Alignment:
-        """The largest power of two up to 128 that leaves at least 32 steps of a width; 1 for tiny widths.
+    def automatic(cls, widths: Widths, least: int = 1) -> Alignment:
+        """The largest power of two up to 128 that leaves at least 32 steps of a width; `least` for tiny widths.
 
         Coarser steps leave so few feasible shapes that alignment, not saliency, would choose the architecture
         (docs/results/ablations.md).
         """
 
         def fit(width: int) -> int:
-            return max((step for step in (2, 4, 8, 16, 32, 64, 128) if step * 32 <= width), default=1)
+            return max(
+                (step for step in (2, 4, 8, 16, 32, 64, 128) if step * 32 <= width and step > least), default=least
+            )
 
-        return cls(fit(widths.hidden), fit(widths.intermediate))
+        return cls(fit(widths.hidden), fit(widths[axes_of(widths)[-1]]))
+
+    def _multiple(self, width: str) -> int:
+        """1 for heads, layers and experts."""
+        return int(getattr(self, width.removeprefix("expert_"), 1))
 
     def step(self, pruning_type: str) -> int:
-        """The multiple for the width that a pruning type narrows: 1 for heads and layers."""
-        return int(getattr(self, of_type(pruning_type).width, 1))
+        """The multiple for the width that a pruning type narrows."""
+        return self._multiple(of_type(pruning_type).width)
 
     def round_up(self, live: Widths, allocated: Widths) -> Widths:
         """Live widths rounded up to their multiples, never above what is allocated."""
         rounded = {}
         for name, count in live.counts().items():
-            step = int(getattr(self, name, 1))
+            step = self._multiple(name)
             rounded[name] = min(-(-count // step) * step, allocated[name])
         return Widths.of(rounded)
 
@@ -74,7 +82,7 @@ class Landing:
     (an aligned width, a head, a layer, or to the source's own width) without passing it. Some lie just under it,
     others further, where their steps are large.
 
-    shapes: int64 (number, 5), a column for each of costs.TABLE_AXES, the largest first (ties in rising order of the
+    shapes: int64 (number, axes), a column for each of costs.axes_of, the largest first (ties in rising order of the
     columns). sizes: what each of them costs.
 
     Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
@@ -93,26 +101,36 @@ class Landing:
         self.space, self.align = space, align
         self.cost: Cost = cost or Params(space)
         source = space.widths
+        self._names = axes_of(source)
+        self._types = types_along(self._names)
         if isinstance(target, Widths):
             self._check_widths(target, types, floors)
             self.target: float = self.cost(target)
             pin = target
-            floors = Floors(pin.hidden, pin.layers, pin.kv_heads, pin.queries_per_kv, pin.intermediate)
+            floors = Floors(**pin.counts())
             align = Alignment()  # for the list of shapes; self.align still rounds up while the run goes on
         else:
             self.target, pin = target, source
         self._axes = tuple(
-            _multiples(floors.of(each) if each in types else source.count(each), pin.count(each), align.step(each))
-            for each in AXIS_TYPES
+            _multiples(
+                max(floors.of(each), space.least(each)) if each in types else source.count(each),
+                pin.count(each),
+                align.step(each),
+            )
+            for each in self._types
         )
         self._keep(self._maximal())
 
     def _check_widths(self, target: Widths, types: tuple[str, ...], floors: Floors) -> None:
         source = self.space.widths
-        names = ("layers", "hidden", "kv_heads", "queries per KV head", "intermediate")
-        for pruning_type, name in zip(AXIS_TYPES, names, strict=True):
+        for pruning_type, width in zip(self._types, self._names, strict=True):
+            name = {"queries_per_kv": "queries per KV head"}.get(width, width)
             have, want = source.count(pruning_type), target.count(pruning_type)
-            floor = floors.of(pruning_type)
+            floor, least = floors.of(pruning_type), self.space.least(pruning_type)
+            if want < least:
+                raise ValueError(
+                    f"target {name} {want} is below the {least} that every token uses; choose at least {least}"
+                )
             if want > have:
                 raise ValueError(f"target {name} {want} is above the source's {have}; choose at most {have}")
             if want < have and pruning_type not in types:
@@ -154,7 +172,7 @@ class Landing:
         ffn = self._axes[-1]
 
         def costs(index: Tensor) -> Tensor:
-            return torch.as_tensor(self.cost(shape_at([*grid, ffn[index]])))
+            return torch.as_tensor(self.cost(self._shape([*grid, ffn[index]])))
 
         least, source = costs(torch.zeros_like(grid[0])).min().item(), self.cost(self.space.widths)
         unit, target = self.cost.unit, self.target
@@ -174,9 +192,12 @@ class Landing:
             low, high = torch.where(above, low, middle + 1), torch.where(above, middle, high)
         return low - 1
 
+    def _shape(self, place: Sequence[Any]) -> Widths:
+        return shape_at(place, self._names)
+
     def _keep(self, shapes: Tensor) -> None:
         """Lists these shapes, and for every point of the other axes the narrowest FFN from which one is in reach."""
-        sizes = torch.as_tensor(self.cost(shape_at(shapes.unbind(1))))
+        sizes = torch.as_tensor(self.cost(self._shape(shapes.unbind(1))))
         order = sizes.argsort(descending=True, stable=True)
         self.shapes, self.sizes = shapes[order], sizes[order]
         self._listed = set(map(tuple, self.shapes.tolist()))
@@ -187,12 +208,12 @@ class Landing:
         self._least_ffn = table
 
     def _places(self, shapes: Tensor) -> Tensor:
-        """(4, number): on each axis but the FFN's the index of the widest that is no wider; -1 where none is."""
+        """(axes - 1, number): on each axis but the FFN's the index of the widest that is no wider; -1 where none is."""
         columns = zip(self._axes[:-1], shapes[:, :-1].T.contiguous(), strict=True)
         return torch.stack([torch.searchsorted(axis, each, right=True) - 1 for axis, each in columns])
 
     def _within_reach(self, shapes: Tensor) -> Tensor:
-        """Per row of (number, 5) widths, whether some feasible shape has no width above them."""
+        """Per row of (number, axes) widths, whether some feasible shape has no width above them."""
         places = self._places(shapes)
         least = self._least_ffn[tuple(places.clamp(min=0))]
         return (places >= 0).all(0) & (least <= shapes[:, -1])
@@ -219,7 +240,7 @@ class Landing:
     def shape(self) -> Widths:
         """The final shape, where there is only one (a target given as widths)."""
         (only,) = self.shapes.tolist()
-        return shape_at(only)
+        return self._shape(only)
 
     def balanced(self, within: Widths | None = None) -> Widths:
         """Of the feasible shapes no wider than `within` (default: all) the one whose narrowest width, as a share of the
@@ -227,11 +248,11 @@ class Landing:
         source = self.space.widths
         shares = (self.shapes.double() / torch.tensor(place_of(source))).min(1).values
         inside = (self.shapes <= torch.tensor(place_of(within or source))).all(1)
-        return shape_at(self.shapes[torch.where(inside, shares, -1.0).argmax()].tolist())
+        return self._shape(self.shapes[torch.where(inside, shares, -1.0).argmax()].tolist())
 
     def least(self, pruning_type: str) -> int:
         """Units of one type in each of its rows in the narrowest shape looked at: its floor, where it may fall."""
-        return int(self._axes[AXIS_TYPES.index(pruning_type)][0])
+        return int(self._axes[self._types.index(pruning_type)][0])
 
     def may_fall(self, pruning_type: str, widths: Widths) -> bool:
         """Whether the type is above its floor, and one event of it keeps a feasible shape within reach."""

@@ -17,14 +17,8 @@ from efficientllm.pruning.contract import SCORES, Probe, PruneReport
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import ParamSpec, Space
-from efficientllm.pruning.saliency import (
-    MovingAverage,
-    all_finite,
-    drawn_scores,
-    input_scores,
-    reader_specs,
-    unit_scores,
-)
+from efficientllm.pruning.readers import input_scores, reader_specs
+from efficientllm.pruning.saliency import MovingAverage, all_finite, drawn_scores, unit_scores
 from efficientllm.pruning.shards import World
 
 MEMORY = 20

@@ -5,20 +5,20 @@ Each weight is reduced along its axes first, so that one pass over the weights s
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import Axis, ParamSpec, Space, labels, mask_shapes
+from efficientllm.pruning.groups import ParamSpec, Space, labels, mask_shapes
 from efficientllm.pruning.shards import ALONE, World, first_row, local
 
 
 class AxisSums:
-    """Element scores summed over all but one axis: hidden (D,), ffn (L, F), kv (L, K*hd), query (L, H*hd); depth (L,).
+    """Element scores summed over all but one axis: hidden (D,), ffn (L, F), kv (L, K*hd), query (L, H*hd),
+    expert (L, E), expert_ffn (L, E, F); depth (L,).
 
     fp32, on the weights' device. Sums over weights are linear, so that partial sums of shards add up.
     """
@@ -29,23 +29,35 @@ class AxisSums:
         for axis, shape in mask_shapes(space.widths):
             if axis != LAYERS:
                 length = space.axis_length(axis, space.widths)
-                self.sums[axis] = torch.zeros((*shape[:1], length) if len(shape) > 1 else length, device=device)
+                rows = shape[:-1] if DIMENSIONS[axis].apart else shape[: len(shape) > 1]
+                self.sums[axis] = torch.zeros((*rows, length), device=device)
 
     def add(self, spec: ParamSpec, scores: Tensor, first: int = 0) -> None:
         """Adds one weight's element scores: its shape, or some of its rows, from row `first` on."""
         if spec.layer is not None:
             self.sums[LAYERS][spec.layer] += scores.sum()
         for dim, axis in enumerate(spec.axes):
-            if isinstance(axis, int):
+            apart = spec.is_apart(dim)
+            # What falls with an expert is counted by the channels of it, as those of a head are.
+            if isinstance(axis, int) or (dim == 0 and any(map(spec.is_apart, range(scores.ndim)))):
                 continue
-            others = [other for other in range(scores.ndim) if other != dim]
+            others = [other for other in range(scores.ndim) if other != dim and not (apart and other == 0)]
             vector = scores.sum(others) if others else scores
+            if apart:
+                self._add_apart(spec, dim, vector, first)
+                continue
             start = first if dim == 0 else 0  # of what is here, from the beginning of each label's stretch
             for label in labels(axis):
                 target = self._of(label, spec)
                 low, high = (min(max(place, 0), len(target)) for place in (start, start + len(vector)))
                 target[low:high].add_(vector[low - start : high - start] if high > low else 0.0)
                 start -= len(target)
+
+    def _add_apart(self, spec: ParamSpec, dim: int, table: Tensor, first: int) -> None:
+        """table: (experts from the first-th on, entries along a dimension that is apart)."""
+        names = labels(spec.axes[dim])
+        for label, part in zip(names, table.chunk(len(names), dim=1), strict=True):
+            self._of(label, spec)[first : first + len(part)] += part
 
     def reduce(self, reduction: World) -> None:
         """Adds what the processes with other rows of the weights have: all axes as one packed vector."""
@@ -56,8 +68,9 @@ class AxisSums:
         self.sums = {axis: part.view(total.shape) for (axis, total), part in zip(self.sums.items(), parts, strict=True)}
 
     def add_columns(self, spec: ParamSpec, scores: Tensor) -> None:
-        """Adds the scores of one linear layer's inputs, (inputs,). A layer's own are those of its heads and FFN."""
-        axis = str(spec.axes[1])
+        """Adds the scores of one linear layer's inputs, (inputs,), of all experts (experts, inputs). A layer's own are
+        those of its heads and FFN."""
+        axis = str(spec.inputs)
         if spec.layer is not None and DIMENSIONS[axis].within:
             self.sums[LAYERS][spec.layer] += scores.sum()
         self._of(axis, spec).add_(scores)
@@ -103,56 +116,6 @@ def unit_scores(
     sums.reduce(reduction)
     scores = sums.units()
     return {name: score.abs() for name, score in scores.items()} if chosen.signed else scores
-
-
-def reader_specs(space: Space) -> list[ParamSpec]:
-    """Linear layers that read an axis: every matrix whose inputs have a label, but for the embedding."""
-    return [
-        spec
-        for spec in space.params
-        if len(spec.axes) == 2 and isinstance(spec.axes[1], str) and spec.name not in space.embeddings
-    ]
-
-
-def read_tensors(space: Space) -> dict[tuple[str, str, bool], list[Axis]]:
-    """Output axes of the linear layers that read one tensor, by (its axis, the dimension that their outputs
-    lie within, whether in every layer): q, k and v of a layer share one, gate and up another."""
-    sites: dict[tuple[str, str, bool], list[Axis]] = defaultdict(list)
-    for spec in reader_specs(space):
-        if not spec.layer:
-            output = spec.axes[0]
-            chain = DIMENSIONS[labels(output)[0]].chain if labels(output) else ()
-            outermost = next((each for each in chain if each != LAYERS), "")
-            sites[str(spec.axes[1]), outermost, spec.layer is not None].append(output)
-    return sites
-
-
-def input_scores(
-    space: Space,
-    chosen: Criterion,
-    readers: Sequence[ParamSpec],
-    params: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    device: torch.device,
-    reduction: World = ALONE,
-) -> dict[str, Tensor]:
-    """Saliency by a criterion that needs inputs, as `unit_scores`. inputs: X of each reader, (tokens, inputs)."""
-    assert chosen.statistic is not None
-    sums = AxisSums(space, device)
-    statistics: dict[int, Tensor] = {}
-    for spec in readers:
-        shared = inputs[spec.name]
-        known = id(shared) in statistics
-        if not known:
-            statistics[id(shared)] = chosen.statistic(reduction.all_tokens(shared).float())
-        if chosen.column:
-            sums.add_columns(spec, chosen.column(local(params[spec.name]).float(), statistics[id(shared)]))
-        elif not known:
-            sums.add_columns(spec, statistics[id(shared)])
-    if chosen.column:  # over the rows that each process holds; a statistic alone is whole everywhere
-        sums.reduce(reduction)
-    scores = sums.units()
-    return {name: score.sqrt() for name, score in scores.items()} if chosen.root else scores
 
 
 def drawn_scores(space: Space, seed: int) -> dict[str, Tensor]:

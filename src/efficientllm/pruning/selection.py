@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.calibration import Bundle, Calibration, trial_events
-from efficientllm.pruning.costs import AXIS_TYPES, place_of, shape_at
+from efficientllm.pruning.costs import axes_of, place_of, shape_at, types_along
 from efficientllm.pruning.dimensions import (
     ATTENTION,
     ATTENTION_QUERY,
     DEPTH,
     DIMENSIONS,
+    EXPERT,
+    EXPERT_FFN,
     FFN_TYPE,
-    PRUNING_TYPES,
     STEM,
     of_type,
 )
@@ -36,7 +37,7 @@ class Ranking:
     def __init__(self, scores: Mapping[str, Tensor], live: Live) -> None:
         self._scores, self._live = scores, live
         self._orders: dict[str, tuple[Tensor, Tensor]] = {}
-        self._taken: dict[str, int] = dict.fromkeys(PRUNING_TYPES, 0)
+        self._taken: dict[str, int] = {}
 
     def _order(self, pruning_type: str) -> tuple[Tensor, Tensor]:
         """(units (events, rows) with -1 in dead rows, saliency (events,) fp64: the sum over the event's units)."""
@@ -53,18 +54,18 @@ class Ranking:
     def upcoming(self, pruning_type: str, events: int) -> tuple[Tensor, float]:
         """Units (events, rows) of the next events of a type, and their saliency summed."""
         units, saliency = self._order(pruning_type)
-        first = self._taken[pruning_type]
+        first = self._taken.get(pruning_type, 0)
         return units[first : first + events], float(saliency[first : first + events].sum())
 
     def ahead(self, pruning_type: str, events: int) -> Tensor:
         """(events + 1,) fp64: saliency of a type's next 0, 1, ... `events` events summed."""
         _, saliency = self._order(pruning_type)
-        first = self._taken[pruning_type]
+        first = self._taken.get(pruning_type, 0)
         return torch.cat([saliency.new_zeros(1), saliency[first : first + events].cumsum(0)])
 
     def take(self, event: Cut) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
-        self._taken[event.type] += 1
+        self._taken[event.type] = self._taken.get(event.type, 0) + 1
         own = of_type(event.type)
         for other in DIMENSIONS.values():
             if other is not own and (own.name in other.chain or other.name in own.chain):
@@ -82,19 +83,19 @@ def least_damaging(
     types within them count for the share of layers and KV heads that stays.
     """
     ways = torch.tensor(place_of(widths)) - landing.shapes
-    damage = {}
-    for pruning_type, way in zip(AXIS_TYPES, ways.clamp(min=0).T, strict=True):
+    along_axes, damage = types_along(axes_of(widths)), {}
+    for pruning_type, way in zip(along_axes, ways.clamp(min=0).T, strict=True):
         ratio = calibration.ratio(pruning_type) if calibration is not None else 1.0
         along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
         damage[pruning_type] = ratio * along[way]
-    left = dict(zip(AXIS_TYPES, (landing.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
+    left = dict(zip(along_axes, (landing.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
     total = torch.zeros(len(landing.shapes), dtype=torch.float64)
     for pruning_type, own in damage.items():
         outer = [left[DIMENSIONS[name].type] for name in of_type(pruning_type).outer]
         total += own * torch.stack(outer).prod(0) if outer else own
     within = (ways >= 0).all(1)
     assert bool(within.any()), "a feasible shape stays within reach (Landing)"
-    return shape_at(landing.shapes[torch.where(within, total, torch.inf).argmin()].tolist())
+    return shape_at(landing.shapes[torch.where(within, total, torch.inf).argmin()].tolist(), axes_of(widths))
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def candidates(
     """
     goal = least_damaging(ranking, widths, landing=landing, calibration=calibration, types=types)
     weighed, now = [], landing.cost(widths)
-    for pruning_type in PRUNING_TYPES:
+    for pruning_type in widths.types():
         if pruning_type not in types or widths.count(pruning_type) <= 1:
             continue
         units, saliency = ranking.upcoming(pruning_type, 1)
@@ -152,9 +153,9 @@ def next_bundles(
 
 # The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.
 ORDERS = {
-    "attention-first": (ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH),
-    "ffn-first": (FFN_TYPE, ATTENTION, ATTENTION_QUERY, STEM, DEPTH),
-    "stem-first": (STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE, DEPTH),
+    "attention-first": (ATTENTION, ATTENTION_QUERY, FFN_TYPE, EXPERT, EXPERT_FFN, STEM, DEPTH),
+    "ffn-first": (FFN_TYPE, EXPERT, EXPERT_FFN, ATTENTION, ATTENTION_QUERY, STEM, DEPTH),
+    "stem-first": (STEM, ATTENTION, ATTENTION_QUERY, FFN_TYPE, EXPERT, EXPERT_FFN, DEPTH),
 }
 
 

@@ -20,6 +20,8 @@ class Floors:
     kv_heads: int = 1
     queries_per_kv: int = 1
     intermediate: int = 1
+    experts: int = 1
+    expert_intermediate: int = 1
 
     def of(self, pruning_type: str) -> int:
         """In units of one type in each of its rows."""
@@ -60,7 +62,7 @@ def fitted(space: Space, widths: Widths, allocated: Widths) -> Widths:
 def proportional_widths(
     space: Space, limit: float, size: Callable[[Widths], float] | None = None, *, least: Widths | None = None
 ) -> Widths:
-    """The widest shape of at most `limit` whose hidden, heads and FFN keep the source's proportions.
+    """The widest shape of at most `limit` whose hidden, heads, experts and FFN keep the source's proportions.
 
     size: what the limit counts, such as a cost of pruning/costs.py; default: parameters. least: no width becomes
     narrower than here. Heads are whole, groups of query heads stay as large, layers stay. Raises ValueError where
@@ -68,13 +70,11 @@ def proportional_widths(
     """
     size = size or space.num_params
     source = space.widths
-    least = least or Widths(1, 1, 1, 1, 1)
+    least = least or Widths.of({of_type(each).width: space.least(each) for each in source.types()})
     for hidden in range(source.hidden, 0, -1):
         scale = hidden / source.hidden
-        kv_heads = max(least.kv_heads, round(scale * source.kv_heads))
-        ffn = max(least.intermediate, round(scale * source.intermediate))
-        heads = kv_heads * source.queries_per_kv
-        widths = Widths(source.layers, max(least.hidden, hidden), heads, kv_heads, ffn)
+        scaled = {name: max(least[name], round(scale * have)) for name, have in source.counts().items()}
+        widths = Widths.of(scaled | {name: source[name] for name in ("layers", "queries_per_kv")})
         if size(widths) <= limit and fits(space, widths):
             return widths
     raise ValueError(
@@ -83,14 +83,8 @@ def proportional_widths(
 
 
 def third_of(shape: Widths, hidden_step: int, intermediate_step: int) -> Floors:
-    """A third of each width but the layers, hidden and FFN rounded down to their alignment; at least 1."""
-
-    def part(width: int, step: int = 1) -> int:
-        return max(1, width // 3 // step * step)
-
-    return Floors(
-        hidden=part(shape.hidden, hidden_step),
-        kv_heads=part(shape.kv_heads),
-        queries_per_kv=part(shape.queries_per_kv),
-        intermediate=part(shape.intermediate, intermediate_step),
-    )
+    """A third of each width but the layers, hidden and FFN (of experts too) rounded down to their alignment; at least
+    1."""
+    steps = {"hidden": hidden_step, "intermediate": intermediate_step, "expert_intermediate": intermediate_step}
+    thirds = {name: max(1, have // 3 // (step := steps.get(name, 1)) * step) for name, have in shape.counts().items()}
+    return Floors(**(thirds | {"layers": 1}))

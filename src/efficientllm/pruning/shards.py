@@ -131,19 +131,22 @@ def first_row(tensor: Tensor) -> int:
     return first
 
 
-def local_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Those of the indices along a dimension of the whole tensor that lie here, counted from the local part's first,
-    on its device."""
+def local_place(tensor: Tensor, dim: int, indices: Tensor, rows: Tensor | None = None) -> tuple[slice | Tensor, ...]:
+    """What of a whole tensor's slice (groups.Slice) lies here, as an index into the local part, on its device."""
     part = local(tensor)
-    if dim == 0 and isinstance(tensor, DTensor):
-        indices = indices - first_row(tensor)
-        indices = indices[(indices >= 0) & (indices < len(part))]
-    return indices.to(part.device)
+    along = indices if rows is None else rows
+    if isinstance(tensor, DTensor) and (dim == 0 or rows is not None):
+        along = along - first_row(tensor)
+        here = (along >= 0) & (along < len(part))
+        along, indices = along[here], indices[here]
+    if rows is None:
+        return *[slice(None)] * dim, (along if dim == 0 else indices).to(part.device)
+    return along.to(part.device), *[slice(None)] * (dim - 1), indices.to(part.device)
 
 
-def fill(tensor: Tensor, dim: int, indices: Tensor, value: float = 0.0) -> None:
-    """index_fill_ on the whole tensor, carried out on the part that lies here."""
-    local(tensor).index_fill_(dim, local_indices(tensor, dim, indices), value)
+def fill(tensor: Tensor, dim: int, indices: Tensor, rows: Tensor | None = None) -> None:
+    """Zeroes a slice of the whole tensor, in the part that lies here."""
+    local(tensor)[local_place(tensor, dim, indices, rows)] = 0.0
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -35,10 +35,18 @@ def _dead(space: Space, live: Live, dimension: str) -> Iterator[Slice]:
         return
     for spec in space.params:
         for dim, axis in enumerate(spec.axes):
-            if not isinstance(axis, int) and any(dimension in DIMENSIONS[part].chain for part in labels(axis)):
-                indices = (~live.entries(axis, spec.layer or 0, space.head_dim)).nonzero().flatten()
-                if len(indices):
-                    yield Slice(spec.name, dim, indices)
+            if isinstance(axis, int) or not any(_falls_with(dimension, label) for label in labels(axis)):
+                continue
+            dead = (~live.entries(axis, spec.layer or 0, space.head_dim)).nonzero()
+            rows = dead[:, 0] if spec.is_apart(dim) else None
+            if len(dead):
+                yield Slice(spec.name, dim, dead[:, -1], rows)
+
+
+def _falls_with(dimension: str, label: str) -> bool:
+    """Whether entries of a label fall with units of a dimension. What is apart lies in a weight whose dimension 0 says
+    that already, but for its own units."""
+    return label == dimension if DIMENSIONS[label].apart else dimension in DIMENSIONS[label].chain
 
 
 def dead_slices(space: Space, live: Live) -> Iterator[Slice]:

@@ -36,13 +36,15 @@ class Kept:
         return self.units[dimension]
 
     def entries(self, axis: str | tuple[str, ...], layer: int, space: Space) -> Tensor:
-        """Entries along one axis of a space that stay, int64. layer: place among the layers that stay."""
+        """Entries along one axis of a space that stay, int64; of one that is apart (experts that stay, entries). layer:
+        place among the layers that stay."""
         if isinstance(axis, tuple):
             lengths = [0, *(space.axis_length(part, space.widths) for part in axis)]
             firsts = itertools.accumulate(lengths[:-1])
-            return torch.cat(
-                [self.entries(part, layer, space) + first for part, first in zip(axis, firsts, strict=True)]
-            )
+            parts = [self.entries(part, layer, space) + first for part, first in zip(axis, firsts, strict=True)]
+            return torch.cat(parts, dim=-1)
+        if DIMENSIONS[axis].apart:
+            return self.units[axis][layer]
         dimension, before, head_dim = DIMENSIONS[axis], space.widths, space.head_dim
         entries = torch.zeros(1, dtype=torch.long)
         for name in dimension.chain:
@@ -105,9 +107,14 @@ def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: S
     pattern, tensor = tensor, whole(tensor)
     for dim, axis in enumerate(spec.axes):
         if not isinstance(axis, int):
-            entries = kept.entries(axis, layer, space)
-            if len(entries) != tensor.shape[dim]:
-                tensor = tensor.index_select(dim, entries.to(tensor.device))
+            entries = kept.entries(axis, layer, space).to(tensor.device)
+            if entries.shape[-1] == tensor.shape[dim]:
+                continue
+            if spec.is_apart(dim):  # dimension 0 has been cut before
+                places = entries.view(len(entries), *(-1 if each == dim else 1 for each in range(1, tensor.ndim)))
+                tensor = tensor.take_along_dim(places, dim)
+            else:
+                tensor = tensor.index_select(dim, entries)
     factor = kept.factor(spec, space)
     if factor != 1.0:
         offset = space.offsets.get(spec.name, 0.0) if power == 1.0 else 0.0

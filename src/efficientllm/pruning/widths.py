@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from efficientllm.pruning.dimensions import of_type
+from efficientllm.pruning.dimensions import DIMENSIONS, of_type
 
 
 class Widths:
     """What is left: one number a dimension for the whole model (layers are uniform).
 
-    layers, hidden, heads (query heads of a layer), kv_heads, intermediate; others: widths of further dimensions by
-    name (dimensions.py). Immutable, hashable. The numbers may be int64 tensors of one shape, for many shapes at once.
+    layers, hidden, heads (query heads of a layer), kv_heads, intermediate (None: the FFN is a mixture of experts);
+    others: widths of further dimensions by name (dimensions.py). Immutable, hashable. The numbers may be int64 tensors
+    of one shape, for many shapes at once.
     """
 
     __slots__ = ("_counts",)
 
-    def __init__(self, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, **others: int) -> None:
+    def __init__(
+        self, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int | None = None, **others: int
+    ) -> None:
         self._counts: dict[str, int] = {
             "layers": layers,
             "hidden": hidden,
             "kv_heads": kv_heads,
             "queries_per_kv": heads // kv_heads,
-            "intermediate": intermediate,
-        } | others
+        }
+        self._counts |= others if intermediate is None else {"intermediate": intermediate, **others}
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Widths:
@@ -65,6 +68,10 @@ class Widths:
         """Units of every dimension by the name of its width."""
         return dict(self._counts)
 
+    def types(self) -> tuple[str, ...]:
+        """The pruning types of a model that has these widths, in the order of the table."""
+        return tuple(row.type for row in DIMENSIONS.values() if row.width in self._counts)
+
     def record(self) -> dict[str, int]:
         """As JSON has them, with `heads`; `Widths(**record)` reads it."""
         named = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads}
@@ -95,4 +102,5 @@ class Widths:
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"{self.layers} layers, hidden {self.hidden}, heads {heads}, FFN {self.intermediate}"
+        ffn = "{experts} experts of {expert_intermediate}" if "experts" in self._counts else "FFN {intermediate}"
+        return f"{self.layers} layers, hidden {self.hidden}, heads {heads}, {ffn.format(**self._counts)}"

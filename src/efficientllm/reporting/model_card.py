@@ -21,7 +21,7 @@ from huggingface_hub.repocard import metadata_load
 from efficientllm.files import write_atomically
 from efficientllm.reporting.card_sources import datasets_of, described_data, hub_id, title_of, without_absolute_paths
 from efficientllm.reporting.evaluation_table import evaluation_way, measured
-from efficientllm.reporting.tables import WIDTH_LABELS, markdown
+from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS, markdown
 from efficientllm.reporting.templates import rendered
 from efficientllm.sizes import format_count
 
@@ -207,7 +207,7 @@ def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[st
         ["", "source", "compact"],
         ["parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"],
     ]
-    for key, name in WIDTH_LABELS.items():
+    for key, name in (WIDTH_LABELS | EXPERT_LABELS).items():
         if key in result["widths"]:
             rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
     losses = source.get("validation_loss"), result.get("validation_loss")

@@ -14,7 +14,9 @@ from efficientllm.pruning.history import fallen_at
 from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
 from efficientllm.reporting.run_record import RunRecord
-from efficientllm.reporting.tables import WIDTH_LABELS
+from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
+
+LABELS = WIDTH_LABELS | EXPERT_LABELS
 
 
 def architecture(runs: Sequence[RunRecord]) -> Figure | None:
@@ -27,7 +29,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
         assert run.source_widths is not None
         count = len(run.events)
         stages = [run.source_widths, *(dict(run.events[index]["widths"]) for index in (count // 3, 2 * count // 3, -1))]
-        names = tuple(WIDTH_LABELS)
+        names = [name for name in LABELS if name in stages[0]]
         for place, stage in enumerate(stages):
             shares = [stage[width] / stages[0][width] for width in names]
             offset = np.arange(len(names)) + 0.2 * (place - 1.5)
@@ -35,7 +37,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
             axes.bar(offset, shares, width=0.19, color=str(0.75 - 0.2 * place), edgecolor="#0072B2", label=label)
             for x, share, width in zip(offset, shares, names, strict=True):
                 axes.text(x, share, str(stage[width]), ha="center", va="bottom", fontsize=FONT_SIZE - 3, clip_on=True)
-        axes.set_xticks(range(len(names)), list(WIDTH_LABELS.values()))
+        axes.set_xticks(range(len(names)), [LABELS[name] for name in names])
         axes.set_ylim(0, 1.45)
         dress(axes, "", "share of the source's", title=run.name)
         axes.legend(fontsize=FONT_SIZE - 1.5, frameon=False, ncols=4, loc="upper right")

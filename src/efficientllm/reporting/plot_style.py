@@ -24,7 +24,8 @@ from efficientllm.sizes import format_count
 
 # Okabe and Ito's palette: told apart with any colour vision; line styles tell them apart in grey
 _STYLES: tuple[tuple[str, Any], ...] = (
-    ("#0072B2", "-"), ("#CC79A7", (0, (5, 1))), ("#D55E00", "-"), ("#009E73", "-"), ("#8C510A", (0, (1, 1)))
+    ("#0072B2", "-"), ("#CC79A7", (0, (5, 1))), ("#D55E00", "-"), ("#7B3FBF", "-"),
+    ("#B5651D", (0, (5, 1))), ("#009E73", "-"), ("#8C510A", (0, (1, 1)))
 )  # fmt: skip
 TYPE_STYLES = {  # of a pruning type: colour, line style, label
     row.type: (*style, f"{row.type} ({row.label})") for row, style in zip(DIMENSIONS.values(), cycle(_STYLES))

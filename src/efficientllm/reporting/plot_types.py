@@ -87,6 +87,8 @@ def _saliency(run: RunRecord, kind: str) -> Points:
 def _ratio(run: RunRecord, kind: str) -> Points:
     if run.source_widths is None:
         return columns([])
+    if kind not in Widths(**run.source_widths).types():
+        return columns([])
     whole = Widths(**run.source_widths).count(kind)
     seen = ((line["tokens"], Widths(**line["widths"]).count(kind)) for line in run.metrics if "widths" in line)
     lines = [(tokens, 1 - left / whole) for tokens, left in seen]

@@ -52,7 +52,10 @@ def _flops_by_part(run: RunRecord) -> dict[str, float] | None:
 
 def _shape(facts: Mapping[str, Any]) -> list[str]:
     parameters, loss = facts["parameters"], facts.get("validation_loss")
-    shape = [str(facts["widths"][name]) for name in WIDTH_LABELS]
+    widths = dict(facts["widths"])
+    if widths.get("experts"):
+        widths["intermediate"] = f"{widths['experts']} x {widths['expert_intermediate']}"
+    shape = [str(widths[name]) for name in WIDTH_LABELS]
     return ["-" if parameters is None else format_count(parameters), *shape, "-" if loss is None else f"{loss:.4f}"]
 
 

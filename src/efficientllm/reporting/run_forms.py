@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, create_model
 
-from efficientllm.reporting.tables import WIDTH_LABELS
+from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
 
 Record = Mapping[str, Any]
 
@@ -26,7 +26,10 @@ def _form(**fields: Any) -> Any:
 _NUMBER = (float | None, None)
 _AMOUNTS = ("loss", "validation_loss", "live_parameters", "allocated_parameters", "seconds", "tokens_per_second")
 _LINE = {"step": (int, ...), "tokens": (float, ...), **dict.fromkeys((*_AMOUNTS, "flops", "allocated_after"), _NUMBER)}
-_WIDTHS = _form(**dict.fromkeys(WIDTH_LABELS, (PositiveInt, ...)))
+_WIDTHS = _form(
+    **dict.fromkeys((name for name in WIDTH_LABELS if name != "intermediate"), (PositiveInt, ...)),
+    **dict.fromkeys(("intermediate", *EXPERT_LABELS), (PositiveInt | None, None)),
+)
 METRICS = _form(
     **_LINE,
     widths=(_WIDTHS, None),

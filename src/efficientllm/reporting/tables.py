@@ -18,6 +18,7 @@ WIDTH_LABELS = {  # of a shape's record (Widths.record), in the order in which r
     "kv_heads": "KV heads",
     "intermediate": "FFN channels",
 }
+EXPERT_LABELS = {"experts": "experts", "expert_intermediate": "FFN channels of an expert"}  # in its place
 
 
 def console() -> Console:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from efficientllm.models.experts import DOWN, UP, reader_module, seen_inputs
 from efficientllm.models.parts import HEAD_WEIGHT, body
 from efficientllm.pruning.dimensions import HIDDEN, LAYERS
-from efficientllm.pruning.gates import GatePass, GateSums
+from efficientllm.pruning.gates import GatePass, GateSums, Routed
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.saliency import reader_specs
+from efficientllm.pruning.readers import inputs_of_expert, reader_specs
 
 Watch = Callable[[int], AbstractContextManager[object]]  # around a forward pass, told the first of its rows
 
@@ -25,7 +27,8 @@ def unwatched(_row: int) -> AbstractContextManager[object]:
 class Inputs(Mapping[str, Tensor]):
     """Captured inputs by weight name, each (tokens, inputs), detached, in the dtype of the forward pass.
 
-    Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens. limit: of
+    Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens. Those of an
+    expert stand under its own name (inputs_of_expert), times the weight that the router has given to each. limit: of
     tokens. every: only every so-manieth row of (rows, length, inputs) is kept, whatever the micro-batches. waits: takes
     nothing but inside `taken` (a backward pass may compute a layer again).
     """
@@ -35,6 +38,7 @@ class Inputs(Mapping[str, Tensor]):
         self._calls: dict[str, list[Tensor]] = {}
         self._last: tuple[Tensor, int | None, Tensor] | None = None
         self._joined: dict[tuple[int, ...], Tensor] = {}
+        self._seen: dict[str, int] = {}  # tokens of those that experts have been given
 
     @contextmanager
     def taken(self, row: int) -> Iterator[None]:
@@ -61,7 +65,26 @@ class Inputs(Mapping[str, Tensor]):
             self._last = tensor, left, flat if left is None or left >= len(flat) else flat[:left].clone()
         calls.append(self._last[2])
 
+    def take_experts(
+        self, name: str, tensor: Tensor, weights: Tensor, routed: Routed, experts: int, length: int
+    ) -> None:
+        """The rows of a fused weight's experts, each its own; length: tokens of a row of the pass."""
+        if not self._open:
+            return
+        tokens = torch.arange(routed.count, device=tensor.device)
+        here = (tokens // length) % self._every == self._skip % self._every
+        left = routed.count if self._limit is None else max(0, self._limit - self._seen.get(name, 0))
+        here &= here.cumsum(0) <= left
+        self._seen[name] = self._seen.get(name, 0) + int(here.sum())
+        rows = (tensor.detach() * weights.detach()).to(tensor.dtype)
+        for expert in range(experts):
+            own = rows[(routed.experts == expert) & here[routed.tokens]]
+            self._calls.setdefault(inputs_of_expert(name, expert), []).append(own)
+        self._calls.setdefault(name, [])
+
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._seen:
+            return torch.cat([self[each] for each in self if each.startswith(f"{name}.")])
         calls = self._calls[name]
         if len(calls) == 1:
             return calls[0]
@@ -87,23 +110,41 @@ def captured_inputs(
 
     Hooks are gone afterwards, also after an error.
     """
-    inputs, handles = Inputs(limit, every, waits=waits), []
+    inputs = Inputs(limit, every, waits=waits)
 
     def hook_of(name: str) -> Any:
         return lambda module, args: inputs.take(name, args[0])
 
-    try:
-        for name in weights:
+    with ExitStack() as hooks:
+        for name in dict.fromkeys(weights):
             if name == HEAD_WEIGHT:
                 hook = body(model).register_forward_hook(lambda module, args, out: inputs.take(HEAD_WEIGHT, out[0]))
+            elif name.endswith(DOWN):
+                hooks.enter_context(_captured_experts(model, name, inputs))
+                continue
             else:
-                module = model.get_submodule(name.removesuffix(".weight"))
-                hook = module.register_forward_pre_hook(hook_of(name))
-            handles.append(hook)
+                hook = reader_module(model, name).register_forward_pre_hook(hook_of(name))
+            hooks.callback(hook.remove)
         yield inputs
+
+
+@contextmanager
+def _captured_experts(model: nn.Module, name: str, inputs: Inputs) -> Iterator[None]:
+    length, experts = 1, model.get_submodule(name.rpartition(".")[0])
+
+    def measured(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal length
+        length = args[0].shape[1]
+
+    def see(tensor: Tensor, weights: Tensor, routed: Routed) -> None:
+        inputs.take_experts(name, tensor, weights, routed, len(model.get_parameter(name)), length)
+
+    handle = reader_module(model, name.removesuffix(DOWN) + UP).register_forward_pre_hook(measured)
+    try:
+        with seen_inputs(experts, see):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 @contextmanager
@@ -134,6 +175,17 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
         view.register_hook(reached)
         return view
 
+    def watch_experts(axis: str, layer: int, inputs: Tensor, routed: Routed) -> None:
+        if entered is None or not inputs.requires_grad:
+            return
+        passed, kept = entered, [inputs.detach()]
+
+        def reached(gradient: Tensor) -> None:
+            if kept:
+                gates.add_experts(passed, axis, layer, kept.pop(), gradient, routed)
+
+        inputs.register_hook(reached)
+
     @contextmanager
     def counted(_row: int) -> Iterator[None]:
         nonlocal entered, last
@@ -153,17 +205,31 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
         """The head reads the last hidden states, tied or not, also where a chunked loss bypasses its module."""
         out["last_hidden_state"] = watch(HIDDEN, None, out[0])
 
-    handles = [body(model).register_forward_hook(before_head)]
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(body(model).register_forward_hook(before_head).remove)
         for spec in reader_specs(space):
-            if spec.name != HEAD_WEIGHT:
-                module = model.get_submodule(spec.name.removesuffix(".weight"))
-                handles.append(module.register_forward_pre_hook(hook_of(str(spec.axes[1]), spec.layer)))
+            axis, layer = str(spec.inputs), spec.layer
+            if spec.is_apart(-1):
+                assert layer is not None
+                see = partial(_without_weights, watch_experts, axis, layer)
+                hooks.enter_context(seen_inputs(model.get_submodule(spec.name.rpartition(".")[0]), see))
+            elif spec.name != HEAD_WEIGHT:
+                module = reader_module(model, spec.name)
+                hooks.callback(module.register_forward_pre_hook(hook_of(axis, layer)).remove)
         for spec in space.params:
             if spec.name in space.closing:
                 module = model.get_submodule(spec.name.removesuffix(".weight"))
-                handles.append(module.register_forward_hook(adds_to_stem(spec.layer)))
+                hooks.callback(module.register_forward_hook(adds_to_stem(spec.layer)).remove)
         yield counted
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _without_weights(
+    watch: Callable[[str, int, Tensor, Routed], None],
+    axis: str,
+    layer: int,
+    inputs: Tensor,
+    _weights: Tensor,
+    routed: Routed,
+) -> None:
+    """x dL/dx is the same of what an expert reads and of that times the router's weight."""
+    watch(axis, layer, inputs, routed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.saliency import read_tensors
+from efficientllm.pruning.readers import read_tensors
 from efficientllm.training.gradient import SummedLoss
 from efficientllm.training.state import PruningPlan
 
@@ -81,6 +81,6 @@ def correction_tokens(space: Space, wanted: int | None) -> int:
 def captured_inputs_of(space: Space) -> int:
     """Numbers that are kept of one token: the inputs of all linear layers, those that layers share once."""
     return sum(
-        space.axis_length(axis, space.widths) * (space.widths.layers if layered else 1)
+        space.axis_length(axis, space.widths) * (space.widths.layers if layered else 1) * space.copies(axis)
         for axis, _, layered in read_tensors(space)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
@@ -12,6 +13,7 @@ from efficientllm.pruning.groups import MULTIPLE
 from efficientllm.pruning.landing import amount
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
+from efficientllm.training.targets import types_asked
 
 
 def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
@@ -30,9 +32,12 @@ def _latency(prune: PruneConfig) -> Iterator[str]:
 def _types(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
     """Types of the recipe that the cost does not count, and so keep the source's width."""
     source = plan.landing.space.widths
-    out = [name for name in prune.types if name not in plan.options.types and source.count(name) > 1]
+    asked = types_asked(prune, plan.landing.space)
+    out = [name for name in asked if name not in plan.options.types and source.count(name) > 1]
     if out:
         yield f"prune.cost {prune.cost} does not count {', '.join(out)}: the result keeps the source's width there"
+    for why, names in groupby(plan.landing.space.fixed.items(), key=lambda each: each[1]):
+        yield f"{', '.join(name for name, _ in names)} cannot fall: {why}"
 
 
 def _source(plan: PruningPlan) -> Iterator[str]:

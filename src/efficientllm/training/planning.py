@@ -9,11 +9,12 @@ from transformers import PretrainedConfig
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
+from efficientllm.models.experts import EXPERT_STEP, balance_of, is_mixture
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import load_table
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
-from efficientllm.pruning.costs import Cost, KVCache, Params, counts
+from efficientllm.pruning.costs import ActiveParams, Cost, KVCache, Params, counts
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.dimensions import ATTENTION
 from efficientllm.pruning.engine import PrunerOptions
@@ -23,7 +24,15 @@ from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.notes import notes_of
 from efficientllm.training.state import PruningPlan
-from efficientllm.training.targets import alignment_of, floors_of, least_of, named_floors, rungs_of, target_of
+from efficientllm.training.targets import (
+    alignment_of,
+    floors_of,
+    least_of,
+    named_floors,
+    rungs_of,
+    target_of,
+    types_asked,
+)
 from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 COMPACT_AT = 0.04  # of the parameters: compactions then take 0.2 % of a run to 40 % (docs/results/overhead.md)
@@ -69,6 +78,11 @@ def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
             f"data.sequence_length {length} is more than the {source.max_position_embeddings} positions that the "
             f"source was built for; set it to {source.max_position_embeddings} or less"
         )
+    if recipe.train.compile and balance_of(source):
+        raise UsageError(
+            "the source's config asks for the load-balancing loss (output_router_logits), which compiled layers do not "
+            "show: set train.compile to false, or output_router_logits to false in its config.json"
+        )
     return RunPlan(
         recipe,
         source,
@@ -111,8 +125,25 @@ def decided(
 ) -> tuple[PrunerOptions, tuple[Landing, ...]]:
     """How the engine decides on this source, and where it lands. Raises UsageError or ValueError for what cannot be
     had."""
+    _refuse_odd_experts(prune, source)
     cost = cost_of(prune, source, sequence_length)
     return options_and_landings(prune, space_of(source), seed=seed, cost=cost)
+
+
+def _refuse_odd_experts(prune: PruneConfig, source: PretrainedConfig) -> None:
+    """Raises UsageError where a mixture of experts could end in widths in which torch's grouped products, by which
+    plain transformers computes experts, cannot run it: they read rows of 16 bytes."""
+    if not is_mixture(source):
+        return
+    asked = {"align": prune.align}
+    if isinstance(prune.target, WidthTarget):
+        asked |= {f"target.{name}": getattr(prune.target, name) for name in ("hidden", "intermediate")}
+    for name, width in asked.items():
+        if isinstance(width, int) and width % EXPERT_STEP:
+            raise UsageError(
+                f"prune.{name} {width} leaves experts that torch's grouped products cannot read, {EXPERT_STEP} numbers "
+                f"at a time; choose a multiple of {EXPERT_STEP}"
+            )
 
 
 def options_and_landings(
@@ -165,9 +196,15 @@ def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) 
     space = space_of(source)
     if prune.cost == "flops":
         return FlopsPerToken(space, sequence_length)
+    if prune.cost == "active":
+        return ActiveParams(space)
     if prune.cost == "kv-cache":
         return KVCache(space.head_dim)
     if prune.cost == "latency":
+        if is_mixture(source):
+            raise ValueError(
+                "prune.cost latency has no table for mixtures of experts; choose flops or active in its place"
+            )
         assert prune.latency_table is not None
         table = load_table(prune.latency_table)
         table.check(prune.latency_table, source)
@@ -183,7 +220,7 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
     Raises ValueError where that leaves none, or where a target in widths narrows what the cost does not count: such
     events would have neither a price nor a pace.
     """
-    types: tuple[str, ...] = tuple(prune.types)
+    types = types_asked(prune, space)
     if prune.cost == "params":
         return types
     source, least = space.widths, least_of(prune, space, floors_of(prune, space, cost))

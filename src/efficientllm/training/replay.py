@@ -142,7 +142,7 @@ class CurrentBatch(Passes):
     def _clear(self, name: str, weight: Tensor) -> None:
         for part in self.state.pruner.held if self.state.pruner else ():
             if part.name == name and weight.grad is not None:
-                fill(weight.grad, part.dim, part.indices)
+                fill(weight.grad, part.dim, part.indices, part.rows)
 
     def gates(self) -> GateSums | None:
         """Those of the caller's passes since the last look."""

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.distributed.layout import Runner, wrap
 from efficientllm.distributed.ranks import ALONE, World
+from efficientllm.models.experts import prepare
 from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.contract import Probe, PruneReport
@@ -132,6 +133,7 @@ def assemble(
     snapshot: Snapshot | None = None,
 ) -> TrainState:
     """A run around a model that has its weights, and an optimizer on them; where the snapshot, if any, left off."""
+    prepare(model)
     space, pruner = space_of(model.config), None
     if plan is not None:
         params = dict(model.named_parameters())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from efficientllm.models.experts import balance_of, with_balance
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.gates import GateSums
@@ -158,6 +159,7 @@ class Step(Passes):
         self._batches, self._train, self._plan = batches, train, plan
         self._precision, self._distillation = precision, distillation
         self.hooks_are_seen = not train.compile
+        self._balanced = balance_of(state.model.config) > 0.0
         part = () if state.ranks.world == 1 else (state.ranks.share(batch_rows),)
         self._batch = batches.batch(state.step, *part).to(state.device)
         self._shape = len(self._batch) * state.ranks.world, self._batch.shape[1]
@@ -213,6 +215,11 @@ class Step(Passes):
         return self._batches.batch(self.state.step + step, part).to(self.state.device)
 
     def _loss(self, use: Use) -> SummedLoss:
+        """That of the rows' next tokens; of a step itself with the load-balancing loss that the model asks for."""
+        loss = self._token_loss(use)
+        return partial(with_balance, loss, self.state.model) if use == "step" and self._balanced else loss
+
+    def _token_loss(self, use: Use) -> SummedLoss:
         """Next-token cross-entropy, or of the step itself its mixture with what a teacher says, whose logits are
         chunked always."""
         model: Any = self.state.model

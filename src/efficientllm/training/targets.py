@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 
 from efficientllm.config import CostTarget, PruneConfig, WidthTarget
-from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost, place_of, shape_at
-from efficientllm.pruning.dimensions import of_type
+from efficientllm.config.prune import FloorsConfig
+from efficientllm.models.experts import EXPERT_STEP
+from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost
+from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, of_type
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Alignment, amount
 from efficientllm.pruning.shapes import Floors, proportional_widths, third_of
@@ -41,6 +44,35 @@ def _size(size: float | CostTarget, space: Space, cost: Cost) -> float:
     return round(size * source) if isinstance(size, float) else size
 
 
+# Keys of a recipe that have another name than the width; `intermediate` is of experts where there are some.
+_KEYS = {"queries_per_kv": "heads_per_kv", "expert_intermediate": "intermediate"}
+
+
+def _by_width(section: WidthTarget | FloorsConfig, source: Widths) -> dict[str, int]:
+    """What a section gives, by the names of the source's widths."""
+    widths = {_KEYS.get(width, width): width for width in source.counts()}
+    given = {key: getattr(section, key) for key in type(section).model_fields}
+    return {widths.get(key, key): value for key, value in given.items() if value}
+
+
+def types_asked(prune: PruneConfig, space: Space) -> tuple[str, ...]:
+    """The types that may fall. The default is whatever of the source can; named types are taken at their word.
+
+    Raises ValueError for one that this source does not have, or that cannot fall.
+    """
+    if prune.types == DEFAULT_TYPES:
+        return tuple(name for name in space.types if of_type(name).default)
+    for name in prune.types:
+        if name in space.fixed:
+            raise ValueError(f"prune.types has {name}, which cannot fall here: {space.fixed[name]}; leave it out")
+        if name not in space.types:
+            kind, other = (
+                ("no experts", "ffn") if name in EXPERT_TYPES else ("no FFN but those of experts", "expert_ffn")
+            )
+            raise ValueError(f"prune.types has {name}, but the source has {kind}: write {other} in its place")
+    return tuple(prune.types)
+
+
 def _widths(target: WidthTarget, source: Widths) -> Widths:
     kv_heads = target.kv_heads or source.kv_heads
     heads = target.heads or kv_heads * source.queries_per_kv
@@ -48,18 +80,16 @@ def _widths(target: WidthTarget, source: Widths) -> Widths:
         kv_heads = heads
     if heads % kv_heads:
         raise ValueError(f"target heads {heads} is not a multiple of kv_heads {kv_heads}; choose a multiple")
-    return Widths(
-        target.layers or source.layers,
-        target.hidden or source.hidden,
-        heads,
-        kv_heads,
-        target.intermediate or source.intermediate,
-    )
+    asked = _by_width(target, source)
+    for name in asked:
+        if name not in source.record():
+            raise ValueError(f"prune.target has {name}, a width that the source does not have; leave it out")
+    return source.changed(**(asked | {"heads": heads, "kv_heads": kv_heads}))
 
 
 def alignment_of(prune: PruneConfig, widths: Widths) -> Alignment:
     if prune.align == "auto":
-        return Alignment.automatic(widths)
+        return Alignment.automatic(widths, EXPERT_STEP if "experts" in widths.counts() else 1)
     return Alignment(prune.align, prune.align)
 
 
@@ -77,40 +107,37 @@ def floors_of(prune: PruneConfig, space: Space, cost: Cost) -> Floors:
         shape = proportional_widths(space, target, cost, least=least_of(prune, space, lowest))
     except ValueError:
         return lowest
-    asked, align = prune.floors, alignment_of(prune, space.widths)
-    third = third_of(shape, align.hidden, align.intermediate)
-    floors = Floors(
-        layers=lowest.layers,
-        hidden=asked.hidden or max(lowest.hidden, third.hidden),
-        kv_heads=asked.kv_heads or max(lowest.kv_heads, third.kv_heads),
-        queries_per_kv=asked.heads_per_kv or max(lowest.queries_per_kv, third.queries_per_kv),
-        intermediate=asked.intermediate or max(lowest.intermediate, third.intermediate),
-    )
+    asked, align = _asked(prune, space.widths), alignment_of(prune, space.widths)
+    third = asdict(third_of(shape, align.hidden, align.intermediate)) | {"layers": lowest.layers}
+    floors = Floors(**{name: asked.get(name) or max(low, third[name]) for name, low in asdict(lowest).items()})
     narrowest = align.round_up(least_of(prune, space, floors), space.widths)
     return floors if cost(narrowest) <= target else lowest
 
 
+def _asked(prune: PruneConfig, source: Widths) -> dict[str, int]:
+    """The floors that the recipe names, by the names of widths."""
+    return _by_width(prune.floors, source)
+
+
 def named_floors(prune: PruneConfig, space: Space, cost: Cost) -> Floors:
-    """The floors that the recipe names, else one unit, or the narrowest width that a table covers."""
-    floors, source = prune.floors, space.widths
-    bottom = [levels[0] for levels in cost.grid] if isinstance(cost, TableCost) else [1] * len(TABLE_AXES)
-    narrowest = shape_at([min(low, have) for low, have in zip(bottom, place_of(source), strict=True)])
-    for name, floor, have in (
-        ("layers", floors.layers, source.layers),
-        ("hidden", floors.hidden, source.hidden),
-        ("kv_heads", floors.kv_heads, source.kv_heads),
-        ("heads_per_kv", floors.heads_per_kv, source.queries_per_kv),
-        ("intermediate", floors.intermediate, source.intermediate),
-    ):
-        if floor is not None and floor > have:
-            raise ValueError(f"prune.floors.{name} {floor} is above the source's {have}; choose at most {have}")
-    return Floors(
-        layers=floors.layers,
-        hidden=floors.hidden or narrowest.hidden,
-        kv_heads=floors.kv_heads or narrowest.kv_heads,
-        queries_per_kv=floors.heads_per_kv or narrowest.queries_per_kv,
-        intermediate=floors.intermediate or narrowest.intermediate,
-    )
+    """The floors that the recipe names, else one unit (of experts those that a token uses), or the narrowest width that
+    a table covers."""
+    source = space.widths.counts()
+    low = {of_type(name).width: space.least(name) for name in space.widths.types()}
+    if isinstance(cost, TableCost):
+        low = {axis: min(levels[0], source[axis]) for axis, levels in zip(TABLE_AXES, cost.grid, strict=True)}
+    for width, floor in _asked(prune, space.widths).items():
+        name = f"prune.floors.{_KEYS.get(width, width)}"
+        if width not in source:
+            raise ValueError(f"{name} is the floor of a width that the source does not have; leave it out")
+        if floor > source[width]:
+            raise ValueError(f"{name} {floor} is above the source's {source[width]}; choose at most {source[width]}")
+        if width == "experts" and floor < space.experts_per_token:
+            raise ValueError(
+                f"{name} {floor} is below the {space.experts_per_token} experts that every token uses "
+                f"(num_experts_per_tok); choose at least {space.experts_per_token}"
+            )
+    return Floors(**(low | _asked(prune, space.widths)))
 
 
 def least_of(prune: PruneConfig, space: Space, least: Floors) -> Widths:
@@ -118,4 +145,4 @@ def least_of(prune: PruneConfig, space: Space, least: Floors) -> Widths:
     if isinstance(prune.target, WidthTarget):
         return _widths(prune.target, space.widths)
     counts = space.widths.counts()
-    return Widths.of(counts | {of_type(name).width: least.of(name) for name in prune.types})
+    return Widths.of(counts | {of_type(name).width: least.of(name) for name in types_asked(prune, space)})
