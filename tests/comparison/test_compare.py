@@ -231,5 +231,6 @@ def test_runs_side_by_side_only_where_each_has_a_gpu(world: World, monkeypatch: 
 
 def test_the_help_shows_a_whole_arm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")  # with both given, rich asks no terminal, which may be a dumb one of 80 columns
     assert call("compare", "--help") == 0
     assert "[@loop]" in capsys.readouterr().out
