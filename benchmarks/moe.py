@@ -21,7 +21,7 @@ from transformers import Qwen3MoeConfig
 from efficientllm.cli import main as efficientllm
 from efficientllm.config import Recipe
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
 from efficientllm.models.loading import load_tokenizer
 from efficientllm.sizes import parse_count
@@ -38,7 +38,7 @@ def say(message: str) -> None:
 def write_text(folder: Path) -> Path:
     corpus = folder / "corpus"
     if not corpus.is_dir():
-        with appearing(corpus) as partial:
+        with atomic_path(corpus) as partial:
             library, size = partial / "library", 0
             library.mkdir()
             for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -72,7 +72,7 @@ def write_architecture(folder: Path, corpus: Path) -> Path:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        with appearing(start) as partial:
+        with atomic_path(start) as partial:
             config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return start
