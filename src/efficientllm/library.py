@@ -208,13 +208,13 @@ class Pruner:
                 f"compact() cannot replace a wrapped optimizer ({type(self.optimizer).__name__}); give Pruner the "
                 "plain one, or leave the tensors at their size and call save_pretrained() at the end"
             )
-        snapshot = self._cut()
-        model = model_like(self.model, model_of(snapshot, self._state.device))
+        snapshot, old = self._cut(), self._state
+        model = model_like(self.model, model_of(snapshot, old.device))
         weights = dict(model.named_parameters())
         kept = choose_kept(self.engine.live, space_of(model.config).widths)
-        heirs = {old: weights[new] for old, new in names_after(self.engine.space, kept).items()}
+        heirs = {name: weights[new] for name, new in names_after(self.engine.space, kept).items()}
         optimizer = optimizer_like(self.optimizer, self.model, heirs)
-        adopt(self._state, assemble(model, optimizer, self._plan, snapshot=snapshot))
+        adopt(old, assemble(model, optimizer, self._plan, old.runner, old.ranks, snapshot=snapshot))
         self._passes.close()
         self._passes = CurrentBatch(self._state, self._passes.tokens, self._loss_fn)
         return self.model, self.optimizer

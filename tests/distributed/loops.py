@@ -119,7 +119,7 @@ def by_hand(case: Case, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         events += [[each.event.type, each.event.units.tolist()] for each in pruner.step().events]
-        if case.compact and step == 2:
+        if case.compact and step == 1:  # and on: what falls after it is met over the processes too
             model, optimizer = pruner.compact()
             wrapped = DistributedDataParallel(model) if world > 1 else model
             exact(pruner)

@@ -22,6 +22,7 @@ from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
 from efficientllm.models.process_memory import peak_resident
+from efficientllm.pruning.shapes import fitted
 from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
@@ -44,8 +45,11 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dic
             f"{format_amount(job.pruning.landing.target, unit)}: events are left undone; train longer, or {mend}"
         )
     if job.pruning and state.live_widths != state.space.widths:
+        # Not only where it pays: what is dead must not be in the result, unless its family takes no such shape.
         widths = job.pruning.landing.align.round_up(state.live_widths, state.space.widths)
-        compact(state, widths, job.recipe.train, job.pruning)
+        widths = fitted(state.space, widths, state.space.widths)
+        if widths != state.space.widths:
+            compact(state, widths, job.recipe.train, job.pruning)
     model = whole_model(state)
     return job.ranks.from_first(lambda: _leave_result(job, state, model, source, loss, say))
 
