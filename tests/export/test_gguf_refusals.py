@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 gguf = pytest.importorskip("gguf")
 
+from conftest import tiny_config  # noqa: E402
 from efficientllm.errors import UsageError  # noqa: E402
+from efficientllm.export.gguf_architectures import architecture_of  # noqa: E402
 from efficientllm.export.gguf_tensors import rope_factors  # noqa: E402
 from export.gguf_files import LLAMA3, write  # noqa: E402
 
@@ -25,6 +27,24 @@ def test_other_scaling_is_refused(make_model: Any) -> None:
     folder, model = make_model("qwen2-gqa-tied", head_dim=10, rope_parameters=LLAMA3)
     with pytest.raises(UsageError, match="llama3"):
         rope_factors(model.config, "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "sentence"),
+    [
+        ("smollm3-gqa-tied", {}, r"in llama.cpp's smollm3 layers \[\] \(from 0\) have no rotary positions, .* \[1\]"),
+        ("gemma3-gqa", {}, r"in llama.cpp's gemma3 layers \[\] \(from 0\) have no window, in this model layers \[1\]"),
+        ("gemma2-gqa-tied", {"tie_word_embeddings": False}, "gemma2 has no room for an LM head of its own"),
+        ("gemma2-gqa-tied", {"attn_logit_softcapping": None}, "needs a number for attn_logit_softcapping"),
+        ("olmo2-gqa", {"tie_word_embeddings": True, "head_dim": 10}, "olmo2 lacks an LM head of its own"),
+        ("olmo2-gqa", {}, r"olmo2 takes heads x head_dim \(24\) only as the hidden size \(40\)"),
+        ("phi-gqa", {}, r"phi3 takes heads x head_dim \(24\) only as the hidden size \(40\)"),
+        ("granite-gqa", {"hidden_act": "relu"}, "computes these models with SiLU, this one has hidden_act=relu"),
+    ],
+)
+def test_what_an_architecture_does_not_compute_is_said(family: str, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence + ".*; export with --to hf$"):
+        architecture_of(tiny_config(family, **changes))
 
 
 def lacking(folder: Path) -> None:

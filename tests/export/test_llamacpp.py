@@ -41,6 +41,8 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
 }
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.6}
+LONG_ROPE |= {"short_factor": [1.0, 1.3, 1.7], "long_factor": [2.0, 3.0, 5.0]}
 
 
 def logits(model: Any, ids: list[int]) -> np.ndarray:
@@ -87,6 +89,8 @@ def assert_same_logits(folder: Path, out: Path) -> None:
         ("gemma3-gqa", {"layer_types": EVERY_SIXTH, "rope_parameters": GEMMA3_ROPE, "tie_word_embeddings": True}),
         ("phi-gqa", {"head_dim": 10}),
         ("phi-gqa", {"head_dim": 10, "num_key_value_heads": 4, "rope_parameters": PARTIAL_ROPE}),
+        ("phi-gqa", {"head_dim": 10, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
+        ("phi-gqa", {"head_dim": 10, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256}),
     ],
 )
 def test_families_have_the_logits_of_transformers(

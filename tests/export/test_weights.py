@@ -11,10 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from conftest import tiny_model
 from efficientllm.errors import UsageError
 from efficientllm.export.weights import Weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_every_family_s_folder_is_whole(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    weights, want = Weights(tmp_path), dict(model.named_parameters())
+    assert weights.shapes == {name: tuple(weight.shape) for name, weight in want.items()}
+    assert all(torch.equal(weights.read(name), weight) for name, weight in want.items())
 
 
 def test_a_head_beside_tied_embeddings_is_read_only_where_it_is_the_same(make_model: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from efficientllm.export.gguf_tensors import (
     ffn_width,
     layout,
     misfits,
-    rope_factors,
+    rope_tensors,
 )
 from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from efficientllm.export.subject import Subject
@@ -83,7 +83,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
     config = weights.config
     architecture = architecture_of(config)
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
-    factors = rope_factors(config, architecture)
+    factors = rope_tensors(config, architecture)
     tokenizer = tokenizer_of(request.subject.folder, say)
     vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
     card = request.subject.card(config, sum(_count(each) for each in stored), request.licence)
@@ -96,7 +96,7 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
         _tokenizer(writer, vocabulary)
         writer.add_file_type(WRITTEN[written][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _write(writer, weights, stored, architecture, None if factors is None else factors.numpy())
+        _write(writer, weights, stored, architecture, factors)
     _write_card(card, out, GGUF(out.name, written, architecture), say)
     if kind in K_QUANTS:
         result = out.with_name(f"{out.stem.removesuffix('-f16')}-{kind}.gguf")
@@ -147,18 +147,22 @@ def _check_space(out: Path, stored: list[Stored]) -> None:
 
 
 def _write(
-    writer: gguf.GGUFWriter, weights: Weights, stored: list[Stored], architecture: str, factors: np.ndarray | None
+    writer: gguf.GGUFWriter,
+    weights: Weights,
+    stored: list[Stored],
+    architecture: str,
+    factors: Mapping[str, np.ndarray],
 ) -> None:
     """Header, metadata and table of tensors first, then the weights one by one."""
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for name, values in factors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for each in stored:
         writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.bytes, raw_dtype=each.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for values in factors.values():
+        writer.write_tensor_data(values)
     with track("export", sum(each.bytes for each in stored)) as progress:
         for each in stored:
             parts = [arranged(source, weights.read(source), weights.config, architecture) for source in each.sources]

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from efficientllm.errors import UsageError
 from efficientllm.models.families import FAMILIES
@@ -25,7 +27,7 @@ class Architecture:
 
     paired: it rotates neighbouring pairs of a head's channels. partial: it may rotate a part of each head. scaled: it
     divides the rotary frequencies by those of `rope_freqs.weight`, Llama 3's scaling. rope_kinds: other kinds of
-    scaling that it does by metadata.
+    scaling that it does.
     square: it takes heads x head_dim only where that is the hidden size; oblong: the architecture that takes others.
     lacks: fields of the config for which it has no weights. head: whether it has an LM head of its own: always, never,
     or (None) where the model has.
@@ -95,7 +97,7 @@ ARCHITECTURES = {
     ),
     "qwen3moe": Architecture(lacks=("attention_bias", "use_sliding_window"), normalised=True),
     "olmoe": Architecture(lacks=("clip_qkv",), normalised=False),
-    "phi3": Architecture(square=True, partial=True),
+    "phi3": Architecture(square=True, partial=True, rope_kinds=("longrope",)),
 }
 
 
@@ -148,7 +150,7 @@ def _reason(config: PretrainedConfig, rows: Architecture, name: str, width: int)
     layers, period = _special_layers(config, rows), rows.period or 1
     wanted = [place for place in range(config.num_hidden_layers) if (place + 1) % period == 0]
     if layers is not None and layers != wanted:
-        what = "a window" if "add_sliding_window" in rows.entries else "rotary positions"
+        what = "window" if "add_sliding_window" in rows.entries else "rotary positions"
         return f"in llama.cpp's {name} layers {wanted} (from 0) have no {what}, in this model layers {layers}"
     return None
 
@@ -189,6 +191,10 @@ def entries_of(config: PretrainedConfig, architecture: str) -> Sequence[tuple[st
     entries = [(method, value) for method, value in found if value is not None]
     if rope_kind(config) == "linear" and "linear" in rows.rope_kinds:
         entries += [("add_rope_scaling_type", "linear"), ("add_rope_scaling_factor", float(rope_of(config)["factor"]))]
+    if rope_kind(config) == "longrope" and "longrope" in rows.rope_kinds:
+        _, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+        original = int(rope_of(config)["original_max_position_embeddings"])
+        entries += [("add_rope_scaling_orig_ctx_len", original), ("add_rope_scaling_attn_factors", float(attention))]
     if rows.local:
         entries.append(("add_rope_freq_base_swa", rope_theta(config, "sliding_attention")))
     return entries

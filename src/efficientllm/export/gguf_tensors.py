@@ -24,7 +24,7 @@ from efficientllm.export.gguf_architectures import ARCHITECTURES, query_factor, 
 from efficientllm.models.experts import ROUTER
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from efficientllm.models.space import head_dim_of, rope_kind, widths_of
+from efficientllm.models.space import head_dim_of, rope_kind, rope_of, widths_of
 
 BLOCK = 32  # row lengths of all types that are written here
 SUPER_BLOCK = 256  # of the k-quants, which llama.cpp writes itself
@@ -73,6 +73,17 @@ def arranged(name: str, weight: Tensor, config: PretrainedConfig, architecture: 
     if rows.query and f".{rows.query}." in name:
         weight = weight * query_factor(config, rows)
     return weight
+
+
+def rope_tensors(config: PretrainedConfig, architecture: str) -> dict[str, np.ndarray]:
+    """Weights of a file that say how the rotary frequencies are divided, fp32 (rotated channels / 2,), by name: none,
+    Llama 3's, or one set for contexts within the original length and one for longer ones (LongRoPE)."""
+    if rope_kind(config) == "longrope" and "longrope" in ARCHITECTURES[architecture].rope_kinds:
+        rope = rope_of(config)
+        sets = {f"rope_factors_{name}.weight": rope[f"{name}_factor"] for name in ("long", "short")}
+        return {name: np.asarray(values, dtype=np.float32) for name, values in sets.items()}
+    factors = rope_factors(config, architecture)
+    return {} if factors is None else {"rope_freqs.weight": factors.numpy()}
 
 
 def rope_factors(config: PretrainedConfig, architecture: str) -> Tensor | None:
