@@ -14,8 +14,9 @@ from pathlib import Path
 
 from efficientllm.config import Recipe
 from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, write_architecture
+from efficientllm.export.check import check_hf
 from efficientllm.export.gguf import GGUFRequest, export_gguf
-from efficientllm.export.hf import HFRequest, check_hf, export_hf
+from efficientllm.export.hf import HFRequest, export_hf
 from efficientllm.export.subject import subject_of
 from efficientllm.jobs.prune import run
 from efficientllm.jobs.report import write_report
@@ -79,12 +80,12 @@ print(write_report([Path(recipe.run.dir)], Path(recipe.run.dir), say))
 # %% [markdown]
 # ## 4. One file for the device
 #
-# In bf16 for transformers, where `check_hf` holds the exported folder against the run's model in a fresh process; as
+# In bf16 for transformers, where `check_hf` holds the exported folder against the run's model in fresh processes; as
 # GGUF for llama.cpp and what is built on it: `python examples/edge/chat.py FILE` talks to it.
 
 # %%
 result = subject_of(Path(recipe.run.dir))
 exported = export_hf(HFRequest(result, "bfloat16", out=folder / "hf", overwrite=True), say)
-print(check_hf(result.folder, exported, "bfloat16"))
+check_hf(result.folder, exported, "bfloat16", say)
 file = export_gguf(GGUFRequest(result, "q8_0", overwrite=True), say)
 print(f"{file}: {file.stat().st_size:,} bytes")

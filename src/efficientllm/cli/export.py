@@ -32,12 +32,14 @@ def export(
     ] = "f16",
     dtype: Annotated[str, typer.Option("--dtype", help="hf: float32, bfloat16 or float16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="hf: size of one file.")] = "5GB",
-    check: Annotated[bool, typer.Option("--check", help="hf: reload in a fresh process, compare logits.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare tokens and probabilities, in each runtime that is here.")
+    ] = False,
     push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="hf: upload to the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="hf: where --push makes the repository.")] = False,
 ) -> None:
     """Write a run's model, a size of its ladder or any supported model as a transformers folder or a GGUF file."""
-    foreign = {"hf": ("kind",), "gguf": ("dtype", "max_shard_size", "check", "push", "private")}
+    foreign = {"hf": ("kind",), "gguf": ("dtype", "max_shard_size", "push", "private")}
     if to not in foreign:
         raise UsageError(f"--to {to} is no format; choose hf or gguf")
     for name in foreign[to]:
@@ -46,9 +48,10 @@ def export(
             option = "--type" if name == "kind" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} has no effect with --to {to}; leave it out")
     if to == "gguf":
-        _to_gguf(model, kind, out, overwrite, licence)
+        _to_gguf(model, kind.lower(), out, overwrite, licence, check)
         return
-    from efficientllm.export.hf import HFRequest, check_hf, export_hf
+    from efficientllm.export.check import check_hf
+    from efficientllm.export.hf import HFRequest, export_hf
     from efficientllm.export.push import check_push, push_folder
     from efficientllm.export.subject import subject_of
     from efficientllm.jobs.interruption import stopping
@@ -63,21 +66,27 @@ def export(
     print(folder)
     with stopping(f"stopped; the folder {folder} is whole, but not {'pushed' if push else 'checked'}"):
         if check:
-            say(f"reloaded in a fresh process: {check_hf(subject.folder, folder, dtype)}")
+            check_hf(subject.folder, folder, dtype, say)
         if push:
             print(push_folder(folder, push, private=private, say=say))
 
 
-def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence: str | None) -> None:
+def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence: str | None, check: bool) -> None:
     try:
         from efficientllm.export.gguf import GGUFRequest, export_gguf
     except ImportError as error:
         if (error.name or "").split(".")[0] != "gguf":
             raise
         raise UsageError('--to gguf needs the gguf package: pip install "efficientllm[gguf]"') from error
+    from efficientllm.export.check import check_gguf
+    from efficientllm.export.gguf_tensors import K_QUANTS
     from efficientllm.export.subject import subject_of
     from efficientllm.jobs.interruption import stopping
 
+    subject = subject_of(model)
     with stopping(STOPPED):
-        file = export_gguf(GGUFRequest(subject_of(model), kind.lower(), out, overwrite, licence), say)
+        file = export_gguf(GGUFRequest(subject, kind, out, overwrite, licence), say)
     print(file)
+    with stopping(f"stopped; the file {file} is whole, but not checked"):
+        if check:
+            check_gguf(subject.folder, file, "f16" if kind in K_QUANTS else kind, say)

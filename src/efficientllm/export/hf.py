@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,32 +23,11 @@ from efficientllm.export.weights import INDEX, Weights
 from efficientllm.files import atomic_path
 from efficientllm.models.generation import savable
 from efficientllm.models.loading import load_generation_config
+from efficientllm.models.space import head_dim_of
 from efficientllm.reporting.model_card import README
 from efficientllm.reporting.progress import track
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference of a logit that rounding the weights may make, as a share of the largest logit.
-TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
-
-# Run by a fresh interpreter. Both models compute in fp32, so that what differs is the rounding of the weights.
-_CHECK = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-ids, logits = None, []
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    if ids is None:
-        length = min(64, model.config.max_position_embeddings)
-        ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        logits.append(model(ids).logits)
-    del model
-assert "efficientllm" not in sys.modules
-before, after = logits
-same = (before.argmax(-1) == after.argmax(-1)).float().mean()
-print(json.dumps({"difference": float((before - after).abs().max()), "largest": float(before.abs().max()),
-                  "same_top": float(same), "positions": ids.numel()}))
-"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +59,7 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     refuse_foreign(out)
     weights = Weights(subject.folder)
     tokenizer = tokenizer_of(subject.folder, say)
+    _note_serving(weights.config, say)
     parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     own = subject.folder / README  # a model of no run keeps the card that it has, in whatever encoding
     if subject.facts is None and own.is_file():
@@ -99,6 +76,15 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write {out} ({error}); free disk space or choose another place with --out") from error
     return out
+
+
+def _note_serving(config: PretrainedConfig, say: Callable[[str], None]) -> None:
+    heads, size = config.num_attention_heads, head_dim_of(config)
+    if config.model_type == "qwen2" and heads * size != config.hidden_size:
+        say(
+            f"vLLM takes {config.hidden_size} / {heads} (hidden size / heads) for the head size of a Qwen2, here "
+            f"{size}, and would serve another model: use GGUF, or keep hidden = heads x {size} (docs/export.md)"
+        )
 
 
 def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
@@ -137,25 +123,3 @@ def _write_configs(
         generation, _ = savable(GenerationConfig.from_model_config(config))
     generation.use_cache = True
     generation.save_pretrained(folder)
-
-
-def check_hf(source: Path, exported: Path, dtype: str) -> str:
-    """Compares both folders' logits in a fresh process, by transformers alone, and says what it found.
-
-    Raises UsageError where they differ by more than rounding to `dtype` explains, or where the folder does not load.
-    """
-    command = [sys.executable, "-c", _CHECK, str(source), str(exported)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UsageError(f"{exported} does not load in a fresh process: {last}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    share = found["difference"] / max(found["largest"], 1e-30)
-    text = (
-        f"logits differ by at most {found['difference']:.2e} ({share:.1e} of the largest, {found['largest']:.3g}), "
-        f"same most likely token at {found['same_top']:.1%} of {found['positions']} positions"
-    )
-    if not share <= TOLERANCES[dtype]:
-        raise UsageError(f"{exported} is not the model it was made from: {text}; rounding to {dtype} explains less")
-    return text
