@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
+from efficientllm.models.rotation import obstacle
 from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.landing import amount
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
@@ -16,7 +17,21 @@ def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
-    return (*_latency(recipe.prune), *_types(recipe.prune, plan), *_shapes(recipe.prune, plan), *_pace(recipe, plan))
+    prune = recipe.prune
+    return (
+        *_latency(prune),
+        *_types(prune, plan),
+        *_rotation(prune, plan),
+        *_shapes(prune, plan),
+        *_pace(recipe, plan),
+    )
+
+
+def _rotation(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
+    """A stem that was to be turned, and cannot be."""
+    reason = obstacle(plan.source) if prune.rotate == "auto" else None
+    if reason:
+        yield f"prune.rotate auto: the source is pruned as it stands, since {reason}"
 
 
 def _latency(prune: PruneConfig) -> Iterator[str]:
