@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
+from efficientllm.models.flops import forward_flops
+from efficientllm.models.loading import load_tokenizer
+from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
 
@@ -230,3 +233,29 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     assert "has another vocabulary (61 entries)" in capsys.readouterr().err
     assert call("prune", world.write("untaught", distill={"weight": 0.5}), "init=random") == 2
     assert "distill.teacher is missing" in capsys.readouterr().err
+
+
+def test_a_stem_that_is_turned_first(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The source is as good as before, the pass for its components is on the bill, and the run lands as any other."""
+    from conftest import tiny_model
+
+    untied = tiny_model("llama-gqa", vocab_size=300)
+    untied.save_pretrained(tmp_path)
+    load_tokenizer(str(world.folder / "source")).save_pretrained(tmp_path)
+    short = {"tokens": 4 * 256}
+    for name, rotate in (("straight", "off"), ("turned", "auto")):
+        recipe = world.write(name, train=short, prune={"rotate": rotate})
+        assert call("prune", recipe, f"source={tmp_path}", f"tokenizer={tmp_path}") == 0
+    assert "turned into its principal components, by 10 rows" in capsys.readouterr().err
+    runs = [world.folder / "runs" / name for name in ("straight", "turned")]
+    losses = [json.loads((run / "source.json").read_text())["validation_loss"] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    assert summary["flops_by_part"]["looks"] > forward_flops(space_of(untied.config), 10, 32).base
+    assert summary["result"]["parameters"] <= 0.5 * summary["source"]["parameters"]
+    assert call("prune", world.write("tied", train=short, prune={"rotate": "auto"})) == 0
+    assert "prune.rotate auto: the source is pruned as it stands, since its LM head is its embedding" in (
+        capsys.readouterr().err
+    )
+    assert call("prune", world.write("idle", prune={"rotate": "auto", "types": ["ffn"]})) == 2
+    assert "prune.rotate has no effect where prune.types leaves out stem" in capsys.readouterr().err

@@ -125,6 +125,13 @@ class PruneConfig(Section):
     bound: Annotated[Share, Idle(lambda prune: prune.mode == "one-shot", "with prune.mode one-shot")] = Field(
         default=0.05, gt=0, description="Most of the parameters that fall between two looks at the scores"
     )
+    rotate: Annotated[
+        Literal["off", "auto"], Idle(lambda prune: "stem" not in prune.types, "where prune.types leaves out stem")
+    ] = Field(
+        default="off",
+        description="auto: turn the residual stream into its principal components before the first step, where that "
+        "changes no logits (an LM head of its own, no norms at the end of sublayers)",
+    )
     correction: Annotated[Literal["none", "second-order"], Fact.ARM] = Field(
         default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
     )

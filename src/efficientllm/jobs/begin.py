@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from efficientllm.jobs.determinism import arithmetic, other_bits
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
+from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_model
+from efficientllm.models.rotation import components, rotate
 from efficientllm.models.space import widths_of
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import exact_count, format_count
+from efficientllm.training.gradient import model_inputs
 from efficientllm.training.state import TrainState, restore, start
 
 
@@ -32,7 +35,13 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         source = ranks.from_first(lambda: _branch(job, Path(recipe.resume or "")))
     elif saved is None:
         ranks.from_first(lambda: job.folder.rewind(0))
-        state = start(ranks.together(lambda: _source_model(job)), recipe.train, job.pruning, ranks)
+        model = ranks.together(lambda: _source_model(job))
+        rows = job.plan.turned_by
+        if rows:
+            rotate(model, ranks.from_first(lambda: components(model, _inputs(job, rows, model))))
+            say(f"the residual stream is turned into its principal components, by {rows} rows of text")
+        state = start(model, recipe.train, job.pruning, ranks)
+        state.flops.looks += forward_flops(state.space, rows, job.plan.length).base
         return state, _measured(job, state, say)
     snapshot = load(saved, ranks, job.device)
     if snapshot.pruner_facts is not None and job.pruning is None:
@@ -44,6 +53,15 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
             say(difference)
     state = restore(snapshot, recipe.train, job.pruning, job.device, ranks)
     return state, source or _measured(job, state, say)
+
+
+def _inputs(job: Job, rows: int, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Of the first rows that the run will read, a micro-batch at a time."""
+    step, left = 0, rows
+    while left > 0:
+        batch = job.batches.batch(step, slice(0, left)).to(model.device)
+        yield from map(model_inputs, batch.split(job.recipe.train.micro_batch))
+        step, left = step + 1, left - len(batch)
 
 
 def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[str, Any]:

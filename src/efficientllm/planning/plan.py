@@ -67,6 +67,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
     teaching = space if teacher is None else space_of(teacher)
     cost = _step_flops(plan, teaching)
     done = _simulated(plan, cost)
+    done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
     parameters = int(space.num_params())
     return Plan(
         parameters,

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.models.latency_table import load_table
+from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import rope_kind, rope_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.groups import MULTIPLE
@@ -20,8 +21,16 @@ def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
-    said = (_latency(recipe.prune), _types(recipe.prune, plan), _source(plan), _shapes(recipe.prune, plan))
+    prune = recipe.prune
+    said = (_latency(prune), _types(prune, plan), _source(plan), _rotation(prune, plan), _shapes(prune, plan))
     return (*(line for each in said for line in each), *_pace(recipe, plan))
+
+
+def _rotation(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
+    """A stem that was to be turned, and cannot be."""
+    reason = obstacle(plan.source) if prune.rotate == "auto" else None
+    if reason:
+        yield f"prune.rotate auto: the source is pruned as it stands, since {reason}"
 
 
 def _latency(prune: PruneConfig) -> Iterator[str]:

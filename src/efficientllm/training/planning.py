@@ -12,6 +12,7 @@ from efficientllm.errors import UsageError
 from efficientllm.models.experts import EXPERT_STEP, balance_of, is_mixture
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import load_table
+from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import ActiveParams, Cost, KVCache, Params, counts
@@ -21,7 +22,7 @@ from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
-from efficientllm.training.looks import LOOK_SHARE
+from efficientllm.training.looks import CORRECTION_TOKENS, LOOK_SHARE
 from efficientllm.training.notes import notes_of
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import (
@@ -45,7 +46,8 @@ class RunPlan:
 
     source: the source's config; space: its shape. length: tokens of a row. batch_rows: rows of a step, all processes
     together; steps: of the whole run. pruning: None where nothing is pruned. notes: what a run says of it before it
-    starts, a line each.
+    starts, a line each. turned_by: rows whose principal components the stem is turned into before the first step; 0
+    where it stays as it is.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class RunPlan:
     pruning: PruningPlan | None
     pace: ValidationPace
     notes: tuple[str, ...]
+    turned_by: int = 0
 
     @property
     def batch_tokens(self) -> int:
@@ -93,7 +96,16 @@ def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
         pruning,
         pace,
         (*notes_of(recipe, pruning), *([pace.said] if pace.said else [])),
+        _turned_by(recipe, source, space),
     )
+
+
+def _turned_by(recipe: Recipe, source: PretrainedConfig, space: Space) -> int:
+    """Rows for the components of prune.rotate: CORRECTION_TOKENS tokens for each residual channel."""
+    fresh = recipe.init == "pretrained" and recipe.resume is None
+    if recipe.prune is None or recipe.prune.rotate == "off" or not fresh or obstacle(source):
+        return 0
+    return -(-CORRECTION_TOKENS * space.widths.hidden // recipe.data.sequence_length)
 
 
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
