@@ -10,7 +10,6 @@ from pathlib import Path
 from efficientllm.comparison.budget import (
     CLOSE,
     TRIES,
-    batch_tokens,
     close,
     solved_tokens,
     tail_cost,
@@ -102,7 +101,7 @@ def equal_flops(comparison: Comparison, equal: Mapping[str, ArmResult], budget: 
 def _run_searches(
     comparison: Comparison, searches: list[Search], budget: str, loops: Mapping[int, dict[str, object]], say: Say
 ) -> None:
-    batch = batch_tokens(comparison.recipe)
+    batch = comparison.plan.batch_tokens
     while True:
         wanted = [(search, tokens) for search in searches if (tokens := search.next_tokens(batch)) is not None]
         if not wanted:
