@@ -11,7 +11,8 @@ TRIES = 3  # runs of an arm and seed towards a budget, beside the one at equal t
 
 
 def solved_tokens(tried: Sequence[tuple[int, float]], tail: float, budget: float, batch: int) -> int:
-    """Tokens, to the nearest whole batch, at which cost as a straight line meets the budget; none or fewer: nowhere.
+    """Tokens, to the nearest whole batch, at which a straight line through the costs meets the budget; less than a
+    batch where it lies above the budget from the start.
 
     tried: (tokens, FLOPs) of the runs so far. The line goes through the last two of them (the secant method), and with
     the first alone rises by `tail` FLOPs a token: refreshed scores, calibration and correction cost nearly as much in a

@@ -45,7 +45,7 @@ class Search:
         tokens = solved_tokens(self._costs(), self._tail, self.budget, batch)
         first = self._costs()[0]
         if tokens < batch and len(self.tried) == 1:
-            # Pruning takes its share of a run too, so one run says less of what stays than two: ask a second.
+            # Pruning costs less in a shorter run, by how much one run does not tell: try a second.
             tokens = max(batch, int(first[0] * self.budget / first[1] / batch) * batch)
         return None if tokens < batch or tokens in dict(self._costs()) else tokens
 
