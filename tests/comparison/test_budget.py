@@ -79,8 +79,7 @@ def test_the_pipeline_charges_the_source_once(tmp_path: Path, monkeypatch: pytes
         return [outcome(tmp_path / result.arm.name, tokens, 0.0, 0.0) for result, _, _, tokens in work]
 
     monkeypatch.setattr(equal_flops, "run_work", run_work)
-    monkeypatch.setattr(equal_flops, "batch_tokens", lambda recipe: 10)
-    comparison = SimpleNamespace(recipe=None, space=None, source_flops=lambda: 6000)
+    comparison = SimpleNamespace(plan=SimpleNamespace(batch_tokens=10), source_flops=lambda: 6000)
     found = equal_flops.equal_flops(comparison, equal, "pipeline", print)  # type: ignore[arg-type]
     assert list(found) == ["loop", "scratch", "scratch+distill"]
     tokens = {name: [run.summary["tokens"] for run in arm.runs.values() if run.summary] for name, arm in found.items()}

@@ -131,7 +131,7 @@ def latencies(
                 source.append(other)
     finally:
         gc.unfreeze()
-        torch.set_num_threads(before)  # it changes the order of sums: who trains hereafter must not keep another one's
+        torch.set_num_threads(before)  # another number would change the order of sums in a later training here
     ranges = [(max(each) - min(each)) / statistics.median(each) for each in ratios]
     return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficientllm.config import Recipe
-from efficientllm.errors import UsageError
-from efficientllm.models.flops import forward_flops, training_flops
-from efficientllm.pruning.groups import Space
-
 BUDGETS = ("tokens", "flops", "pipeline")
 CLOSE = 0.02  # of the budget: an arm that spent nearer to it than this has met it
 TRIES = 3  # runs of an arm and seed towards a budget, beside the one at equal tokens
 
 
-def batch_tokens(recipe: Recipe) -> int:
-    length = recipe.data.sequence_length
-    return recipe.train.batch_rows(length) * length
-
-
 def solved_tokens(tried: Sequence[tuple[int, float]], tail: float, budget: float, batch: int) -> int:
-    """Tokens, to the nearest whole batch, at which cost as a straight line meets the budget; none or fewer: nowhere.
+    """Tokens, to the nearest whole batch, at which a straight line through the costs meets the budget; less than a
+    batch where it lies above the budget from the start.
 
     tried: (tokens, FLOPs) of the runs so far. The line goes through the last two of them (the secant method), and with
     the first alone rises by `tail` FLOPs a token: refreshed scores, calibration and correction cost nearly as much in a
@@ -45,18 +36,6 @@ def tail_cost(metrics: Sequence[Mapping[str, Any]]) -> float:
     last = metrics[-1]
     first = {"flops": 0, "tokens": 0} if len(metrics) == 1 else metrics[-1 - max(1, len(metrics) // 10)]
     return float((last["flops"] - first["flops"]) / (last["tokens"] - first["tokens"]))
-
-
-def source_flops(recipe: Recipe, space: Space, tokens: int | None) -> int:
-    """FLOPs of the source's own pretraining on so many tokens, at this recipe's sequence length. Raises UsageError
-    where they are unsaid."""
-    if tokens is None:
-        raise UsageError(
-            "--budget pipeline needs to know what the source's own pretraining cost: give --source-tokens, the tokens "
-            "that it was trained on, such as 2T"
-        )
-    length = recipe.data.sequence_length
-    return tokens * training_flops(forward_flops(space, 1, length)) // length
 
 
 def close(spent: float, budget: float) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from efficientllm.comparison.budget import (
     CLOSE,
     TRIES,
-    batch_tokens,
     close,
     solved_tokens,
     tail_cost,
@@ -46,7 +45,7 @@ class Search:
         tokens = solved_tokens(self._costs(), self._tail, self.budget, batch)
         first = self._costs()[0]
         if tokens < batch and len(self.tried) == 1:
-            # Pruning takes its share of a run too, so one run says less of what stays than two: ask a second.
+            # Pruning costs less in a shorter run, by how much one run does not tell: try a second.
             tokens = max(batch, int(first[0] * self.budget / first[1] / batch) * batch)
         return None if tokens < batch or tokens in dict(self._costs()) else tokens
 
@@ -102,7 +101,7 @@ def equal_flops(comparison: Comparison, equal: Mapping[str, ArmResult], budget: 
 def _run_searches(
     comparison: Comparison, searches: list[Search], budget: str, loops: Mapping[int, dict[str, object]], say: Say
 ) -> None:
-    batch = batch_tokens(comparison.recipe)
+    batch = comparison.plan.batch_tokens
     while True:
         wanted = [(search, tokens) for search in searches if (tokens := search.next_tokens(batch)) is not None]
         if not wanted:

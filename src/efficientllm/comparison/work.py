@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from efficientllm.comparison.arms import Arm, arm_recipe
-from efficientllm.comparison.budget import BUDGETS, source_flops
+from efficientllm.comparison.budget import BUDGETS
 from efficientllm.comparison.runner import Outcome, run_all
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import EvalRequest, check_tasks
 from efficientllm.jobs.run_folder import OlderRun, RunFolder, fingerprint
+from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.pruning.groups import Space
 from efficientllm.training.planning import RunPlan, run_plan
@@ -82,8 +83,9 @@ class Comparison:
         return self.plan.space
 
     def source_flops(self) -> int:
-        """Of the source's own pretraining, for the budget `pipeline`."""
-        return source_flops(self.recipe, self.space, self.source_tokens)
+        """Of the source's own pretraining, for the budget `pipeline`, at this recipe's sequence length."""
+        length = self.plan.length
+        return (self.source_tokens or 0) * training_flops(forward_flops(self.space, 1, length)) // length
 
     def arm_recipe(
         self, arm: Arm, *, seed: int, lr: float, tokens: int, folder: Path, loop: Mapping[str, Any] | None
@@ -129,8 +131,11 @@ class Comparison:
         if recipe.run.validation_tokens == "auto":  # one number: all arms are compared on those rows
             run = recipe.run.model_copy(update={"validation_tokens": plan.pace.rows * plan.length})
             plan = replace(plan, recipe=recipe.model_copy(update={"run": run}))
-        if "pipeline" in budgets:
-            source_flops(recipe, plan.space, source_tokens)
+        if "pipeline" in budgets and source_tokens is None:
+            raise UsageError(
+                "--budget pipeline needs to know what the source's own pretraining cost: give --source-tokens, the "
+                "tokens that it was trained on, such as 2T"
+            )
         if tasks is not None:
             check_tasks(tasks)
         ordered = [budget for budget in BUDGETS if budget in {"tokens", *budgets}]

@@ -116,7 +116,7 @@ def _size(
 
 
 def _seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Of the second call: the first makes room."""
+    """Seconds of the second call; the first one also allocates memory and chooses kernels."""
     for _ in range(2):
         began = time.perf_counter()
         act()

@@ -116,7 +116,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             due = last or crossed(job.plan.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
             rung = record.prune is not None and record.prune.rung is not None
-            # Asked once: a signal from here on is for the next step, whose line comes first.
+            # All processes agree on it once a step: a signal that comes later is acted on after the next step.
             stopping, late = stop_or_save(job, stop, time.monotonic() - saved_at > AT_LATEST)
             saving = last or rung or late or stopping is not None or crossed(checkpoint_every, before, state.tokens)
             write_records(job, state, record, before, loss, always=saving)

@@ -25,7 +25,7 @@ from efficientllm.training.looks import LookRows
 from efficientllm.training.state import PruningPlan, narrower
 
 StepFlops = Callable[[Widths], Ledger]
-SETTLES = 3  # measurements of a type until one moves its ratio by no more than a quarter: noise alone moves the second
+SETTLES = 3  # measurements of a type after which its ratio counts as settled: noise alone moves it at the second
 
 
 @dataclass

@@ -14,7 +14,7 @@ from efficientllm.sizes import format_count
 
 
 def page(runs: Sequence[RunRecord], figures: Mapping[str, tuple[str, str]], notes: Sequence[str] = ()) -> str:
-    """HTML of one or several runs. figures: id -> (caption, inline SVG). notes: sentences about none of them alone."""
+    """HTML of one or several runs. figures: id -> (caption, inline SVG). notes: sentences about the page as a whole."""
     head = ["model", "parameters", *WIDTH_LABELS.values(), "validation loss", "tokens", "FLOPs", "hours"]
     return rendered(
         "report.html",

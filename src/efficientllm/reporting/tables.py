@@ -52,8 +52,8 @@ def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> No
 
 
 def flops_sentence(parts: Mapping[str, float | None]) -> str:
-    """Operations in all, and what share of them each part took, those of none left out: the first of summary.json's
-    `flops_by_part`, or a plan's. Unknown where a part is."""
+    """All operations and each part's share of them, parts without any left out. parts: `flops_by_part` of a summary or
+    of a plan; where one of them is not known, neither is the sum."""
     known = [value for value in parts.values() if value is not None and value == value]
     if len(known) < len(parts):
         return "FLOPs unknown"
