@@ -24,7 +24,7 @@ from real_text import LENGTH, SHARES, Losses, difference, pooled, rows_of, split
 from efficientllm.config import Recipe
 from efficientllm.data.chat import ChatEncoder
 from efficientllm.data.planes import Planes, with_planes
-from efficientllm.files import appearing
+from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.sizes import format_count, parse_count
@@ -51,7 +51,7 @@ def make_chats(file: Path, folder: Path, encoder: ChatEncoder) -> None:
         if answers:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
             chats += [turns] if len(encoder(turns)[0]) else []
-    with appearing(folder) as partial:
+    with atomic_path(folder) as partial:
         for name, held in (("chats", False), ("chats.held", True)):
             chosen = [chat for at, chat in enumerate(chats) if (at % 10 == 9) == held]
             (partial / f"{name}.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in chosen))
