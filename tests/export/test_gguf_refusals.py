@@ -18,6 +18,8 @@ from efficientllm.export.gguf_architectures import architecture_of  # noqa: E402
 from efficientllm.export.gguf_tensors import rope_factors  # noqa: E402
 from export.gguf_files import LLAMA3, write  # noqa: E402
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.6}
+
 
 def test_other_scaling_is_refused(make_model: Any) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -38,7 +40,8 @@ def test_other_scaling_is_refused(make_model: Any) -> None:
         ("gemma2-gqa-tied", {"attn_logit_softcapping": None}, "needs a number for attn_logit_softcapping"),
         ("olmo2-gqa", {"tie_word_embeddings": True, "head_dim": 10}, "olmo2 lacks an LM head of its own"),
         ("olmo2-gqa", {}, r"olmo2 takes heads x head_dim \(24\) only as the hidden size \(40\)"),
-        ("phi-gqa", {}, r"phi3 takes heads x head_dim \(24\) only as the hidden size \(40\)"),
+        ("phi-gqa", {"rope_parameters": PARTIAL}, "rotates whole heads in these models, this one has a partial"),
+        ("qwen2-gqa-tied", {"hidden_act": "relu"}, "computes these models with SiLU, this one has hidden_act=relu"),
         ("granite-gqa", {"hidden_act": "relu"}, "computes these models with SiLU, this one has hidden_act=relu"),
     ],
 )

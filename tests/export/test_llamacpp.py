@@ -88,6 +88,7 @@ def assert_same_logits(folder: Path, out: Path) -> None:
         ("gemma3-gqa", {"num_hidden_layers": 7, "layer_types": EVERY_SIXTH}),
         ("gemma3-gqa", {"layer_types": EVERY_SIXTH, "rope_parameters": GEMMA3_ROPE, "tie_word_embeddings": True}),
         ("phi-gqa", {"head_dim": 10}),
+        ("phi-gqa", {"hidden_size": 37}),  # taken apart, as llama
         ("phi-gqa", {"head_dim": 10, "num_key_value_heads": 4, "rope_parameters": PARTIAL_ROPE}),
         ("phi-gqa", {"head_dim": 10, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
         ("phi-gqa", {"head_dim": 10, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256}),

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from efficientllm.errors import UsageError
 from efficientllm.export.gguf_architectures import (
+    ARCHITECTURES,
     architecture_of,
     context_length,
     entries_of,
@@ -39,7 +40,7 @@ from efficientllm.export.gguf_tensors import (
 from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from efficientllm.export.subject import Subject
 from efficientllm.export.tokenizer import end_tokens, tokenizer_of
-from efficientllm.export.weights import Weights
+from efficientllm.export.weights import Unfused, Weights
 from efficientllm.files import atomic_path, write_atomically
 from efficientllm.models.experts import is_mixture
 from efficientllm.models.space import head_dim_of
@@ -79,9 +80,10 @@ def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
         )
     written = "f16" if kind in K_QUANTS else kind
     out = _destination(request, written)
-    weights = Weights(request.subject.folder)
-    config = weights.config
+    whole = Weights(request.subject.folder)
+    config = whole.config
     architecture = architecture_of(config)
+    weights = whole if ARCHITECTURES[architecture].fused else Unfused(whole)
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
     factors = rope_tensors(config, architecture)
     tokenizer = tokenizer_of(request.subject.folder, say)
@@ -148,7 +150,7 @@ def _check_space(out: Path, stored: list[Stored]) -> None:
 
 def _write(
     writer: gguf.GGUFWriter,
-    weights: Weights,
+    weights: Weights | Unfused,
     stored: list[Stored],
     architecture: str,
     factors: Mapping[str, np.ndarray],

@@ -29,7 +29,8 @@ class Architecture:
     divides the rotary frequencies by those of `rope_freqs.weight`, Llama 3's scaling. rope_kinds: other kinds of
     scaling that it does.
     square: it takes heads x head_dim only where that is the hidden size; oblong: the architecture that takes others.
-    lacks: fields of the config for which it has no weights. head: whether it has an LM head of its own: always, never,
+    lacks: fields of the config for which it has no weights. fused: q, k and v are one weight, gate and up another.
+    head: whether it has an LM head of its own: always, never,
     or (None) where the model has.
     activations: of the FFN. period: layers whose number, from 1, is a multiple of it attend to everything, or have no
     rotary positions, the others a window or have them; None: it computes all layers alike, without a window.
@@ -47,6 +48,7 @@ class Architecture:
     square: bool = False
     oblong: str | None = None
     lacks: tuple[str, ...] = ()
+    fused: bool = False
     head: bool | None = None
     activations: tuple[str, ...] = SILU
     period: int | None = None
@@ -97,15 +99,15 @@ ARCHITECTURES = {
     ),
     "qwen3moe": Architecture(lacks=("attention_bias", "use_sliding_window"), normalised=True),
     "olmoe": Architecture(lacks=("clip_qkv",), normalised=False),
-    "phi3": Architecture(square=True, partial=True, rope_kinds=("longrope",)),
+    "phi3": Architecture(square=True, oblong="llama", fused=True, partial=True, rope_kinds=("longrope",)),
 }
 
 
 def architecture_of(config: PretrainedConfig) -> str:
     """The llama.cpp architecture that computes this model, a key of ARCHITECTURES.
 
-    llama.cpp's qwen2 has no room for heads x head_dim other than the hidden size; its llama takes biases and any
-    head_dim, so that a Qwen2 whose stem was pruned goes there. Raises UsageError for what none of them computes.
+    llama.cpp's qwen2 and phi3 have no room for heads x head_dim other than the hidden size; its llama takes biases and
+    any head_dim, so that one whose stem was pruned goes there. Raises UsageError for what none of them computes.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or family.gguf is None:
@@ -113,7 +115,7 @@ def architecture_of(config: PretrainedConfig) -> str:
     name, rows = family.gguf, ARCHITECTURES[family.gguf]
     width = config.num_attention_heads * head_dim_of(config)
     if rows.square and width != config.hidden_size and rows.oblong:
-        return rows.oblong
+        name, rows = rows.oblong, ARCHITECTURES[rows.oblong]
     reason = _reason(config, rows, name, width)
     if reason:
         raise UsageError(f"{reason}; export with --to hf")

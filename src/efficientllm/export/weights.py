@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from efficientllm.models.families import FAMILIES
 from efficientllm.models.loading import reason_of
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import space_of
+from efficientllm.pruning.groups import labels
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,36 @@ class Weights:
         if not torch.isfinite(weight).all():
             raise UsageError(f"{self.folder}: {name} holds values that are not finite; the run diverged, do not use it")
         return weight
+
+
+class Unfused:
+    """The same weights with fused ones taken apart, by the names that the parts have where they are not fused."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.config, self._weights = weights.config, weights
+        self._parts: dict[str, tuple[str, slice]] = {}  # the weight and the rows of it that a name stands for
+        space = space_of(_without_dropout(self.config), "exported")
+        axes = {spec.name: spec.axes for spec in space.params}
+        for source in weights.shapes:
+            fused = next((module for module in FUSED if f".{module}." in source), None)
+            if fused is None:
+                self._parts[source] = source, slice(None)
+                continue
+            lengths = [space.axis_length(axis, space.widths) for axis in labels(axes[source][0])]
+            for part, length, end in zip(FUSED[fused], lengths, itertools.accumulate(lengths), strict=True):
+                self._parts[source.replace(fused, part)] = source, slice(end - length, end)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        whole = self._weights.shapes
+        return {
+            name: (len(range(whole[source][0])[rows]), *whole[source][1:])
+            for name, (source, rows) in self._parts.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        source, rows = self._parts[name]
+        return self._weights.read(source)[rows]
 
 
 def read_config(folder: Path) -> PretrainedConfig:
