@@ -94,7 +94,7 @@ def make_gguf(world: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
     return make
 
 
-@pytest.mark.parametrize("family", ["llama-mha-tied", "qwen2-gqa-tied", "qwen3-gqa"])
+@pytest.mark.parametrize("family", ["llama-mha-tied", "qwen2-gqa-tied", "qwen3-gqa", "granite-gqa", "phi-gqa"])
 def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) -> None:
     _, file = make_gguf(family)
     of_config = facts_of_config(tiny_config(family, vocab_size=300), 11, 17, torch.float32)
