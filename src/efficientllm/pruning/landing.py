@@ -152,7 +152,7 @@ class Landing:
         the target are closed downwards: a shape of which no single width can take its next step is maximal."""
         *others, ffn = self._axes
         grid = torch.meshgrid(*others, indexing="ij")
-        last = torch.where(fits(self.space, shape_at([*grid, grid[0]])), self._widest_ffn(grid), -1)
+        last = torch.where(fits(self.space, self._shape([*grid, grid[0]])), self._widest_ffn(grid), -1)
         feasible, best = last >= 0, last  # best: the widest FFN of all shapes that are no narrower elsewhere
         for dim in range(len(others)):
             best = best.flip(dim).cummax(dim).values.flip(dim)
