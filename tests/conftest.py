@@ -88,9 +88,9 @@ FAMILIES = {
         {"num_key_value_heads": 2, "tie_word_embeddings": False, "norm_topk_prob": True, "moe_intermediate_size": 16}
         | {"num_experts": 5, "num_experts_per_tok": 2},
     ),
-    "olmoe-tied": (
+    "olmoe-gqa": (
         OlmoeConfig,
-        {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 10, "intermediate_size": 16}
+        {"num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 10, "intermediate_size": 16}
         | {"num_experts": 5, "num_experts_per_tok": 2},
     ),
 }

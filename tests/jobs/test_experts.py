@@ -120,7 +120,7 @@ def test_heads_under_a_norm_over_all_of_them_are_refused_and_left_out_by_default
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = world.folder / "olmoe"
-    tiny_model("olmoe-tied", vocab_size=300).save_pretrained(folder)
+    tiny_model("olmoe-gqa", vocab_size=300).save_pretrained(folder)
     content = world.recipe("olmoe", source=str(folder), train=TRAIN, prune=PRUNE | {"target": "80%"})
     plan = run_plan(Recipe.model_validate(content), load_config(str(folder)))
     assert plan.pruning is not None

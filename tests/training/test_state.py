@@ -27,7 +27,8 @@ IDS = torch.arange(48).reshape(3, 16)
 
 
 def run_of(model: PreTrainedModel) -> tuple[TrainState, PruningPlan]:
-    prune = PruneConfig.model_validate({"target": "20%", "floors": {"intermediate": 4}, "align": 1})
+    target = "20%" if "stem" in space_of(model.config).types else "90%"  # of which experts alone fall
+    prune = PruneConfig.model_validate({"target": target, "floors": {"intermediate": 4}, "align": 1})
     options, landings = options_and_landings(prune, space_of(model.config))
     plan = PruningPlan(model.config, landings, EverySchedule(0, 1), options, 0.01)
     return start(model, TRAIN, plan), plan

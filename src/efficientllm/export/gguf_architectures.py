@@ -38,7 +38,8 @@ class Architecture:
     entries: metadata from fields of the config, by GGUFWriter's method.
     query: weights by which the queries are multiplied where the scores are divided by another root than that of
     head_dim; large: the number of layers at which it divides by the root of hidden // heads instead.
-    normalised: whether it divides the weights of a token's experts by their sum; None: it has no experts.
+    grouped: whether query heads may share a KV head. normalised: whether it divides the weights of a token's experts by
+    their sum; None: it has no experts.
     """
 
     paired: bool = False
@@ -56,6 +57,7 @@ class Architecture:
     entries: Mapping[str, str] = field(default_factory=dict)
     query: str | None = None
     large: int | None = None
+    grouped: bool = True
     normalised: bool | None = None
 
 
@@ -98,7 +100,7 @@ ARCHITECTURES = {
         large=62,
     ),
     "qwen3moe": Architecture(lacks=("attention_bias", "use_sliding_window"), normalised=True),
-    "olmoe": Architecture(lacks=("clip_qkv",), normalised=False),
+    "olmoe": Architecture(square=True, grouped=False, head=True, lacks=("clip_qkv",), normalised=False),
     "phi3": Architecture(square=True, oblong="llama", fused=True, partial=True, rope_kinds=("longrope",)),
 }
 
@@ -133,6 +135,8 @@ def _reason(config: PretrainedConfig, rows: Architecture, name: str, width: int)
     for flag in rows.lacks:
         if getattr(config, flag, None):
             return f"llama.cpp's {name} has nothing for {flag}, which this model sets"
+    if not rows.grouped and config.num_key_value_heads != config.num_attention_heads:
+        return f"llama.cpp's {name} has a KV head for every query head, and in this model they are shared"
     if rows.normalised is not None and rows.normalised != config.norm_topk_prob:
         return f"llama.cpp's {name} has norm_topk_prob {str(rows.normalised).lower()}, and this model the opposite"
     if rows.square and width != config.hidden_size:

@@ -19,9 +19,7 @@ from efficientllm.models.parts import blocks
 from efficientllm.pruning.gates import Routed
 
 ROUTER, UP, DOWN = "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-EXPERT_STEP = (
-    8  # of the widths that experts read: torch's grouped products want rows of 16 bytes, eight numbers of bf16
-)
+EXPERT_STEP = 8  # that widths which experts read are multiples of: torch's grouped products want rows of 16 bytes
 
 
 def is_mixture(config: Any) -> bool:

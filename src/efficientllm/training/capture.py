@@ -205,6 +205,7 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
         """The head reads the last hidden states, tied or not, also where a chunked loss bypasses its module."""
         out["last_hidden_state"] = watch(HIDDEN, None, out[0])
 
+    watched: set[nn.Module] = set()  # a router and its experts read what their block is given
     with ExitStack() as hooks:
         hooks.callback(body(model).register_forward_hook(before_head).remove)
         for spec in reader_specs(space):
@@ -213,8 +214,8 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
                 assert layer is not None
                 see = partial(_without_weights, watch_experts, axis, layer)
                 hooks.enter_context(seen_inputs(model.get_submodule(spec.name.rpartition(".")[0]), see))
-            elif spec.name != HEAD_WEIGHT:
-                module = reader_module(model, spec.name)
+            elif spec.name != HEAD_WEIGHT and (module := reader_module(model, spec.name)) not in watched:
+                watched.add(module)
                 hooks.callback(module.register_forward_pre_hook(hook_of(axis, layer)).remove)
         for spec in space.params:
             if spec.name in space.closing:
