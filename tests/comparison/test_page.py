@@ -1,21 +1,31 @@
-"""What the page claims: intervals beside claims, rates at an edge, budgets that were not met."""
+"""What the page claims, and of what: intervals beside claims, rates at an edge, budgets that were not met."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from conftest import tiny_model
+from data.corpus_samples import LENGTH, STORIES, small_tokenizer, stream_of
+from efficientllm.comparison import worker
 from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.page import _problems, _rates, _reach, _structure, _table, _verdict, at_edge
-from efficientllm.comparison.results import _between_shapes, arm_figures, check_same_text
+from efficientllm.comparison.results import _between_shapes, arm_figures, check_same_text, run_figures
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.tasks import task_accuracy
 from efficientllm.comparison.work import ArmResult
+from efficientllm.data.planes import Planes, with_planes
+from efficientllm.data.rows import CONTEXT
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import EvalRequest
+from efficientllm.training.gradient import Precision, row_losses
 
 
 def arm(mean: float, half: float, *, over: str = "seeds", lr: float = 2e-3) -> dict[str, object]:
@@ -91,7 +101,7 @@ def test_runs_on_other_text_are_refused() -> None:
 def test_an_arm_with_a_seed_that_diverged_claims_nothing() -> None:
     summary = {"result": {"parameters": 1, "widths": {}, "path": "", "validation_loss": 1.0}, "tokens": 1, "flops": 1}
     summary |= {"seconds": 1.0, "peak_memory_bytes": 1}
-    run = Outcome(summary, {"losses": [1.0, 2.0], "bytes": 8, "tokens": 2})
+    run = Outcome(summary, {"losses": [1.0, 2.0], "bytes": 8, "tokens": [2, 2]})
     loop = ArmResult(parse_arm("loop"), runs=dict.fromkeys(range(3), run))
     result = ArmResult(parse_arm("dense"), runs=dict.fromkeys(range(2), run))
     assert arm_figures(result, loop)["difference"] is not None
@@ -100,6 +110,46 @@ def test_an_arm_with_a_seed_that_diverged_claims_nothing() -> None:
     assert figures["difference"] is None
     assert figures["problem"] == "seed 2: its loss diverged"
     assert list(_problems({"dense": figures}))[1] == "No claim about `dense`: seed 2: its loss diverged"
+
+
+def test_bits_per_byte_weigh_windows_by_what_is_predicted_in_them() -> None:
+    summary = {"result": {"parameters": 1, "widths": {}, "path": ""}, "tokens": 1, "flops": 1}
+    summary |= {"seconds": 1.0, "peak_memory_bytes": 1}
+
+    def bits(tokens: object) -> float:
+        windows = {"losses": [9.0, 1.0, 9.0, 2.0], "bytes": 80, "tokens": tokens}
+        return float(run_figures(Outcome(summary, windows))["bits_per_byte"])
+
+    assert bits([10, 30, 10, 10]) == pytest.approx((30 * 1.0 + 10 * 2.0) / 40 * 60 / 80 / math.log(2))
+    assert bits(10) == bits([10] * 4) == pytest.approx(1.5 * 40 / 80 / math.log(2))  # a number: files of older runs
+
+
+class Listed(list[torch.Tensor]):
+    """Rows as a corpus."""
+
+    def take(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self[index] for index in indices])
+
+
+def test_windows_count_and_decode_only_what_is_predicted() -> None:
+    """Of rows with labels and with positions beside their tokens, as of text alone."""
+    tokenizer = small_tokenizer()
+    stream = [token for token in stream_of(STORIES) if token != tokenizer.eos_token_id]
+    ids = np.asarray(stream[: 5 * LENGTH]).reshape(5, LENGTH)
+    marks = np.full(ids.shape, CONTEXT, dtype=np.uint8)
+    marks[:, 9:12], marks[0, 3] = 0, 0
+    model = tiny_model("llama-gqa", vocab_size=len(tokenizer)).eval()
+    for planes in Planes:
+        told = None if planes == Planes.TOKENS else marks
+        rows = torch.from_numpy(with_planes(ids, told, planes, -1))
+        job = SimpleNamespace(validation=[Listed(rows)], plan=SimpleNamespace(pace=SimpleNamespace(rows=None)))
+        job.recipe = SimpleNamespace(train=SimpleNamespace(micro_batch=2))
+        job.device, job.precision, job.chunked_loss, job.tokenizer = "cpu", Precision("cpu", False), False, tokenizer
+        found = worker.window_losses(job, model)  # type: ignore[arg-type]
+        parts = [row[1:] if told is None else row[mark == 0] for row, mark in zip(ids, marks, strict=True)]
+        assert found["tokens"] == [len(part) for part in parts]
+        assert found["bytes"] == sum(len(tokenizer.decode(part).encode()) for part in parts)
+        assert found["losses"] == pytest.approx(row_losses(model, rows, job.precision).tolist(), rel=1e-5)
 
 
 def test_accuracy_over_first_records_leaves_that_over_all_of_them_alone(tmp_path: Path) -> None:

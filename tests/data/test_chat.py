@@ -20,7 +20,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from data.corpus_samples import STORIES, load_path, write_jsonl
-from efficientllm.data.chat import ChatEncoder
+from efficientllm.data.chat import ChatEncoder, messages_of
 from efficientllm.data.corpus import Corpus
 from efficientllm.data.rows import BEGINS, CONTEXT
 from efficientllm.data.sampling import BatchStream
@@ -176,7 +176,7 @@ def test_beside_text_in_one_mixture(tmp_path: Path, load: Any) -> None:
 def test_longer_ones_than_a_row_are_left_out_and_counted(tmp_path: Path, load: Any) -> None:
     long = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Zo\u00eb " * 299}]
     unanswered = [{"role": "user", "content": "?"}]
-    path = write_talks(tmp_path / "a.jsonl", [*TALKS[:20], long, None, [], unanswered, *TALKS[20:]])
+    path = write_talks(tmp_path / "a.jsonl", [None, *TALKS[:20], long, None, [], unanswered, *TALKS[20:]])
     lines: list[str] = []
     (train,), _ = load(path, validation=str(path), say=lines.append)
     assert train.documents == 50
@@ -206,14 +206,21 @@ def bad_inputs(folder: Path) -> Iterator[tuple[str, Any, str | None, str]]:
     long = write_talks(folder / "long.jsonl", [[*TALKS[0][:1], {"role": "assistant", "content": "ran " * 299}]])
     yield "long", long, PLAIN, "all 1 conversations are longer than a row of 192 tokens; raise data.sequence_length"
     few = write_talks(folder / "few.jsonl", TALKS[:2])
-    yield "few", few, PLAIN, r"few.jsonl' has \d+ tokens, fewer than two rows of 192, .* or name data.validation"
+    yield "few", few, PLAIN, "few.jsonl': its conversations cannot be divided .*; add some, or name data.validation"
+    for form, message in (("str", "a"), ("NoneType", None)):
+        odd = write_talks(folder / f"{form}.jsonl", [TALKS[0], [message]])
+        yield form, odd, PLAIN, f"a message has the form {form}, not role and content; bring conversations into"
+    named: Any = {"tools": PLAIN, "rag": PLAIN}
+    yield "named", path, named, r"chat templates \(tools, rag\) none is named default; give that name"
 
 
 def test_bad_input_is_named_with_its_mend(tmp_path: Path, load: Any) -> None:
     for case, source, template, message in bad_inputs(tmp_path):
         with pytest.raises(UsageError) as caught:
-            load(source, tokenizer=chat_tokenizer(template))
+            load(source, tokenizer=chat_tokenizer.__wrapped__(template))
         text = str(caught.value)
         assert re.search(message, text), f"{case}: {text}"
         assert "\n" not in text, case
         assert not list((tmp_path / "cache").rglob("*partial*")), case
+    with pytest.raises(UsageError, match=r"talks: a conversation is no valid JSON .*; mend or remove it"):
+        messages_of("[{", "talks")

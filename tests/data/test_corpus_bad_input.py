@@ -118,13 +118,20 @@ def test_bad_input_is_named_with_its_mend(tmp_path: Path, load: Any, monkeypatch
         assert not left, case
 
 
-def test_an_unknown_hub_id_is_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_hub_id_and_a_disk_too_small_for_one_are_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*args: Any, **options: Any) -> None:
         raise ConnectionError("no route\nat all")
 
     monkeypatch.setattr(sources, "load_dataset", absent)
     with pytest.raises(UsageError, match=r"'org/absent' is no path here, and .* failed \(no route\); mend the path"):
         load("org/absent")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "load_dataset", full)
+    with pytest.raises(UsageError, match=r"the disk is full while 'org/large' is fetched .*; free .*, or set HF_HOME"):
+        load("org/large")
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(tmp_path: Path, load: Any) -> None:

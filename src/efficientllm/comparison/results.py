@@ -145,15 +145,18 @@ def spent(result: ArmResult, seed: int) -> float | None:
 
 
 def run_figures(outcome: Outcome) -> dict[str, Any]:
-    """loss: nats per token, mean over the windows that no rate was chosen on. bits_per_byte: that loss, by the bytes
-    that a token of all windows has."""
+    """loss: nats per token, mean over the windows that no rate was chosen on. bits_per_byte: the loss of a token of
+    theirs, by the bytes that a token of all windows has."""
     summary, windows = summary_of(outcome), outcome.windows
     assert windows is not None
-    loss = statistics.fmean(reported_windows(outcome))
-    tokens = len(windows["losses"]) * windows["tokens"]
+    losses = reported_windows(outcome)
+    loss = statistics.fmean(losses)
+    counts = windows["tokens"]  # of each window; in files of older runs one number, for all alike
+    counts = [counts] * len(windows["losses"]) if isinstance(counts, int) else counts
+    of_a_token = statistics.fmean(losses, counts[1::2] or counts)
     return {
         "loss": loss,
-        "bits_per_byte": loss / LN2 * tokens / windows["bytes"],
+        "bits_per_byte": of_a_token / LN2 * sum(counts) / windows["bytes"],
         "perplexity": math.exp(min(loss, 700.0)),
         "parameters": summary["result"]["parameters"],
         "widths": summary["result"]["widths"],

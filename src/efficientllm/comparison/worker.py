@@ -24,7 +24,8 @@ from efficientllm.jobs.prune import run
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model
 from efficientllm.reporting.progress import track
-from efficientllm.training.gradient import row_losses
+from efficientllm.training.chunked_loss import IGNORED
+from efficientllm.training.gradient import next_tokens, row_losses
 
 WINDOWS = "windows.json"
 
@@ -45,11 +46,11 @@ def measure_windows(recipe: Recipe) -> None:
 
 
 def window_losses(job: Job, model: Any) -> dict[str, Any]:
-    """losses: nats per token of each window. bytes: UTF-8 length of all text that is predicted in them, special
-    tokens apart. tokens: predicted tokens of a window."""
-    length = job.recipe.data.sequence_length
+    """losses: nats per predicted token of each window. tokens: how many are predicted in each. bytes: UTF-8 length of
+    all text that is predicted in them, special tokens apart."""
     chosen = chosen_rows(job.validation, job.plan.pace.rows)
     losses: list[float] = []
+    tokens: list[int] = []
     size = 0
     with torch.no_grad(), track("validation windows", sum(map(len, chosen))) as bar:
         for corpus, indices in zip(job.validation, chosen, strict=True):
@@ -57,10 +58,12 @@ def window_losses(job: Job, model: Any) -> dict[str, Any]:
                 rows = corpus.take(indices[first : first + job.recipe.train.micro_batch])
                 rows_there = rows.to(job.device)
                 losses += row_losses(model, rows_there, job.precision, chunked=job.chunked_loss).tolist()
-                texts = job.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+                predicted = [labels[labels != IGNORED] for labels in next_tokens(rows)]
+                tokens += map(len, predicted)
+                texts = job.tokenizer.batch_decode(predicted, skip_special_tokens=True)
                 size += sum(len(text.encode()) for text in texts)
                 bar.advance(len(rows))
-    return {"losses": losses, "bytes": size, "tokens": length - 1}
+    return {"losses": losses, "bytes": size, "tokens": tokens}
 
 
 def main(path: Path) -> int:

@@ -116,20 +116,29 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
             f"{name} holds conversations, whose tokens only a fast tokenizer can place in a text; set `tokenizer` to a "
             "folder with tokenizer.json"
         )
-    return str(tokenizer.get_chat_template())
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise UsageError(
+            f"{name} holds conversations, but of the tokenizer's chat templates ({', '.join(tokenizer.chat_template)}) "
+            "none is named default; give that name to the one to use"
+        ) from error
 
 
 def messages_of(record: Any, name: str) -> list[Message]:
     """The messages of a record, a list of mappings or that as JSON; keys without a value fall out, which a table gives
     to all that lack them. [] where there are none. Raises UsageError for one without role and content."""
-    messages = json.loads(record) if isinstance(record, str) else record
-    found = [{key: value for key, value in message.items() if value is not None} for message in messages or []]
-    for message in found:
-        if "role" not in message or not ("content" in message or "tool_calls" in message):
-            raise UsageError(
-                f"{name}: a message has {', '.join(message) or 'no key'}, not role and content; bring conversations "
-                "into that form"
-            )
+    try:
+        messages = json.loads(record) if isinstance(record, str) else record
+    except ValueError as error:
+        raise UsageError(f"{name}: a conversation is no valid JSON ({error}); mend or remove it") from error
+    found = []
+    for message in messages or []:
+        held = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        if "role" not in held or not ("content" in held or "tool_calls" in held):
+            has = (", ".join(held) or "no key") if isinstance(message, dict) else f"the form {type(message).__name__}"
+            raise UsageError(f"{name}: a message has {has}, not role and content; bring conversations into that form")
+        found.append(held)
     return found
 
 

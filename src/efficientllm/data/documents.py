@@ -40,13 +40,14 @@ def documents(files: Sequence[str], kind: str, column: str, chat: bool = False) 
                 yield {TEXT_COLUMN: text and _encodable(text)}
 
 
-def first_record(files: Sequence[Path]) -> dict[str, Any] | None:
-    """Of JSON files; None where there is none that is an object."""
+def objects(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The records of JSON files, up to the first that is no object."""
     for file in files:
         with readable(file), _opened(file) as stream:
             for _, record in _json_records(stream, str(file)):
-                return record if isinstance(record, dict) else None
-    return None
+                if not isinstance(record, dict):
+                    return
+                yield record
 
 
 def _json_records(stream: TextIO, file: str) -> Iterator[tuple[str, Any]]:

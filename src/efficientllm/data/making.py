@@ -107,7 +107,12 @@ class Maker:
                 "data.sequence_length"
             )
         holdout = Holdout() if fraction is None else plan_holdout(documents, fraction, self.length)
-        if holdout is None or (chat and holdout.position is not None):
+        if chat and (holdout is None or holdout.position is not None):
+            raise UsageError(
+                f"'{name}': its conversations cannot be divided into some to train on and some to hold out; add some, "
+                "or name data.validation"
+            )
+        if holdout is None:
             raise UsageError(
                 f"'{name}' has {total:,} tokens, fewer than two rows of {self.length:,}, so that nothing can be held "
                 "out; add text, lower data.sequence_length or name data.validation"

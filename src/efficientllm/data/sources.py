@@ -11,6 +11,7 @@ import glob
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ from efficientllm.data.documents import (
     TEXT_COLUMN,
     TOKEN_COLUMN,
     documents,
-    first_record,
     no_column,
     no_documents,
     no_text,
+    objects,
     readable,
 )
 from efficientllm.data.locating import Content, Located
 from efficientllm.errors import UsageError
 
 _PROCESS_BYTES = 32 << 20
+_LOOKED_AT = 256  # records of JSON, for the first whose column is not null
 _CALLED: dict[Content, str] = {"text": "text", "chat": "conversations", "tokens": "token ids"}
 
 
@@ -41,11 +43,14 @@ def resolved(located: Located) -> Located:
     if located.kind in ("text", "megatron"):
         return located
     if located.kind == "json":
-        record = first_record(located.paths)
-        if record is None:
+        records = islice(objects(located.paths), _LOOKED_AT)
+        first = next(records, None)
+        if first is None:
             return located
-        column = _chosen(located, record)
-        chat = isinstance(record.get(column), list) and all(isinstance(each, dict) for each in record[column])
+        column = _chosen(located, first)
+        held = (record.get(column) for record in chain([first], records))
+        value = next((each for each in held if each is not None), None)
+        chat = isinstance(value, list) and all(isinstance(each, dict) for each in value)
         return replace(located, column=column, content="chat" if chat and column != TEXT_COLUMN else "text")
     schema, where = _schema(located)
     column = _chosen(located, schema)
@@ -112,7 +117,10 @@ def load_from_hub(located: Located) -> Dataset:
         return load_dataset(source.place, source.name, split=source.split or "train", **options)
     except Exception as error:
         if disk_full(error):
-            raise
+            raise UsageError(
+                f"the disk is full while '{located.name}' is fetched from the hub; free some space, or set HF_HOME to "
+                "a folder on a larger disk"
+            ) from error
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise UsageError(
             f"'{located.name}' is no path here, and reading it from the hub failed ({reason}); mend the path, "
