@@ -34,7 +34,7 @@ def test_the_function_stays_and_the_stem_is_in_order(family: str) -> None:
 
 
 def test_some_families_can_be_turned_and_others_say_why() -> None:
-    for family in ("llama-gqa", "qwen3-gqa", "granite-gqa", "phi3-gqa"):
+    for family in ("llama-gqa", "qwen3-gqa", "granite-gqa", "phi-gqa"):
         assert obstacle(tiny_config(family)) is None
     assert "LM head is its embedding" in str(obstacle(tiny_config("llama-mha-tied")))
     assert "end in norms" in str(obstacle(tiny_config("olmo2-gqa")))

@@ -19,7 +19,6 @@ from efficientllm.models.families import FAMILIES
 from efficientllm.models.loading import reason_of
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from efficientllm.models.space import space_of
-from efficientllm.pruning.groups import labels
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -110,7 +109,9 @@ class Unfused:
             if fused is None:
                 self._parts[source] = source, slice(None)
                 continue
-            lengths = [space.axis_length(axis, space.widths) for axis in labels(axes[source][0])]
+            rows = axes[source][0]
+            assert isinstance(rows, tuple)
+            lengths = [space.axis_length(axis, space.widths) for axis in rows]
             for part, length, end in zip(FUSED[fused], lengths, itertools.accumulate(lengths), strict=True):
                 self._parts[source.replace(fused, part)] = source, slice(end - length, end)
 

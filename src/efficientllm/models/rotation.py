@@ -77,7 +77,7 @@ def rotate(model: nn.Module, turn: Tensor) -> None:
             exact = (exact * gain) @ turn
         elif spec.axes[-1] == HIDDEN:  # the embedding, or the bias of what writes
             exact = exact @ turn
-        elif spec.axes[0] == HIDDEN:
+        elif len(spec.axes) > 1 and spec.axes[-2] == HIDDEN:
             exact = turn.T @ exact
         else:
             continue
@@ -89,4 +89,5 @@ def _is_gain(spec: ParamSpec) -> bool:
 
 
 def _reads(spec: ParamSpec, space: Space) -> bool:
-    return len(spec.axes) == 2 and spec.axes[1] == HIDDEN and spec.name not in space.embeddings
+    """Matrices, or one an expert, stacked."""
+    return len(spec.axes) > 1 and spec.axes[-1] == HIDDEN and spec.name not in space.embeddings
