@@ -123,9 +123,11 @@ def balance_of(config: Any) -> float:
     return float(config.router_aux_loss_coef)
 
 
-def with_balance(loss: Callable[[Tensor], Tensor], model: Any, rows: Tensor) -> Tensor:
-    """A summed loss of rows (rows, length), and for each token that is predicted there the load-balancing loss times
-    its weight in the model's config."""
+def with_balance(
+    loss: Callable[[Tensor], Tensor], model: Any, predicted: Callable[[Tensor], int], rows: Tensor
+) -> Tensor:
+    """A summed loss of rows, and for each of the tokens that are predicted there the load-balancing loss times its
+    weight in the model's config."""
     logits: list[Tensor] = []
     routers = [block.mlp.gate for block in blocks(model)]
     hooks = [router.register_forward_hook(lambda module, args, out: logits.append(out[0])) for router in routers]
@@ -135,8 +137,8 @@ def with_balance(loss: Callable[[Tensor], Tensor], model: Any, rows: Tensor) -> 
         for hook in hooks:
             hook.remove()
     assert len(logits) == len(routers), "the routers were not seen"
-    predicted = rows.shape[0] * (rows.shape[1] - 1)
-    return total + balance_of(model.config) * predicted * balance_loss(logits, model.config.num_experts_per_tok)
+    weight = balance_of(model.config) * predicted(rows)
+    return total + weight * balance_loss(logits, model.config.num_experts_per_tok)
 
 
 def balance_loss(logits: Sequence[Tensor], per_token: int) -> Tensor:

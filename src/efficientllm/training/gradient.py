@@ -110,6 +110,16 @@ def predicted_tokens(rows: Tensor) -> int:
     return rows.shape[0] * (rows.shape[1] - 1) if rows.dim() == 2 else int((rows[..., 1] != -100).sum())
 
 
+def predicted_by_all(own: Tensor, number: int, ranks: World) -> float:
+    """What is predicted in so many rows of all processes, divided by these. own: this process's rows of them."""
+    if own.dim() == 2:  # all alike
+        return number * (own.shape[1] - 1) / ranks.world
+    predicted = float(predicted_tokens(own))
+    if ranks.world > 1:
+        predicted = float(ranks.over_batch(torch.tensor([predicted], dtype=torch.float64)))
+    return max(1.0, predicted) / ranks.world
+
+
 @torch.no_grad()
 def mean_loss(
     loss_of: SummedLoss, batches: Iterable[tuple[Tensor, bool]], runner: Runner = ALONE, ranks: World = ALONE

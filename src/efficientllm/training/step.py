@@ -31,6 +31,7 @@ from efficientllm.training.gradient import (
     mean_loss,
     micro_batches,
     model_inputs,
+    predicted_by_all,
     predicted_tokens,
     summed_loss,
 )
@@ -186,22 +187,12 @@ class Step(Passes):
         return Rows(
             list(micro_batches(own, number, self._train.micro_batch, ranks)),
             self._loss(use),
-            predicted=self._predicted(own, number) if use in ("step", "gradient") else 1.0,
+            predicted=predicted_by_all(own, number, ranks) if use in ("step", "gradient") else 1.0,
             first=ranks.share(number).start,
             every=looks.every(number) if use in ("step", "gradient") else 1,
             flops=self._flops(use, number),
             refreshed=number * length if use == "gradient" else 0,
         )
-
-    def _predicted(self, own: Tensor, number: int) -> float:
-        """What is predicted in so many rows of all processes, divided by their number. own: this process's."""
-        ranks = self.state.ranks
-        if own.dim() == 2:  # all alike
-            return number * (self._shape[1] - 1) / ranks.world
-        predicted = float(predicted_tokens(own))
-        if ranks.world > 1:
-            predicted = float(ranks.over_batch(torch.tensor([predicted], dtype=torch.float64)))
-        return max(1.0, predicted) / ranks.world
 
     def _next_rows(self, rows: int) -> Tensor:
         """This process's share of so many rows to come, all of one batch."""
@@ -217,7 +208,8 @@ class Step(Passes):
     def _loss(self, use: Use) -> SummedLoss:
         """That of the rows' next tokens; of a step itself with the load-balancing loss that the model asks for."""
         loss = self._token_loss(use)
-        return partial(with_balance, loss, self.state.model) if use == "step" and self._balanced else loss
+        balanced = partial(with_balance, loss, self.state.model, predicted_tokens)
+        return balanced if use == "step" and self._balanced else loss
 
     def _token_loss(self, use: Use) -> SummedLoss:
         """Next-token cross-entropy, or of the step itself its mixture with what a teacher says, whose logits are
