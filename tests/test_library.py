@@ -227,6 +227,8 @@ def test_bad_requests_get_one_sentence() -> None:
         Pruner(model, optimizer, target="40%", steps=5, salience="magnitude")
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):
         Pruner(model, optimizer, target="40%", steps=5, saliency="magnitudes")
+    with pytest.raises(ValueError, match="rotate belongs to a recipe"):
+        Pruner(model, optimizer, target="40%", steps=5, rotate="auto")
     pruner = Pruner(model, optimizer, target="40%", steps=5, **OPTIONS)
     with pytest.raises(ValueError, match="train a step first"):
         pruner._passes.measure()()

@@ -41,7 +41,7 @@ from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
 from efficientllm.training.state import PruningPlan, adopt, assemble, capture, compaction_widths, prune
 
 # Keys of the prune section that say how our own loop is run.
-RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every"})
+RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})
 
 
 class Pruner:
@@ -172,9 +172,9 @@ class Pruner:
         loaded already; any number of processes. Raises ValueError for a state that does not fit."""
         saved = {**state["asked"], **state["shape"]}
         for key, own in {**self._asked, **self.state_dict()["shape"]}.items():
-            if saved.get(key) != own:
+            if saved.get(key, own) != own:  # of a key that is younger than the state nothing is known
                 raise ValueError(
-                    f"the state to go on from was pruned with {key} {saved.get(key)}, this Pruner has {own}; ask for "
+                    f"the state to go on from was pruned with {key} {saved[key]}, this Pruner has {own}; ask for "
                     "the same, on the model as it was before pruning, not compacted"
                 )
         self.engine.load_state(state["tensors"], state["facts"])

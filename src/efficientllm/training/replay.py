@@ -158,8 +158,9 @@ class CurrentBatch(Passes):
         ranks, pruner = self.state.ranks, self.state.pruner
         if ranks.world > 1 and ranks.mesh is None and pruner and "gradient" in pruner.looks.needs:
             for weight in self.state.model.parameters():
-                if weight.grad is not None:
-                    weight.grad = ranks.over_batch(weight.grad).div_(ranks.world)
+                if weight.requires_grad:  # an expert may have been asked on other processes alone
+                    own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    weight.grad = ranks.over_batch(own).div_(ranks.world)
         return kept
 
     def _is_scaled(self) -> bool:
