@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from efficientllm.reporting.progress import RunProgress, track
+from efficientllm.reporting.progress import RunProgress, track, tracked
 
 
 class Clock:
@@ -130,3 +130,12 @@ def test_empty_work_does_not_divide_by_zero(clock: Clock) -> None:
     with RunProgress(0, stream=stream, clock=clock) as progress, progress.track("validate", 0):
         progress.update(0)
     assert "100%" in stream.getvalue()
+
+
+def test_a_bar_over_items_goes_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    with pytest.raises(ZeroDivisionError), tracked("bench", [1, 0]) as items:
+        assert [1 // item for item in items]
+    ended = stream.getvalue()
+    assert ended.count("\x1b[?25l") == ended.count("\x1b[?25h") == 1  # the cursor is hidden while it lasts

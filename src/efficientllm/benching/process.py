@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from multiprocessing import get_context
 from typing import Any
 
@@ -24,6 +24,7 @@ from efficientllm.models.process_memory import memory_in_a_sentence, peak_reside
 
 WARM_UPS = 1  # runs of each batch before the first that counts
 FULL = "does not fit in the memory of the device"
+Shown = Callable[[list[Any]], AbstractContextManager[Iterable[Any]]]  # gives what it is given, with a bar over it
 Timing = dict[str, Any]  # seconds of the prompt and of all decode steps, and joules, None where not counted
 
 
@@ -89,13 +90,11 @@ def loader(settings: Settings) -> Callable[[str, Settings], Any]:
     return load_backend
 
 
-def measure_all(
-    subjects: list[BenchModel], settings: Settings, shown: Callable[[list[Any]], Iterable[Any]] = iter
-) -> list[dict[str, Any]]:
+def measure_all(subjects: list[BenchModel], settings: Settings, shown: Shown = nullcontext) -> list[dict[str, Any]]:
     """Of each model {"samples": batch -> one Timing a repeat, "energy", "memory"}.
 
-    Within a repeat every batch goes round the models, beginning with another one each time. shown: passes the runs
-    on, and shows how many are done. Raises UsageError where a model cannot be loaded or measured.
+    Within a repeat every batch goes round the models, beginning with another one each time. shown: gives the
+    runs, and shows how many are done. Raises UsageError where a model cannot be loaded or measured.
     """
     runs = [
         (repeat, batch, index)
@@ -109,7 +108,7 @@ def measure_all(
             {"energy": call(_load, subject.source, settings), "samples": {batch: [] for batch in settings.batches}}
             for call, subject in zip(calls, subjects, strict=True)
         ]
-        for repeat, batch, index in shown(runs):
+        for repeat, batch, index in stack.enter_context(shown(runs)):
             sample, found[index]["memory"] = calls[index](_run, batch)
             if repeat >= 0:
                 found[index]["samples"][batch].append(sample)

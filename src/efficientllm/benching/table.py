@@ -13,14 +13,15 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from efficientllm.benching.process import measure, turn
+from efficientllm.benching.process import Shown, measure, turn
 from efficientllm.benching.results import machine
 from efficientllm.benching.settings import Settings
 from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
@@ -36,7 +37,6 @@ from efficientllm.pruning.widths import Widths
 SEED = 0  # of the shapes held out
 IN_A_ROW = 5  # sequences of a turn, after one that does not count
 Grid = tuple[tuple[int, ...], ...]
-Shown = Callable[[list[int]], Iterable[int]]  # passes turns on, and shows how many are done
 
 
 def grid_of(config: PretrainedConfig, levels: int = 3, *, depth: bool = False, least_ffn: int = 32) -> Grid:
@@ -79,7 +79,7 @@ def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int = 8) -> li
 
 
 def measure_table(
-    config: PretrainedConfig, settings: Settings, grid: Grid, held_out: list[Widths], shown: Shown = iter
+    config: PretrainedConfig, settings: Settings, grid: Grid, held_out: list[Widths], shown: Shown = nullcontext
 ) -> dict[str, Any]:
     """The content of the table's file (models/latency_table.py).
 
@@ -109,7 +109,7 @@ def measure_table(
 
 
 def latencies(
-    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, shown: Shown = iter
+    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, shown: Shown = nullcontext
 ) -> tuple[list[float], list[float]]:
     """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
     median. Raises UsageError where a model does not fit in the memory of the device."""
@@ -122,10 +122,10 @@ def latencies(
     torch.set_num_threads(settings.threads)
     gc.freeze()  # what is there already is left out of the garbage collection before every sequence
     try:
-        with memory_in_a_sentence(lacking, "lower --batch or --prompt"):
+        with memory_in_a_sentence(lacking, "lower --batch or --prompt"), shown(turns) as order:
             rehearse(settings)
             reference = _model_of(config, widths_of(config), settings)
-            for index in shown(turns):
+            for index in order:
                 own, other = _turn(config, shapes[index], reference, settings)
                 ratios[index].append(own / other)
                 source.append(other)

@@ -14,7 +14,7 @@ from efficientllm.errors import UsageError
 if TYPE_CHECKING:
     from efficientllm.evaluation.harness import EvalRequest
 
-Subject = tuple[str, Path | None, Any]  # source, folder that keeps the results, tokenizer
+Evaluated = tuple[str, Path | None, Any]  # source, folder that keeps the results, tokenizer
 
 
 @app.command(name="eval")
@@ -80,7 +80,7 @@ def _exists(model: str) -> str:
 
 
 def _measure(
-    model: str, subject: Subject, request: EvalRequest, manager: Any, place: Any, found: dict[str, dict[str, Any]]
+    model: str, subject: Evaluated, request: EvalRequest, manager: Any, place: Any, found: dict[str, dict[str, Any]]
 ) -> None:
     """Adds the model's results to `found`, and keeps them in its run folder."""
     from efficientllm.evaluation.harness import evaluate as evaluate_model
@@ -136,7 +136,7 @@ def _batch_size(text: str) -> int | str:
     return int(text)
 
 
-def _subject(model: str) -> Subject:
+def _subject(model: str) -> Evaluated:
     """Where the model lies, the run folder (or ladder's) that is to keep the results, and the tokenizer."""
     from efficientllm.models.loading import load_tokenizer
 

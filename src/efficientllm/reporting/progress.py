@@ -203,12 +203,17 @@ def track(
         bars.stop()
 
 
-def tracked(description: str, items: Sequence[T]) -> Iterator[T]:
-    """The items, one after another, with a bar over them."""
+@contextmanager
+def tracked(description: str, items: Sequence[T]) -> Iterator[Iterator[T]]:
+    """The items, one after another, with a bar over them while the context lasts."""
     with track(description, len(items)) as bar:
-        for item in items:
-            yield item
-            bar.advance()
+
+        def each() -> Iterator[T]:
+            for item in items:
+                yield item
+                bar.advance()
+
+        yield each()
 
 
 @contextmanager
