@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from conftest import World, need_llamacpp, tiny_config, tiny_model
 from efficientllm.benching import process, table
@@ -24,6 +27,7 @@ from efficientllm.errors import UsageError
 from efficientllm.models.space import widths_of
 from efficientllm.reporting.report_page import page as report_page
 from efficientllm.reporting.run_record import read_run
+from processes import start, wait_for
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
 
@@ -129,13 +133,50 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
     assert result["models"][1]["batches"]["2"]["prefill_ratio"]["median"] > 0
 
 
-def test_a_process_that_dies_is_one_sentence() -> None:
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ((os.kill, signal.SIGKILL), ", which the system does to it when memory runs out; see what it printed above"),
+        ((os.kill, signal.SIGABRT), " by SIGABRT; see what it printed above"),
+        ((os._exit, 3), " with exit code 3; see what it printed above"),
+    ],
+)
+def test_a_process_that_dies_is_one_sentence(
+    how: tuple[Callable[..., Any], int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, argument = how
+    if argument != signal.SIGKILL:
+        monkeypatch.setattr(process, "get_context", lambda method: get_context("forkserver"))  # imports nothing anew
     with process.process_of("mine") as call:
         pid = call(os.getpid)
-        with pytest.raises(UsageError, match=r"that measured mine has died, which the system does to it when memory"):
-            call(os.kill, pid, signal.SIGKILL)
+        with pytest.raises(UsageError, match=f"^the process that measured mine has died{said}$"):
+            call(act, *([pid] if act is os.kill else []), argument)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def hold(pid_file: Path) -> None:
+    FileLock(f"{pid_file}.lock").acquire()
+    pid_file.write_text(str(os.getpid()))
+    time.sleep(900)
+
+
+def ask(pid_file: Path) -> None:
+    with process.process_of("mine") as call:
+        call(hold, pid_file)
+
+
+@pytest.mark.slow
+def test_the_process_ends_when_the_one_that_asks_is_killed(tmp_path: Path) -> None:
+    log, pid_file = tmp_path / "log", tmp_path / "pid"
+    asking = start(log, ask, pid_file, daemon=False)
+    wait_for(lambda: pid_file.exists() and bool(pid_file.read_text()), asking.is_alive, log)
+    asking.kill()
+    try:
+        FileLock(tmp_path / "pid.lock").acquire(timeout=60)  # which the end of a process releases
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from efficientllm.jobs import probing as job
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.training.gradient import Precision
+from efficientllm.training.gradient import Precision, row_losses
 from reference.groups_fp64 import group_masks
 
 CPU = Precision("cpu", bf16=False)
@@ -134,6 +135,27 @@ def test_the_scale_is_the_sum_of_scores_over_the_sum_of_true_increases() -> None
     assert verdict["stem"]["scale"] == pytest.approx(1.5 / 3.0)
     assert verdict["all"]["scale"] == pytest.approx(16.0 / 7.0)
     assert math.isnan(judge([Sample("stem", 0, 0, -1.0)], scores)["x"]["stem"]["scale"])
+
+
+def test_conversations_are_probed_and_their_tokens_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.full_like(IDS, -100)
+    labels[:, 5:9] = IDS[:, 6:10]
+    rows = torch.stack([IDS, labels], dim=-1)
+    model = tiny_model("llama-gqa")
+    monkeypatch.setattr(job, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(job, "load_model", lambda path, device: model)
+    monkeypatch.setattr(job, "load_corpora", lambda *_, **__: ([SimpleNamespace(weight=1.0)], []))
+    monkeypatch.setattr(job, "BatchStream", lambda _, __, count, seed: SimpleNamespace(batch=lambda step: rows[:count]))
+    monkeypatch.setattr(job, "plot_probe", lambda *_: None)
+    request = job.ProbeRequest("m", ["x"], tmp_path, types=("ffn",), units=1, tokens=80, sequence_length=20)
+    found = job.run_probe(request, lambda line: None)
+    assert found["tokens"] == 80
+    (unit,) = found["units"]
+    with removed(space_of(model.config), dict(model.named_parameters()), "ffn", unit["row"], unit["unit"]):
+        without = float(row_losses(model, rows[:4], CPU).mean())
+    assert unit["increase"] == pytest.approx(without - float(row_losses(model, rows[:4], CPU).mean()), abs=1e-5)
 
 
 def test_the_command(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
-from multiprocessing import get_context
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 import torch
@@ -120,23 +121,42 @@ def process_of(name: str) -> Iterator[Callable[..., Any]]:
     """A function that calls another one in a process of its own, which is killed in the end. It raises UsageError where
     that process has died."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
-        pid = pool.submit(os.getpid).result()
+        others = active_children()
+        pool.submit(os.getpid)  # starts it
+        (child,) = (each for each in active_children() if each not in others)
 
         def call(function: Callable[..., Any], *arguments: Any) -> Any:
             try:
                 return pool.submit(function, *arguments).result()
             except BrokenProcessPool:
-                cause = "which the system does to it when memory runs out; see what it printed above"
-                raise UsageError(f"the process that measured {name} has died, {cause}") from None
+                pool.shutdown()  # once that is done, the exit code is known
+                how = _died(child.exitcode or 0)
+                raise UsageError(f"the process that measured {name} has died{how}; see what it printed above") from None
 
         try:
+            call(os.getpid)
             yield call
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            child.kill()
+
+
+def _died(code: int) -> str:
+    """How, by multiprocessing's exit code."""
+    if code == -signal.SIGKILL:
+        return ", which the system does to it when memory runs out"
+    return f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
+
+
+def _end_with_parent() -> None:
+    """Its queue would not end a process whose asking process was killed: both of the queue's ends are open here."""
+    asking = parent_process()
+    assert asking is not None
+    asking.join()
+    os._exit(1)
 
 
 def _quiet() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then kills this one
     os.dup2(2, 1)  # what libraries print is none of the page
     transformers.utils.logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from efficientllm.models.space import space_of
 from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.probe_plot import plot_probe
 from efficientllm.reporting.progress import RunProgress
-from efficientllm.training.gradient import Precision
+from efficientllm.training.gradient import Precision, token_ids
 
 MINUTES = 10  # that the number of tokens is chosen for, where it is not given
 MOST_TOKENS = 16_384
@@ -82,7 +82,7 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
             samples = loss_increases(model, units, rows, request.micro_batch, precision, tracker.advance)
     verdict = judge(samples, scores)
     table = [asdict(sample) | {"scores": _scores_of(scores, sample)} for sample in samples]
-    result = {"model": request.model, "tokens": rows.numel(), "criteria": verdict, "units": table}
+    result = {"model": request.model, "tokens": token_ids(rows).numel(), "criteria": verdict, "units": table}
     content = json.dumps(without_nonfinite(result), indent=1, allow_nan=False)
     write_atomically(request.out / "probe.json", (content + "\n").encode())
     plot_probe(table, list(verdict), request.out / "probe.png")
