@@ -46,10 +46,10 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     machine = gpu_named(gpu) if gpu else None
     bf16 = loaded.train.precision == "bf16" or (machine is not None and loaded.train.precision == "auto")
-    config = load_config(loaded.source, trust_remote_code=loaded.trust_remote_code)
+    config = load_config(loaded.source)
     say("tracing the memory of one step; no weights are allocated")
     teacher = loaded.distill.teacher if loaded.distill else None
-    taught = load_config(teacher, trust_remote_code=loaded.trust_remote_code) if teacher else None
+    taught = load_config(teacher) if teacher else None
     found = plan_of(run_plan(loaded, config), bf16=bf16, gpu=machine is not None, teacher=taught)
     for note in found.notes:
         say(note)

@@ -126,7 +126,7 @@ class Comparison:
             raise UsageError(f"'{unknown}' is no budget: choose from {', '.join(BUDGETS)}")
         if not grid or min(grid) <= 0 or len(set(grid)) < len(grid):
             raise UsageError("--lr-grid wants different positive multiples of train.lr, such as 0.5,1,2")
-        config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
+        config = load_config(recipe.source)
         plan = run_plan(recipe, config)
         if recipe.run.validation_tokens == "auto":  # one number: all arms are compared on those rows
             run = recipe.run.model_copy(update={"validation_tokens": plan.pace.rows * plan.length})

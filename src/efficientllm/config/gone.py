@@ -21,6 +21,10 @@ class Gone:
 
 GONE: Mapping[str, Gone] = {
     "source_tokens": Gone("give it to `efficientllm compare` as --source-tokens"),
+    "trust_remote_code": Gone(
+        "leave it out: code that comes with a model is never run; transformers has every family that can be pruned",
+        (False,),
+    ),
     "data.text_column": Gone(
         "name the column in each source, such as data.train={path: a.parquet, text_column: content}", ("text",)
     ),

@@ -104,7 +104,6 @@ class Recipe(Section):
         default=None,
         description="Checkpoint of another run, or snapshot of a ladder, to go on from: its weights, moments and place",
     )
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model")
     data: DataConfig = Field(description="The corpus")
     train: TrainConfig = Field(description="The training loop")
     prune: PruneConfig | None = Field(default=None, description="Pruning; null: plain continued pretraining")

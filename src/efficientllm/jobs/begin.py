@@ -120,7 +120,6 @@ def _source_model(job: Job) -> PreTrainedModel:
         recipe.source,
         random_seed=recipe.train.seed if recipe.init == "random" else None,
         device=job.device if job.ranks.world == 1 else "cpu",  # sharding takes it to the device piece by piece
-        trust_remote_code=recipe.trust_remote_code,
     )
 
 

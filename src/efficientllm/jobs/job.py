@@ -93,21 +93,18 @@ def teacher_of(job: Job) -> Distillation | None:
     distill = job.recipe.distill
     if distill is None:
         return None
-    path, trust = distill.teacher or job.recipe.source, job.recipe.trust_remote_code
+    path = distill.teacher or job.recipe.source
     what = "distill.teacher" if distill.teacher else "source"
-    config = load_config(path, what=what, use="a teacher", trust_remote_code=trust)
+    config = load_config(path, what=what, use="a teacher")
     theirs, own = config.vocab_size, job.plan.source.vocab_size
-    if theirs != own or (
-        distill.teacher
-        and load_tokenizer(path, what=what, trust_remote_code=trust).get_vocab() != job.tokenizer.get_vocab()
-    ):
+    if theirs != own or (distill.teacher and load_tokenizer(path, what=what).get_vocab() != job.tokenizer.get_vocab()):
         raise UsageError(
             f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
             f"({own:,}); choose a teacher with the source's tokenizer"
         )
 
     def load() -> PreTrainedModel:
-        model = load_model(path, device=job.device, what=what, trust_remote_code=trust).eval().requires_grad_(False)
+        model = load_model(path, device=job.device, what=what).eval().requires_grad_(False)
         return model.to(torch.bfloat16) if job.precision.bf16 else model
 
     teacher: Teacher
@@ -201,11 +198,11 @@ def _fits(job: Job) -> bool:
 def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: World) -> Job:
     device = choose_device(recipe.train.device, ranks)
     check_trackers(recipe.run.trackers)
-    config = load_config(recipe.source, trust_remote_code=recipe.trust_remote_code)
+    config = load_config(recipe.source)
     plan = run_plan(recipe, config)
     for note in plan.notes:
         say(note)
-    tokenizer = load_tokenizer(recipe.tokenizer or recipe.source, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
     length, rows = plan.length, plan.batch_rows
     training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
     if rows % ranks.world:

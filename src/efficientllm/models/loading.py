@@ -55,16 +55,14 @@ def reason_of(error: BaseException) -> str:
     return (line if expected else f"{type(error).__name__}: {line}")[:300]
 
 
-def load_config(
-    source: str, *, what: str = "source", use: str = "pruned", trust_remote_code: bool = False
-) -> PretrainedConfig:
+def load_config(source: str, *, what: str = "source", use: str = "pruned") -> PretrainedConfig:
     """Raises UsageError for a missing, unreadable or unsupported model.
 
     what, use: how the model is called to the user, and what is to be done with it.
     """
     folder = located(source, what)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
         raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}") from error
     space_of(config, use)
@@ -79,13 +77,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     what: str = "source",
     use: str = "pruned",
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The source in `dtype`; with `random_seed` its architecture with fresh weights, in fp32.
 
     Raises UsageError when files are missing, damaged, not safetensors, or do not fill the architecture.
     """
-    config = load_config(source, what=what, use=use, trust_remote_code=trust_remote_code)
+    config = load_config(source, what=what, use=use)
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return build(config, device)
@@ -95,7 +92,7 @@ def load_model(
             located(source, what),
             config=config,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
             **options,
         )
     except Exception as error:  # transformers raises a different type for every way a folder can be damaged
@@ -124,13 +121,13 @@ def _owning(model: Any) -> Any:
     return model
 
 
-def load_tokenizer(source: str, *, what: str = "tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, *, what: str = "tokenizer") -> PreTrainedTokenizerBase:
     """Raises UsageError for a folder without tokenizer. what: "tokenizer" where the user can name one, else what the
     model that it belongs to is called to the user."""
     folder = located(source, what)
     mend = "name one with `tokenizer:` in the recipe" if what == "tokenizer" else "its files lie beside the model's"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above: OSError, ValueError, ImportError, JSON errors, ...
         raise UsageError(f"cannot load a tokenizer from '{source}': {reason_of(error)}; {mend}") from error
 
