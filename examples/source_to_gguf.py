@@ -31,7 +31,7 @@ folder = Path("runs/source-to-gguf")
 # %% [markdown]
 # ## 1. A source and text
 #
-# Any Llama, Mistral, Qwen2 or Qwen3 in the hub's format, and text of the kind that it was trained on.
+# Any supported decoder (README.md, `source`) in the hub's format, and text of the kind that it was trained on.
 
 # %%
 if len(sys.argv) == 2:

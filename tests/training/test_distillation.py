@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,27 @@ def test_a_row_torn_by_a_kill_is_asked_again(tmp_path: Path) -> None:
     assert loss_of(cached, IDS) == first
     assert asked.times == 1
     assert (tmp_path / "keys.bin").stat().st_size == 3 * 16
+
+
+def test_a_disk_that_fills_is_said_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = loss_of(
+        CachedTeacher(tmp_path / "whole", Asked(), length=11, samples=5, temperature=1.5, space=SPACE), IDS
+    )
+    cached = CachedTeacher(tmp_path / "full", Asked(), length=11, samples=5, temperature=1.5, space=SPACE)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert loss_of(cached, IDS) == expected
+    assert loss_of(cached, IDS) == expected
+    assert capsys.readouterr().err.count("(No space left on device); make room, set data.cache_dir to a larger") == 1
+    del cached
+    cached = CachedTeacher(tmp_path / "full", Asked(), length=11, samples=5, temperature=1.5, space=SPACE)
+    assert loss_of(cached, IDS) == expected
+    assert (tmp_path / "full" / "keys.bin").stat().st_size == 3 * 16
 
 
 def test_a_second_process_reads_and_does_not_write(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from conftest import tiny_model
 from efficientllm.config import TrainConfig
-from efficientllm.data.planes import Planes, with_planes
+from efficientllm.data.planes import NO_LABEL, Planes, with_planes
 from efficientllm.data.rows import BEGINS, CONTEXT
 from efficientllm.evaluation.removal import loss_increases
 from efficientllm.evaluation.validation import validation_loss
 from efficientllm.models.space import space_of
 from efficientllm.pruning.gates import GateSums
 from efficientllm.training.capture import watched_gates
+from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, model_inputs, predicted_tokens, row_losses, summed_loss
 from efficientllm.training.state import start
@@ -35,6 +36,7 @@ IDS = torch.randint(1, 61, (5, 20), generator=GENERATOR)
 LABELLED = torch.stack([IDS, torch.where(torch.rand(5, 20, generator=GENERATOR) < 0.4, IDS.roll(-1, 1), -100)], -1)
 LABELLED[:, -1, 1] = -100
 LABELLED[3, :, 1] = -100  # a row with nothing to predict
+assert NO_LABEL == IGNORED  # of two rooms neither of which knows the other
 END, LENGTHS = 0, [[20], [7, 13], [1, 1, 9, 9], [2, 18], [12, 8]]  # of the documents of each row
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from efficientllm.evaluation.removal import Sample, Tick
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
+from efficientllm.pruning.dimensions import EXPERT_TYPES
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import drawn_scores, unit_scores
@@ -24,14 +25,17 @@ Scores = dict[str, dict[str, Tensor]]  # criterion -> pruning type -> (rows, uni
 def criteria_scores(
     model: PreTrainedModel, batches: Sequence[Tensor], micro_batch: int, precision: Precision, tick: Tick
 ) -> Scores:
-    """Mean score over the batches of every unit by every criterion, from one forward and backward pass over each.
+    """Mean score over the batches of every unit by every criterion, from one forward and backward pass over each; those
+    that score experts alone are for models that have some.
 
     batches: int64 (rows, length) each. `tick` is told of every batch.
     """
     space, params = space_of(model.config), dict(model.named_parameters())
     device = next(iter(params.values())).device
     readers = reader_specs(space)
-    totals: Scores = {name: {} for name in CRITERIA}
+    routed = not set(space.types).isdisjoint(EXPERT_TYPES)
+    criteria = [each for each in CRITERIA.values() if routed or not each.routed]
+    totals: Scores = {each.name: {} for each in criteria}
 
     def add(name: str, scores: Mapping[str, Tensor]) -> None:
         for pruning_type, score in scores.items():
@@ -45,7 +49,7 @@ def criteria_scores(
             watched_gates(model, space, gates) as watch,
         ):
             gradient(model, batch, micro_batch, precision, watch, gates)
-        for criterion in CRITERIA.values():
+        for criterion in criteria:
             if criterion.needs == "gates":
                 add(criterion.name, gates.scores())
             elif criterion.element:

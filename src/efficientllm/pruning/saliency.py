@@ -107,15 +107,18 @@ def unit_scores(
 ) -> dict[str, Tensor]:
     """Saliency of every unit of every type by an element criterion, fp32 (rows, units), from (spec, w, g).
 
-    Of sharded weights each process scores the rows it holds; the sums along the axes are then added up.
+    Of a norm w is the gain, which some families keep as 1 + w. Of sharded weights each process scores the rows it
+    holds; the sums along the axes are then added up.
     """
     assert chosen.element is not None
     sums = AxisSums(space, device)
     for spec, weight, grad in weights:
-        sums.add(spec, chosen.element(local(weight), local(grad)).float(), first_row(weight))
+        own, offset = local(weight), space.offsets.get(spec.name, 0.0)
+        scores = chosen.element(own + offset if offset else own, local(grad))
+        sums.add(spec, scores.float(), first_row(weight))
     sums.reduce(reduction)
-    scores = sums.units()
-    return {name: score.abs() for name, score in scores.items()} if chosen.signed else scores
+    units = sums.units()
+    return {name: score.abs() for name, score in units.items()} if chosen.signed else units
 
 
 def drawn_scores(space: Space, seed: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benc
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32; about three times that stands in memory
 AUTO_BYTES = 2**30  # of a micro-batch's logits in fp32, from which `auto` chunks on a GPU
-IGNORED = -100
+IGNORED = -100  # label of a token that is not in the loss, to transformers and to data/planes.py as well
 
 
 def is_chunked(wanted: str, device_type: str, tokens: int, vocabulary: int) -> bool:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops, teacher_flops
 from efficientllm.models.parts import body, logits_of
 from efficientllm.models.space import space_of
+from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens
 
 Base = Callable[..., object]
@@ -117,4 +118,4 @@ class Distillation:
         loss = functional.cross_entropy(logits, labels, reduction="sum") * (1.0 - self.weight)
         own = functional.log_softmax(logits / self.temperature, dim=-1)
         divergence = self.teacher.divergence(own, self.temperature, *said)
-        return loss + self.weight * self.temperature**2 * divergence[labels != -100].sum()
+        return loss + self.weight * self.temperature**2 * divergence[labels != IGNORED].sum()

@@ -18,7 +18,7 @@ from efficientllm.distributed.layout import Runner
 from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.shards import local
-from efficientllm.training.chunked_loss import chunk_tokens, linear_cross_entropy, token_losses
+from efficientllm.training.chunked_loss import IGNORED, chunk_tokens, linear_cross_entropy, token_losses
 
 Forward = Callable[..., object]
 SummedLoss = Callable[[Tensor], Tensor]  # of rows, over every next token
@@ -45,22 +45,27 @@ class Precision:
         return cls(device.type, wanted == "bf16" or (wanted == "auto" and capable))
 
 
+def has_planes(rows: Tensor) -> bool:
+    """Whether rows say more than their tokens; without, each token but a row's first is predicted."""
+    return rows.dim() == 3
+
+
 def token_ids(rows: Tensor) -> Tensor:
     """The tokens (rows, length) of rows, which may have planes beside them: int64 (rows, length, 2) with the label at
     each place, (rows, length, 3) with each token's position in its document too (data/planes.py)."""
-    return rows if rows.dim() == 2 else rows[..., 0]
+    return rows[..., 0] if has_planes(rows) else rows
 
 
 def model_inputs(rows: Tensor) -> dict[str, Any]:
     """What a model or its body is called with. Positions that restart within a row say to transformers, which makes
     the masks, that it is packed: attention then stays within a document."""
     inputs: dict[str, Any] = {"input_ids": token_ids(rows), "use_cache": False}
-    return inputs | {"position_ids": rows[..., 2]} if rows.dim() == 3 and rows.shape[2] == 3 else inputs
+    return inputs | {"position_ids": rows[..., 2]} if has_planes(rows) and rows.shape[2] == 3 else inputs
 
 
 def next_tokens(rows: Tensor) -> Tensor:
     """The token to predict at every place of (rows, length); -100 where there is none, as at the last."""
-    return functional.pad(rows[:, 1:], (0, 1), value=-100) if rows.dim() == 2 else rows[..., 1]
+    return rows[..., 1] if has_planes(rows) else functional.pad(rows[:, 1:], (0, 1), value=IGNORED)
 
 
 def summed_loss(model: Forward, rows: Tensor, precision: Precision, *, chunked: bool = False) -> Tensor:
@@ -100,19 +105,19 @@ def row_losses(model: Forward, rows: Tensor, precision: Precision, *, chunked: b
             logits: Tensor = model(**model_inputs(rows)).logits  # type: ignore[attr-defined]
         losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
     sums = losses.view(rows.shape[:2]).sum(dim=1)
-    if rows.dim() == 2:
+    if not has_planes(rows):
         return sums / (rows.shape[1] - 1)
-    return sums / (next_tokens(rows) != -100).sum(dim=1).clamp(min=1)
+    return sums / (next_tokens(rows) != IGNORED).sum(dim=1).clamp(min=1)
 
 
 def predicted_tokens(rows: Tensor) -> int:
     """Tokens that are predicted: without labels all that have a predecessor in their row."""
-    return rows.shape[0] * (rows.shape[1] - 1) if rows.dim() == 2 else int((rows[..., 1] != -100).sum())
+    return int((rows[..., 1] != IGNORED).sum()) if has_planes(rows) else rows.shape[0] * (rows.shape[1] - 1)
 
 
 def predicted_by_all(own: Tensor, number: int, ranks: World) -> float:
     """What is predicted in so many rows of all processes, divided by these. own: this process's rows of them."""
-    if own.dim() == 2:  # all alike
+    if not has_planes(own):  # all alike
         return number * (own.shape[1] - 1) / ranks.world
     predicted = float(predicted_tokens(own))
     if ranks.world > 1:

@@ -15,12 +15,12 @@ from efficientllm.models.parts import body
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.shards import fill
 from efficientllm.training.capture import Watch, watched_gates
+from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.looks import Rows
 from efficientllm.training.state import TrainState
 from efficientllm.training.step import Passes, Use
 
 ONE = torch.zeros(1, 2, dtype=torch.int64)  # a row with one prediction stands for the batch: its loss is a mean already
-IGNORED = -100  # label of a token that is not in the loss
 
 
 class Replay:

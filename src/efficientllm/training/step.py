@@ -28,6 +28,7 @@ from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import (
     Precision,
     SummedLoss,
+    has_planes,
     mean_loss,
     micro_batches,
     model_inputs,
@@ -82,7 +83,7 @@ class Passes(ABC):
             for place, (part, counts) in enumerate(rows.parts, start=1):
                 ranks.beat()  # before the collectives: one that does not come this far is the one that others wait for
                 state.runner.last(place == len(rows.parts))
-                if gates is not None and part.dim() == 3:
+                if gates is not None and has_planes(part):
                     gates.counted = predicted_tokens(part)
                 with ExitStack() as counted:
                     for watch in watches if counts else ():

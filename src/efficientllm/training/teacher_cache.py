@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class CachedTeacher:
     """A Teacher (distillation.py) that keeps draws of every token's distribution, at one temperature, on disk.
 
     load: brings the model when a row is not there yet, and never before. length: tokens of a row. samples: draws of a
-    token. space: the model's. Raises UsageError when the disk refuses.
+    token. space: the model's. Raises UsageError when the disk refuses at first.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class CachedTeacher:
         return torch.cat(log_p).half().cpu(), torch.cat(tokens).int().cpu()
 
     def _append(self, fresh: dict[bytes, tuple[Tensor, Tensor]]) -> None:
+        """Nothing more is written once the disk refuses: training needs the teacher's words, not their copies."""
         content = (
             b"".join(log_p.numpy().tobytes() for log_p, _ in fresh.values()),
             b"".join(tokens.numpy().tobytes() for _, tokens in fresh.values()),
@@ -123,8 +125,10 @@ class CachedTeacher:
                     file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
-        except OSError as error:
-            raise self._refused(error) from error
+        except OSError as error:  # what it wrote of these rows has no key; the next writer cuts it off
+            self._writes = False
+            print(f"warning: {self._refused(error)}; the teacher is asked on", file=sys.stderr, flush=True)
+            return
         for key in fresh:
             self._places[key] = len(self._places)
 
