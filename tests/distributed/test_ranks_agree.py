@@ -31,6 +31,13 @@ TWO = [
         steps=3,
     ),
     Case("full-labels", criterion="gate-fisher", correction="none", steps=3, planes=3),
+    Case(
+        "full-experts",
+        family="qwen3-moe-gqa",
+        criterion={"expert": "reap", "expert_ffn": "gate-fisher"},
+        target="30%",
+        steps=5,
+    ),
     Case("none-fisher", family="qwen2-gqa-tied", shard="none", criterion="fisher", correction="none"),
 ]
 FOUR = [
