@@ -110,6 +110,8 @@ def test_scores_and_verdict() -> None:
     space = space_of(model.config)
     scores = criteria_scores(model, IDS.split(3), 2, CPU, lambda _: None)
     assert scores.keys() == FOR_DENSE
+    mixture = tiny_model("qwen3-moe-gqa").eval()
+    assert criteria_scores(mixture, [IDS], 3, CPU, lambda _: None).keys() == CRITERIA.keys()
     units = sample_units(space, PRUNING_TYPES, 6, seed=1)
     assert units == sample_units(space, PRUNING_TYPES, 6, seed=1)
     samples = loss_increases(model, units, IDS, 4, CPU, lambda _: None)
