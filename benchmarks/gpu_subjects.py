@@ -26,9 +26,10 @@ from efficientllm.pruning.landing import Alignment, Landing
 from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import Position
+from efficientllm.training.compaction import compact, compaction_widths
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.loop import StepRecord, train_steps
-from efficientllm.training.state import PruningPlan, compact, compaction_widths, start
+from efficientllm.training.state import PruningPlan, start
 
 TARGET = 469 / 1711  # share of the parameters that is left in the paper's largest recipe
 
