@@ -22,8 +22,8 @@ from efficientllm.models.space import build, narrowed_config, space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.landing import Alignment, Landing
-from efficientllm.pruning.shapes import Floors, proportional_widths
+from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.shapes import Alignment, Floors, proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import Position
 from efficientllm.training.compaction import compact, compaction_widths
