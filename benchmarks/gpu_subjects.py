@@ -22,13 +22,14 @@ from efficientllm.models.space import build, narrowed_config, space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.landing import Alignment, Landing
-from efficientllm.pruning.shapes import Floors, proportional_widths
+from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.shapes import Alignment, Floors, proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import Position
+from efficientllm.training.compaction import compact, compaction_widths
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.loop import StepRecord, train_steps
-from efficientllm.training.state import PruningPlan, compact, compaction_widths, start
+from efficientllm.training.state import PruningPlan, start
 
 TARGET = 469 / 1711  # share of the parameters that is left in the paper's largest recipe
 

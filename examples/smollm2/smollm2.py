@@ -116,7 +116,7 @@ def estimate(arguments: argparse.Namespace, source: Path) -> None:
     from efficientllm.config import load_recipe
     from efficientllm.models.loading import load_config
     from efficientllm.planning.plan import plan_of
-    from efficientllm.training.planning import run_plan
+    from efficientllm.training.run_plan import run_plan
 
     file = arguments.dir / "estimate.json"
     if not file.exists():

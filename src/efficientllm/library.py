@@ -33,15 +33,15 @@ from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import is_sharded, whole
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
+from efficientllm.training.compaction import adopt, compaction_widths
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import optimizer_like
 from efficientllm.training.planning import decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
-from efficientllm.training.state import PruningPlan, adopt, assemble, capture, compaction_widths, prune
+from efficientllm.training.state import PruningPlan, assemble, capture, prune
 
-# Keys of the prune section that say how our own loop is run.
-RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})
+RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})  # prune keys that say how our own loop is run
 
 
 class Pruner:

@@ -20,7 +20,7 @@ from efficientllm.distributed.ranks import ALONE
 from efficientllm.models.loading import load_config
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
-from efficientllm.training.planning import run_plan
+from efficientllm.training.run_plan import run_plan
 
 TRAIN = {"tokens": 12 * 256, "batch_tokens": 256, "micro_batch": 4, "lr": 1e-2}
 RUN = {"checkpoint_every": 256, "keep": 12}

@@ -21,7 +21,7 @@ from efficientllm.planning.gpus import Gpu
 from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.plan import Plan, plan_of
 from efficientllm.training import planning
-from efficientllm.training.planning import run_plan
+from efficientllm.training.run_plan import run_plan
 
 
 def call(*argv: str | Path) -> int:

@@ -28,9 +28,9 @@ from efficientllm.pruning.costs import (
 )
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Event, Live, Space
-from efficientllm.pruning.landing import Alignment, Landing
+from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage
-from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52

@@ -20,10 +20,10 @@ from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUN
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Cut
-from efficientllm.pruning.landing import Alignment, Landing
+from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
-from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.shards import fill, local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import Inputs, captured_inputs, watched_gates

@@ -13,8 +13,8 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import shape_at
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import ParamSpec, Space
-from efficientllm.pruning.landing import Alignment, Landing
-from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 
 

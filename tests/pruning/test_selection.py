@@ -11,9 +11,9 @@ from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.groups import Cut, Live, Space
-from efficientllm.pruning.landing import Alignment, Landing
+from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
-from efficientllm.pruning.shapes import Floors
+from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 
 SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 KV heads, FFN 52

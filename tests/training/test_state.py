@@ -18,9 +18,10 @@ from efficientllm.models.space import check_space, empty_model, space_of, widths
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.pruning.shapes import fitted
+from efficientllm.training.compaction import compact
 from efficientllm.training.planning import options_and_landings
 from efficientllm.training.snapshot import cut, fill_model, model_of
-from efficientllm.training.state import PruningPlan, TrainState, capture, compact, start
+from efficientllm.training.state import PruningPlan, TrainState, capture, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
 IDS = torch.arange(48).reshape(3, 16)

@@ -15,7 +15,8 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
 from efficientllm.planning.plan import plan_of
-from efficientllm.training.planning import pruning_plan, run_plan
+from efficientllm.training.planning import pruning_plan
+from efficientllm.training.run_plan import run_plan
 from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 LENGTH = 32

@@ -31,7 +31,7 @@ from efficientllm.models.latency_table import LatencyTable, MeasuredOn, family_o
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.models.space import build, head_dim_of, narrowed_config, widths_of
 from efficientllm.pruning.costs import AXIS_TYPES, TABLE_AXES, shape_at
-from efficientllm.pruning.landing import Alignment
+from efficientllm.pruning.shapes import Alignment
 from efficientllm.pruning.widths import Widths
 
 SEED = 0  # of the shapes held out

@@ -41,7 +41,7 @@ def plan(
     from efficientllm.planning.plan import plan_of
     from efficientllm.pruning.widths import Widths
     from efficientllm.sizes import format_bytes
-    from efficientllm.training.planning import run_plan
+    from efficientllm.training.run_plan import run_plan
 
     loaded = load_recipe(recipe, overrides or [])
     machine = gpu_named(gpu) if gpu else None

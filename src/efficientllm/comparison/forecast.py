@@ -10,7 +10,7 @@ from efficientllm.errors import UsageError
 from efficientllm.models.space import narrowed_config
 from efficientllm.planning.plan import run_flops
 from efficientllm.sizes import format_count
-from efficientllm.training.planning import run_plan
+from efficientllm.training.run_plan import run_plan
 
 
 def forecast(comparison: Comparison) -> str:

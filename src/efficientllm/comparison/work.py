@@ -20,7 +20,7 @@ from efficientllm.jobs.run_folder import OlderRun, RunFolder, fingerprint
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.pruning.groups import Space
-from efficientllm.training.planning import RunPlan, run_plan
+from efficientllm.training.run_plan import RunPlan, run_plan
 
 Say = Callable[[str], None]
 Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop

@@ -29,7 +29,8 @@ from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.reporting.tables import flops_sentence
 from efficientllm.sizes import format_amount, format_count
-from efficientllm.training.state import TrainState, compact, whole_model
+from efficientllm.training.compaction import compact
+from efficientllm.training.state import TrainState, whole_model
 
 Say = Callable[[str], None]
 

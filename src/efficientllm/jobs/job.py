@@ -28,7 +28,7 @@ from efficientllm.sizes import format_count
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
-from efficientllm.training.planning import RunPlan, run_plan
+from efficientllm.training.run_plan import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.teacher_cache import CachedTeacher
 

@@ -20,7 +20,7 @@ from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
 from efficientllm.training.looks import LookRows, captured_inputs_of
-from efficientllm.training.planning import RunPlan
+from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan
 
 DRAW_BYTES = 6  # an entry of the vocabulary and its log-probability (training/teacher_cache.py)

@@ -21,8 +21,9 @@ from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
+from efficientllm.training.compaction import narrower
 from efficientllm.training.looks import LookRows
-from efficientllm.training.state import PruningPlan, narrower
+from efficientllm.training.state import PruningPlan
 
 StepFlops = Callable[[Widths], Ledger]
 SETTLES = 3  # measurements of a type after which its ratio counts as settled: noise alone moves it at the second

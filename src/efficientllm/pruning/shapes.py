@@ -1,4 +1,4 @@
-"""Shapes that a person would choose, and how far below them a run may look."""
+"""Shapes that a person would choose, the steps of their widths, and how far below them a run may look."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from efficientllm.pruning.costs import axes_of
 from efficientllm.pruning.dimensions import of_type
 from efficientllm.pruning.groups import MULTIPLE, Space
 from efficientllm.pruning.widths import Widths
@@ -26,6 +27,46 @@ class Floors:
     def of(self, pruning_type: str) -> int:
         """In units of one type in each of its rows."""
         return int(getattr(self, of_type(pruning_type).width))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Multiples that hidden and intermediate widths (of experts too) are rounded to: up while running, to land at the
+    end."""
+
+    hidden: int = 1
+    intermediate: int = 1
+
+    @classmethod
+    def automatic(cls, widths: Widths, least: int = 1) -> Alignment:
+        """The largest power of two up to 128 that leaves at least 32 steps of a width; `least` for tiny widths.
+
+        Coarser steps leave so few feasible shapes that alignment, not saliency, would choose the architecture
+        (docs/results/ablations.md).
+        """
+
+        def fit(width: int) -> int:
+            return max(
+                (step for step in (2, 4, 8, 16, 32, 64, 128) if step * 32 <= width and step > least), default=least
+            )
+
+        return cls(fit(widths.hidden), fit(widths[axes_of(widths)[-1]]))
+
+    def _multiple(self, width: str) -> int:
+        """1 for heads, layers and experts."""
+        return int(getattr(self, width.removeprefix("expert_"), 1))
+
+    def step(self, pruning_type: str) -> int:
+        """The multiple for the width that a pruning type narrows."""
+        return self._multiple(of_type(pruning_type).width)
+
+    def round_up(self, live: Widths, allocated: Widths) -> Widths:
+        """Live widths rounded up to their multiples, never above what is allocated."""
+        rounded = {}
+        for name, count in live.counts().items():
+            step = self._multiple(name)
+            rounded[name] = min(-(-count // step) * step, allocated[name])
+        return Widths.of(rounded)
 
 
 def fits(space: Space, widths: Any) -> Any:

@@ -13,11 +13,12 @@ import torch
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.shards import local
 from efficientllm.pruning.widths import Widths
+from efficientllm.training.compaction import compact, compaction_widths
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import Precision, gradient_norm, update
 from efficientllm.training.looks import Batches
 from efficientllm.training.optim import learning_rate
-from efficientllm.training.state import PruningPlan, TrainState, compact, compaction_widths, prune
+from efficientllm.training.state import PruningPlan, TrainState, prune
 from efficientllm.training.step import Step
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)

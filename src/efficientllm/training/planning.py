@@ -1,18 +1,15 @@
-"""Where a recipe comes to rest: one frozen plan, of it and of its source's config, that a run, `efficientllm plan` and
-comparisons take. Every request is checked against the source before anything is spent."""
+"""How a recipe prunes its source: what falls, what is counted, where it lands and when. Every request is checked
+against the source's config before anything is spent."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
 from efficientllm.errors import UsageError
-from efficientllm.models.experts import EXPERT_STEP, balance_of, is_mixture
+from efficientllm.models.experts import EXPERT_STEP, is_mixture
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.latency_table import load_table
-from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import ActiveParams, Cost, KVCache, Params, counts
@@ -22,8 +19,7 @@ from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
-from efficientllm.training.looks import CORRECTION_TOKENS, LOOK_SHARE
-from efficientllm.training.notes import notes_of
+from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import (
     alignment_of,
@@ -34,78 +30,9 @@ from efficientllm.training.targets import (
     target_of,
     types_asked,
 )
-from efficientllm.training.validation_pace import ValidationPace, validation_pace
 
 COMPACT_AT = 0.04  # of the parameters: compactions then take 0.2 % of a run to 40 % (docs/results/overhead.md)
 ONE_SHOT_BATCHES = 8  # to come, whose looks one-shot averages; not studied
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A recipe at rest: all that follows from it and from the config of its source, before a file of either is read.
-
-    source: the source's config; space: its shape. length: tokens of a row. batch_rows: rows of a step, all processes
-    together; steps: of the whole run. pruning: None where nothing is pruned. notes: what a run says of it before it
-    starts, a line each. turned_by: rows whose principal components the stem is turned into before the first step; 0
-    where it stays as it is.
-    """
-
-    recipe: Recipe
-    source: PretrainedConfig
-    space: Space
-    length: int
-    batch_rows: int
-    steps: int
-    pruning: PruningPlan | None
-    pace: ValidationPace
-    notes: tuple[str, ...]
-    turned_by: int = 0
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.batch_rows * self.length
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole run, which ends with a whole batch."""
-        return self.steps * self.batch_tokens
-
-
-def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
-    """The plan of a recipe for a source model with this config. Raises UsageError for what cannot be run on it."""
-    space, length = space_of(source), recipe.data.sequence_length
-    pruning = pruning_plan(recipe, source)
-    pace = validation_pace(recipe, space, pruning)
-    if length > source.max_position_embeddings:
-        raise UsageError(
-            f"data.sequence_length {length} is more than the {source.max_position_embeddings} positions that the "
-            f"source was built for; set it to {source.max_position_embeddings} or less"
-        )
-    if recipe.train.compile and balance_of(source):
-        raise UsageError(
-            "the source's config asks for the load-balancing loss (output_router_logits), which compiled layers do not "
-            "show: set train.compile to false, or output_router_logits to false in its config.json"
-        )
-    return RunPlan(
-        recipe,
-        source,
-        space,
-        length,
-        recipe.train.batch_rows(length),
-        recipe.train.steps(length),
-        pruning,
-        pace,
-        (*notes_of(recipe, pruning), *([pace.said] if pace.said else [])),
-        _turned_by(recipe, source, space),
-    )
-
-
-def _turned_by(recipe: Recipe, source: PretrainedConfig, space: Space) -> int:
-    """Rows for the components of prune.rotate: CORRECTION_TOKENS tokens for each residual channel."""
-    fresh = recipe.init == "pretrained" and recipe.resume is None
-    if recipe.prune is None or recipe.prune.rotate == "off" or not fresh or obstacle(source):
-        return 0
-    return -(-CORRECTION_TOKENS * space.widths.hidden // recipe.data.sequence_length)
 
 
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:

@@ -1,4 +1,4 @@
-"""The state of a run, the snapshot it is saved as, and compaction, which is a cut between the two.
+"""The state of a run, and the snapshot it is saved as. Compaction is a cut between the two (compaction.py).
 
     capture(state) -> Snapshot -> cut(snapshot, widths) -> restore(snapshot) -> state
 
@@ -8,8 +8,6 @@ no other way in which a tensor changes its shape.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,12 +25,11 @@ from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.shapes import fitted
 from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, load_moments, shaped_moments
-from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, cut, fill_model, snapshot_of
+from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -63,9 +60,6 @@ class PruningPlan:
     def landing(self) -> Landing:
         """The last one: the target's."""
         return self.landings[-1]
-
-
-TIED_TO_SHAPE = ("model", "optimizer", "space", "pruner", "runner")  # of a TrainState: what a compaction replaces
 
 
 @dataclass
@@ -210,43 +204,3 @@ def whole_model(state: TrainState) -> PreTrainedModel | None:
     model = empty_model(state.model.config)
     fill_model(model, weights)
     return model
-
-
-def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:
-    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over; with
-    `exactly` the live widths, whatever that frees."""
-    pruner = state.pruner
-    if pruner is None or pruner.live.all_live():
-        return None
-    space, exactly = state.space, exactly or pruner.finished
-    return narrower(pruner.widths, space.widths, plan, space.num_params, exactly=exactly)
-
-
-def narrower(
-    live: Widths, allocated: Widths, plan: PruningPlan, count: Callable[[Widths], float], *, exactly: bool
-) -> Widths | None:
-    """Widths that allocated ones are to be cut to, or None. count: parameters of a model of some widths."""
-    widths = live if exactly else plan.landing.align.round_up(live, allocated)
-    widths = fitted(plan.landing.space, widths, allocated)
-    if widths == allocated:
-        return None
-    return widths if exactly or 1.0 - count(widths) / count(allocated) >= plan.compact_at else None
-
-
-def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. Every old tensor is released as soon as it is cut. Wrapped and compiled modules refer
-    to each other in cycles, so that only the garbage collector frees theirs; a full GPU would not start it."""
-    device, snapshot = state.device, capture(state)
-    for name in TIED_TO_SHAPE:
-        setattr(state, name, None)
-    if train.compile:
-        torch._dynamo.reset()
-    if state.ranks.world > 1 or train.compile:
-        gc.collect()
-    adopt(state, restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks))
-
-
-def adopt(state: TrainState, narrower: TrainState) -> None:
-    """The run goes on with the tensors of another, which is to be dropped."""
-    for name in TIED_TO_SHAPE:
-        setattr(state, name, getattr(narrower, name))

@@ -11,8 +11,8 @@ from efficientllm.models.experts import EXPERT_STEP
 from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost
 from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, of_type
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import Alignment, amount
-from efficientllm.pruning.shapes import Floors, proportional_widths, third_of
+from efficientllm.pruning.landing import amount
+from efficientllm.pruning.shapes import Alignment, Floors, proportional_widths, third_of
 from efficientllm.pruning.widths import Widths
 
 
