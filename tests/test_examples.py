@@ -42,9 +42,9 @@ def test_example_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
     assert "parameters" in out
-    assert path.stem != "source_to_gguf" or "same most likely token at" in out  # the check in a fresh process
+    assert path.stem != "source_to_gguf" or "same most likely token at" in said  # the check in a fresh process
 
 
 def on_a_rank(path: str) -> None:
