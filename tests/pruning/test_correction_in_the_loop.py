@@ -9,7 +9,8 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import Corrections, SolverOptions, correct, corrected, losing_readers
-from efficientllm.pruning.groups import Cut, Live
+from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.live import Live
 from efficientllm.training.capture import captured_inputs
 from reference.correction_fp64 import dense_coefficients
 

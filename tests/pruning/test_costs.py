@@ -27,8 +27,9 @@ from efficientllm.pruning.costs import (
     shape_at,
 )
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Event, Live, Space
+from efficientllm.pruning.groups import Event, Space
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from efficientllm.pruning.dimensions import DIMENSIONS, Dimension, add_dimension
-from efficientllm.pruning.groups import Cut, Live, ParamSpec, Space
+from efficientllm.pruning.groups import Cut, ParamSpec, Space
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.saliency import AxisSums
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_scores, cut_state

@@ -7,7 +7,8 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import build, check_space, narrowed_config, of_layers, space_of
-from efficientllm.pruning.groups import Cut, Live
+from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.shards import fill
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.surgery import choose_kept, cut_live, cut_state

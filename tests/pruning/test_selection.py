@@ -10,8 +10,9 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Cut, Live, Space
+from efficientllm.pruning.groups import Cut, Space
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths

@@ -19,7 +19,8 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, EXPERT_FFN, STEM
-from efficientllm.pruning.groups import Cut, Live, Space
+from efficientllm.pruning.groups import Cut, Space
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.shards import local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from efficientllm.pruning.groups import Cut, Live, Space
+from efficientllm.pruning.groups import Cut, Space
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import inputs_of_expert, reader_specs
 from efficientllm.pruning.shards import ALONE, World, first_row, local
 from efficientllm.pruning.slices import group_slices

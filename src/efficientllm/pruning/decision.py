@@ -14,8 +14,9 @@ import torch
 
 from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.dimensions import DIMENSIONS
-from efficientllm.pruning.groups import Cut, Event, Live
+from efficientllm.pruning.groups import Cut, Event
 from efficientllm.pruning.landing import Landing, landed, rung_after
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, most_left, next_on_path
 from efficientllm.pruning.widths import Widths

@@ -16,8 +16,9 @@ from efficientllm.pruning.correction import Corrections, Reader, correct, losing
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
-from efficientllm.pruning.groups import Cut, Event, Live, Slice, Space
+from efficientllm.pruning.groups import Cut, Event, Slice, Space
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.looks import Looks
 from efficientllm.pruning.readers import reader_specs
 from efficientllm.pruning.schedule import Schedule
@@ -32,10 +33,9 @@ class PruningEngine:
 
     params: the model's weights by name, whole or sharded (DTensor), updated in place. moments: optimizer state tensors
     of a weight by key, each with the weight's shape (empty before the first update). `space.widths` are the allocated
-    widths, in which units are counted; `live` says which of them are left. After a compaction a new
-    PruningEngine is made for the new tensors and given the old one's state, sliced. landings: the ladder's shapes,
-    largest first, the target's last. reduction: how processes that train the same model bring their parts together;
-    each decides for itself, and all alike.
+    widths, in which units are counted; `live` says which of them are left. After a compaction a new engine is made for
+    the new tensors and given the old one's state, sliced. landings: the ladder's shapes, largest first, the target's
+    last. reduction: how processes that train one model bring their parts together; each decides, and all alike.
     """
 
     def __init__(

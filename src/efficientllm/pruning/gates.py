@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS
-from efficientllm.pruning.groups import Space, mask_shapes
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.live import mask_shapes
 from efficientllm.pruning.shards import ALONE, World
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Cut, Live
+from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.surgery import choose_kept, cut_live
 from efficientllm.pruning.widths import Widths
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import ParamSpec, Space, labels, mask_shapes
+from efficientllm.pruning.groups import ParamSpec, Space, labels
+from efficientllm.pruning.live import mask_shapes
 from efficientllm.pruning.shards import ALONE, World, first_row, local
 
 

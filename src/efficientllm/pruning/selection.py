@@ -26,8 +26,9 @@ from efficientllm.pruning.dimensions import (
     STEM,
     of_type,
 )
-from efficientllm.pruning.groups import Cut, Event, Live
+from efficientllm.pruning.groups import Cut, Event
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.widths import Widths
 
 

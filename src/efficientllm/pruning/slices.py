@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import Cut, Live, Slice, Space, labels
+from efficientllm.pruning.groups import Cut, Slice, Space, labels
+from efficientllm.pruning.live import Live
 
 
 def group_slices(space: Space, events: Sequence[Cut]) -> Iterator[Slice]:

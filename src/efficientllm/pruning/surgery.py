@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
-from efficientllm.pruning.groups import Live, ParamSpec, Space, mask_shapes
+from efficientllm.pruning.groups import ParamSpec, Space
+from efficientllm.pruning.live import Live, mask_shapes
 from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
 from efficientllm.pruning.widths import Widths
 

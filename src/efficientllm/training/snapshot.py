@@ -16,8 +16,8 @@ from efficientllm.models.space import empty_model, narrowed_config, of_layers, s
 from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
 from efficientllm.pruning.dimensions import LAYERS
 from efficientllm.pruning.engine import PruningEngine
-from efficientllm.pruning.groups import Live
 from efficientllm.pruning.ledger import Ledger
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
 from efficientllm.pruning.widths import Widths
 

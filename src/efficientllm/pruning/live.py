@@ -1,0 +1,84 @@
+"""Which units of a model are still there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from efficientllm.pruning.dimensions import DIMENSIONS, of_type
+from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.widths import Widths
+
+
+class Live:
+    """Which units of a model are still there: bool tensors on the CPU, one of each dimension.
+
+    Its mask is indexed by all the dimensions that it lies within: hidden (D,), layers (L,), ffn (L, F), kv (L, K),
+    query (L, K, Q). A unit within a dead one is dead too: a query head of a dead KV head, everything in a dead layer.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = dict(masks)
+
+    @classmethod
+    def full(cls, widths: Widths) -> Live:
+        return cls({name: torch.ones(shape, dtype=torch.bool) for name, shape in mask_shapes(widths)})
+
+    def __getitem__(self, dimension: str) -> Tensor:
+        return self._masks[dimension]
+
+    def copy(self) -> Live:
+        return Live({name: mask.clone() for name, mask in self._masks.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._masks)
+
+    def widths(self) -> Widths:
+        """Widths of what is live; uniform over layers by construction."""
+        counts = {}
+        for name, mask in self._masks.items():
+            rows = mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
+            counts[DIMENSIONS[name].width] = int(rows.sum(1).max())
+        return Widths.of(counts)
+
+    def all_live(self) -> bool:
+        return all(bool(mask.all()) for mask in self._masks.values())
+
+    def units(self, pruning_type: str) -> Tensor:
+        """Live units of one type, bool (rows, units)."""
+        mask = self._masks[of_type(pruning_type).name]
+        return mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
+
+    def entries(self, axis: str | tuple[str, ...], layer: int, head_dim: int) -> Tensor:
+        """Live entries along one axis of one layer, bool (length,); of one that is apart (experts, length)."""
+        if isinstance(axis, tuple):
+            return torch.cat([self.entries(part, layer, head_dim) for part in axis], dim=-1)
+        dimension = DIMENSIONS[axis]
+        mask = self._masks[axis]
+        if dimension.apart:
+            return mask[layer]
+        units = (mask[layer] if dimension.within else mask).flatten()
+        return units.repeat_interleave(head_dim) if dimension.per_head else units
+
+    def remove(self, event: Cut) -> None:
+        """Marks the units of a cut as dead. Raises AssertionError if one of them was dead before."""
+        units = self.units(event.type)
+        rows = (event.units >= 0).nonzero().flatten()
+        taken = event.units[rows]
+        assert bool(units[rows, taken].all()), f"{event.type} event takes a unit that is dead already"
+        units[rows, taken] = False
+        name = of_type(event.type).name
+        for inner, mask in self._masks.items():
+            if name in DIMENSIONS[inner].outer:
+                own = self._masks[name]
+                mask &= own.view(own.shape + (1,) * (mask.ndim - own.ndim))
+
+
+def mask_shapes(widths: Widths) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dimension, shape of its masks, scores and kept units) of every dimension that a model of these widths has."""
+    counts = widths.counts()
+    for name, dimension in DIMENSIONS.items():
+        if dimension.width in counts:
+            yield name, tuple(counts[DIMENSIONS[each].width] for each in dimension.chain)
