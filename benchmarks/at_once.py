@@ -21,10 +21,11 @@ from efficientllm.config import DataConfig
 from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
-from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
+from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.dimensions import ATTENTION, FFN_TYPE, HIDDEN, STEM
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.live import Live
+from efficientllm.pruning.readers import losing_readers
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, mean_loss, summed_loss

@@ -25,10 +25,10 @@ from efficientllm.evaluation.probe import criteria_scores
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
-from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
+from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.groups import Cut, Space
 from efficientllm.pruning.live import Live
-from efficientllm.pruning.readers import reader_specs
+from efficientllm.pruning.readers import losing_readers, reader_specs
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, mean_loss, summed_loss

@@ -8,9 +8,10 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import space_of
-from efficientllm.pruning.correction import Corrections, SolverOptions, correct, corrected, losing_readers
+from efficientllm.pruning.correction import Corrections, SolverOptions, correct, corrected
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.live import Live
+from efficientllm.pruning.readers import losing_readers
 from efficientllm.training.capture import captured_inputs
 from reference.correction_fp64 import dense_coefficients
 

@@ -14,13 +14,14 @@ from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.correction import SolverOptions, correct, losing_readers
+from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.criteria import criteria_of, inverse_hessian_diagonal
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, of_type
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.readers import losing_readers
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shapes import Alignment, Floors

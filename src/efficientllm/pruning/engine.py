@@ -12,7 +12,7 @@ from torch import Tensor
 
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
-from efficientllm.pruning.correction import Corrections, Reader, correct, losing_readers
+from efficientllm.pruning.correction import Corrections, correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
@@ -20,7 +20,7 @@ from efficientllm.pruning.groups import Cut, Event, Slice, Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.looks import Looks
-from efficientllm.pruning.readers import reader_specs
+from efficientllm.pruning.readers import Reader, losing_readers, reader_specs
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shards import ALONE, World, fill

@@ -1,9 +1,9 @@
-"""Saliency by criteria that look at what linear layers read, and which layers read what."""
+"""Which linear layers read what, and which lose inputs to a cut; saliency by criteria that look at what they read."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS
-from efficientllm.pruning.groups import Axis, ParamSpec, Space, labels
+from efficientllm.pruning.groups import Axis, Cut, ParamSpec, Space, labels
+from efficientllm.pruning.live import Live
 from efficientllm.pruning.saliency import AxisSums
 from efficientllm.pruning.shards import ALONE, World, first_row, local
+from efficientllm.pruning.slices import group_slices
 
 
 def reader_specs(space: Space) -> list[ParamSpec]:
@@ -44,6 +46,50 @@ def read_tensors(space: Space) -> dict[tuple[str, str, bool], list[tuple[Axis, .
 def inputs_of_expert(name: str, expert: int) -> str:
     """What the inputs of one expert are called, whose weight is a part of the weight of this name."""
     return f"{name}.{expert}"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear layer that loses inputs: its weight's name; removed, int64 (|P|,), and kept, bool (inputs,):
+    what lives on. expert: the one whose part of the weight it is."""
+
+    name: str
+    removed: Tensor
+    kept: Tensor
+    expert: int | None = None
+
+    @property
+    def source(self) -> str:
+        """What its inputs are called."""
+        return self.name if self.expert is None else inputs_of_expert(self.name, self.expert)
+
+    def weight(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The part of its weight that lies here: rows of it, of an expert all or none."""
+        weight = local(params[self.name])
+        if self.expert is None:
+            return weight
+        place = self.expert - first_row(params[self.name])
+        return weight[place] if 0 <= place < len(weight) else weight[0, :0]
+
+
+def losing_readers(space: Space, events: Sequence[Cut], live: Live) -> Iterator[Reader]:
+    """Every linear layer that loses inputs to the events. `live` is the mask without them.
+
+    FFN channels: down_proj, of experts each one's own. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every
+    layer, the router, and the LM head.
+    A tied LM head is left out: its matrix is the embedding too, and correcting it as a reader would change what every
+    token writes into the stem.
+    """
+    specs = {spec.name: spec for spec in reader_specs(space)}
+    for part in group_slices(space, events):
+        if part.name in specs and part.dim == len(specs[part.name].axes) - 1:
+            spec = specs[part.name]
+            kept = live.entries(str(spec.inputs), spec.layer or 0, space.head_dim)
+            if part.rows is None:
+                yield Reader(part.name, part.indices, kept)
+                continue
+            for expert in part.rows.unique().tolist():
+                yield Reader(part.name, part.indices[part.rows == expert], kept[expert], expert)
 
 
 def input_scores(
