@@ -175,7 +175,8 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
         view.register_hook(reached)
         return view
 
-    def watch_experts(axis: str, layer: int, inputs: Tensor, routed: Routed) -> None:
+    def watch_experts(axis: str, layer: int, inputs: Tensor, _weights: Tensor, routed: Routed) -> None:
+        """x dL/dx is the same of what an expert reads and of that times the router's weight."""
         if entered is None or not inputs.requires_grad:
             return
         passed, kept = entered, [inputs.detach()]
@@ -195,6 +196,19 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
         finally:
             entered, last = None, None
 
+    with _gate_hooks(model, space, watch, watch_experts):
+        yield counted
+
+
+@contextmanager
+def _gate_hooks(
+    model: nn.Module,
+    space: Space,
+    watch: Callable[[str, int | None, Tensor], Tensor],
+    watch_experts: Callable[[str, int, Tensor, Tensor, Routed], None],
+) -> Iterator[None]:
+    """While it lasts, whatever linear layers read and layers add to the stem passes through these two."""
+
     def hook_of(axis: str, layer: int | None) -> Any:
         return lambda module, args: (watch(axis, layer, args[0]), *args[1:])
 
@@ -212,7 +226,7 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
             axis, layer = str(spec.inputs), spec.layer
             if spec.is_apart(-1):
                 assert layer is not None
-                see = partial(_without_weights, watch_experts, axis, layer)
+                see = partial(watch_experts, axis, layer)
                 hooks.enter_context(seen_inputs(model.get_submodule(spec.name.rpartition(".")[0]), see))
             elif spec.name != HEAD_WEIGHT and (module := reader_module(model, spec.name)) not in watched:
                 watched.add(module)
@@ -221,16 +235,4 @@ def watched_gates(model: nn.Module, space: Space, gates: GateSums) -> Iterator[W
             if spec.name in space.closing:
                 module = model.get_submodule(spec.name.removesuffix(".weight"))
                 hooks.callback(module.register_forward_hook(adds_to_stem(spec.layer)).remove)
-        yield counted
-
-
-def _without_weights(
-    watch: Callable[[str, int, Tensor, Routed], None],
-    axis: str,
-    layer: int,
-    inputs: Tensor,
-    _weights: Tensor,
-    routed: Routed,
-) -> None:
-    """x dL/dx is the same of what an expert reads and of that times the router's weight."""
-    watch(axis, layer, inputs, routed)
+        yield
