@@ -8,8 +8,6 @@ that weighs or counts: an event's damage is divided by it (selection.py), the fi
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -90,24 +88,14 @@ class Params:
 
 
 @dataclass(frozen=True)
-class ActiveParams:
+class ActiveParams(Params):
     """Parameters that one token computes with: of a layer's experts those that it uses, and the whole router."""
 
-    space: Space
     name: str = "active"
     unit: str = "active parameters"
 
-    @property
-    def key(self) -> str:
-        return self.name
-
     def __call__(self, widths: Any) -> Any:
-        space, total = self.space, 0
-        for (layered, axes), number in Counter((spec.layer is not None, spec.axes) for spec in space.params).items():
-            copies = number // space.widths.layers * widths.layers if layered else number
-            each = math.prod(space.active_length(axes, dim, widths) for dim in range(len(axes)))
-            total = total + copies * each
-        return total
+        return self.space.num_params(widths, active=True)
 
 
 @dataclass(frozen=True)

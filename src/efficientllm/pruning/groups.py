@@ -154,13 +154,15 @@ class Space:
         """How many weights lie along the same axes, those of layers apart."""
         return Counter((spec.layer is not None, spec.axes) for spec in self.params)
 
-    def num_params(self, widths: Any | None = None) -> Any:
-        """Parameters of the model at `widths` (default: its own); elementwise on int64 tensors."""
+    def num_params(self, widths: Any | None = None, *, active: bool = False) -> Any:
+        """Parameters of the model at `widths` (default: its own); elementwise on int64 tensors. active: of those the
+        ones that one token computes with."""
         widths = self.widths if widths is None else widths
+        length = self.active_length if active else lambda axes, dim, at: self.axis_length(axes[dim], at)
         total: Any = 0
         for (layered, axes), number in self._kinds.items():
             copies = number // self.widths.layers * widths.layers if layered else number
-            total = total + copies * math.prod([self.axis_length(axis, widths) for axis in axes])
+            total = total + copies * math.prod([length(axes, dim, widths) for dim in range(len(axes))])
         return total
 
     def copies(self, axis: Axis) -> int:
