@@ -24,7 +24,7 @@ LOOP = {
 
 
 @pytest.mark.parametrize(
-    "name", [*DEFAULT_ARMS, "iterative", "one-shot:wanda@loop+second-order+distill", "loop:fisher"]
+    "name", [*DEFAULT_ARMS, "iterative", "one-shot:wanda@loop+uncorrected+distill", "loop:fisher"]
 )
 def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
     recipe = Recipe.model_validate(world.recipe("base", prune={"correction": "second-order"}))
@@ -43,7 +43,7 @@ def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
     assert recipe.prune is not None
     others = {key for key in PruneConfig.model_fields if getattr(made.prune, key) != getattr(recipe.prune, key)}
     assert others <= PruneConfig.having(Fact.ARM) | made.prune._idle().keys()
-    assert made.prune.correction == ("second-order" if "second-order" in name else "none")
+    assert made.prune.correction == ("none" if "uncorrected" in name else "second-order")
     assert made.prune.mode == ("loop" if arm.base == "fixed" else arm.base)
     assert isinstance(made.prune.target, WidthTarget) == arm.needs_loop
     if arm.loops_shape:
@@ -58,7 +58,7 @@ def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
         ("lop", "did you mean loop"),
         ("one-shot+destill", "did you mean"),
         ("one-shot:wand", "did you mean 'wanda'"),
-        ("dense+second-order", "prunes nothing"),
+        ("dense+uncorrected", "prunes nothing"),
         ("fixed@loop", "two shapes"),
         ("loop+distill+distill", "twice"),
     ],

@@ -19,7 +19,7 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: BASE[:CRITERION]\\[@loop][+second-order][+distill]; default: the full set."
+            help="Comma-separated: BASE[:CRITERION]\\[@loop][+uncorrected][+distill]; default: the full set."
         ),
     ] = "",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which ones: 1,5,9.")] = "3",

@@ -1,13 +1,14 @@
 """What is compared: arms by name, and the recipe that each one runs.
 
-    BASE[:CRITERION][@loop][+second-order][+distill]
+    BASE[:CRITERION][@loop][+uncorrected][+distill]
 
-    loop       pruning-aware pretraining          one-shot   all units at once, then the same training
+    loop       the recipe as it is written        one-shot   all units at once, then the same training
     fixed      widths in the source's proportions  iterative  step by step with the weights at rest, then training
     scratch    the loop's final shape, fresh weights   dense  the source trained on, unpruned: the ceiling
 
 `@loop` gives one-shot, iterative and loop arms the shape that `loop` found with the same seed, so that what the
-architecture brings and what gradual pruning brings can be told apart.
+architecture brings and what gradual pruning brings can be told apart. Whatever prunes corrects as the recipe says;
+`+uncorrected` does not.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from efficientllm.pruning.widths import Widths
 
 DEFAULT_ARMS = (
     "loop",
-    "loop+second-order",
+    "loop+uncorrected",
     "loop+distill",
     "one-shot",
-    "one-shot+second-order",
     "one-shot@loop",
-    "one-shot@loop+second-order",
+    "one-shot@loop+uncorrected",
     "fixed",
     "scratch",
     "scratch+distill",
@@ -42,7 +42,7 @@ DEFAULT_ARMS = (
 _PRUNING = ("loop", "one-shot", "iterative", "fixed")
 _BASES = (*_PRUNING, "scratch", "dense")
 _NAME = re.compile(r"(?P<base>[a-z-]+)(?::(?P<criterion>[a-z0-9-]+))?(?P<shape>@loop)?(?P<extras>(?:\+[a-z-]+)*)")
-_EXTRAS = ("second-order", "distill")
+_EXTRAS = ("uncorrected", "distill")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Arm:
     base: str
     criterion: str | None = None
     loops_shape: bool = False
-    corrected: bool = False
+    uncorrected: bool = False
     distilled: bool = False
 
     @property
@@ -73,15 +73,15 @@ def parse_arm(name: str) -> Arm:
     if match is None or match["base"] not in _BASES or any(each not in _EXTRAS for each in extras):
         near = difflib.get_close_matches(name, [*DEFAULT_ARMS, "iterative", "one-shot:wanda"], n=1, cutoff=0.0)[0]
         raise UsageError(
-            f"'{name}' is no arm: did you mean {near}? Arms are BASE[:CRITERION][@loop][+second-order][+distill] with "
+            f"'{name}' is no arm: did you mean {near}? Arms are BASE[:CRITERION][@loop][+uncorrected][+distill] with "
             f"BASE one of {', '.join(_BASES)}"
         )
     arm = Arm(
-        name, match["base"], match["criterion"], bool(match["shape"]), "second-order" in extras, "distill" in extras
+        name, match["base"], match["criterion"], bool(match["shape"]), "uncorrected" in extras, "distill" in extras
     )
     if len(set(extras)) < len(extras):
         raise UsageError(f"arm '{name}' says the same thing twice: drop the repetition")
-    if not arm.prunes and (arm.criterion or arm.loops_shape or arm.corrected):
+    if not arm.prunes and (arm.criterion or arm.loops_shape or arm.uncorrected):
         raise UsageError(f"arm '{name}' prunes nothing: only +distill can be added to {arm.base}")
     if arm.base == "fixed" and arm.loops_shape:
         raise UsageError(f"arm '{name}' asks for two shapes: write fixed, or loop@loop")
@@ -142,7 +142,7 @@ def _prune_section(
 ) -> dict[str, Any]:
     """The user's prune section, but for what arms set anew."""
     made = {key: value for key, value in prune.items() if key not in PruneConfig.having(Fact.ARM)}
-    made["correction"] = "second-order" if arm.corrected else "none"
+    made["correction"] = "none" if arm.uncorrected else prune["correction"]
     made["mode"] = "loop" if arm.base == "fixed" else arm.base
     made["saliency"] = arm.criterion or prune["saliency"]
     made["target"] = prune["target"]
