@@ -23,9 +23,7 @@ LOOP = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [*DEFAULT_ARMS, "iterative", "one-shot:wanda@loop+uncorrected+distill", "loop:fisher"]
-)
+@pytest.mark.parametrize("name", [*DEFAULT_ARMS, "iterative", "one-shot:wanda@loop+uncorrected+distill", "loop:fisher"])
 def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
     recipe = Recipe.model_validate(world.recipe("base", prune={"correction": "second-order"}))
     space = space_of(load_config(recipe.source))

@@ -18,9 +18,7 @@ def compare(
     overrides: Overrides = None,
     arms: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: BASE[:CRITERION]\\[@loop][+uncorrected][+distill]; default: the full set."
-        ),
+        typer.Option(help="Comma-separated: BASE[:CRITERION]\\[@loop][+uncorrected][+distill]; default: the full set."),
     ] = "",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which ones: 1,5,9.")] = "3",
     budget: Annotated[
