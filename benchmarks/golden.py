@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "distilled": {
         "source": "qwen3",
         "prune": {"target": "40%", "ladder": ["80%", "60%"], "mode": "one-shot"},
-        "distill": {"weight": 0.5, "temperature": 2.0},
+        "distill": {"weight": 0.5},
     },
     "ranks": {"source": "llama", "distributed": {"shard": "full"}},
 }

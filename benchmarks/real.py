@@ -49,6 +49,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "loop, flap": {"prune": FREE | {"saliency": "flap"}},
     "loop, no correction": {"prune": FREE | {"correction": "none"}},
     "loop, teacher": {"prune": FREE, "distill": {}},
+    "loop, teacher's hidden states": {"prune": FREE, "distill": {"hidden": 1.0}},
     "one-shot": {"prune": FREE | {"mode": "one-shot"}},
     "one-shot, loop's shape": {"prune": {"mode": "one-shot", "target": "loop"}},
     "one-shot, teacher": {"prune": FREE | {"mode": "one-shot"}, "distill": {}},

@@ -347,6 +347,15 @@ def test_a_teacher_alone_serves_scores_that_need_no_gradient_of_its_loss(load: L
     assert refusal(load, "distill.weight=1", "prune.saliency={ffn: taylor-element}").startswith(wanted)
 
 
+def test_hidden_states_want_a_teacher_at_hand_and_channels_as_they_were(load: Load) -> None:
+    recipe = load("distill.hidden=1")
+    assert recipe.distill is not None
+    assert recipe.distill.hidden == 1.0
+    assert refusal(load, "distill.hidden=1", "distill.samples=50").startswith("distill.hidden needs a teacher that is")
+    wanted = "distill.hidden compares residual channels with the teacher's, and prune.rotate makes others of them"
+    assert refusal(load, "distill.hidden=1", "prune.rotate=auto").startswith(wanted)
+
+
 def test_a_short_run_prunes_over_more_of_its_steps(load: Load) -> None:
     def end(*overrides: str) -> int:
         return load("train.warmup=0", "train.batch_tokens=512K", *overrides).pruning_ends

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
-from efficientllm.models.flops import forward_flops
-from efficientllm.models.loading import load_tokenizer
+from efficientllm.models.flops import forward_flops, teacher_flops
+from efficientllm.models.loading import load_config, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
@@ -209,7 +209,7 @@ def test_criteria_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("prune", world.write("taught", distill={"weight": 0.7, "temperature": 2.0})) == 0
+    assert call("prune", world.write("taught", distill={"weight": 0.7})) == 0
     losses = [record["loss"] for record in records(world, "taught", "metrics")]
     assert losses[0] < 0.5 * 5.6  # at first the student is the teacher: no divergence, three tenths of the loss
     assert losses[-1] < 5.0
@@ -221,6 +221,27 @@ def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.C
     assert records(world, "cached", "metrics")[-1]["loss"] == records(world, "cached-again", "metrics")[-1]["loss"]
     assert call("prune", world.write("greedy", distill={"top_k": 20})) == 2
     assert "distill.top_k is gone" in capsys.readouterr().err
+
+
+def test_hidden_states_of_a_ladder_and_of_what_goes_on_from_it(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher costs what it costs for its logits alone; a rung still knows which channels it has of the source."""
+    distill = {"weight": 0.5, "hidden": 1.0}
+    recipe = world.write("streams", prune={"ladder": ["60%", "50%"], "target": None}, distill=distill)
+    assert call("prune", recipe) == 0
+    folder = world.folder / "runs" / "streams"
+    (rung,) = (folder / "ladder").iterdir()
+    assert call("continue", rung) == 0
+    went_on = read_journal(folder / "continued" / rung.name / "metrics.jsonl")
+    whole = read_journal(folder / "metrics.jsonl")
+    assert went_on[0]["loss"] == next(each["loss"] for each in whole if each["step"] == went_on[0]["step"])
+    flops = json.loads((folder / "summary.json").read_text())["flops_by_part"]
+    source = space_of(load_config(str(world.folder / "source")))
+    assert flops["teacher"] == 24 * teacher_flops(forward_flops(source, 8, 32))
+    capsys.readouterr()
+    assert call("prune", world.write("narrow", distill=distill | {"teacher": str(rung / "model")})) == 2
+    assert "choose a teacher of the source's shape, or leave distill.hidden out" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(

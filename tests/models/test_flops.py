@@ -138,7 +138,7 @@ def test_a_run_counts_all_that_it_computes(prune: dict[str, Any], distilled: boo
     model = build(tiny_config("llama-gqa"))
     plan = pruning_plan(recipe, model.config)
     state = start(model, recipe.train, plan)
-    teacher = Distillation(LiveTeacher(tiny_model("llama-gqa").eval()), 0.5, 1.0, 20) if distilled else None
+    teacher = Distillation(LiveTeacher(tiny_model("llama-gqa").eval()), 0.5, 20) if distilled else None
     with counting() as counter:
         records = list(
             train_steps(

@@ -110,7 +110,7 @@ def test_a_teacher_is_not_asked_when_looking() -> None:
             return super().says(rows)
 
     teacher = Counted(tiny_model("llama-gqa", max_position_embeddings=LENGTH).eval())
-    state, _, records = run(recipe(), Distillation(teacher, 0.5, 1.0, 100))
+    state, _, records = run(recipe(), Distillation(teacher, 0.5, 100))
     assert any(record.prune.refreshes for record, _ in records if record.prune)
     assert sum(asked) == STEPS * ROWS
     assert state.flops.teacher == STEPS * teacher.flops(ROWS, LENGTH)

@@ -59,6 +59,7 @@ GONE: Mapping[str, Gone] = {
     "distill.top_k": Gone(
         "set distill.samples, such as 50, since the largest logits alone teach a distribution that is too sharp", ()
     ),
+    "distill.temperature": Gone("leave it out: distributions are compared as they are, at a temperature of 1", (1.0,)),
     "distill.chunk_tokens": Gone("leave it out: logits of 1,024 tokens stand in memory at once"),
     "run.log_every": Gone("leave it out: a run has a line of metrics for every step, or 10,000 lines spread over it"),
 }

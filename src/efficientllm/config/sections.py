@@ -34,10 +34,24 @@ class DistillConfig(Section):
     section: ClassVar[str] = "distill"
     teacher: Text | None = Field(default=None, description="Folder, GGUF file or hub id; null: the source, as it was")
     weight: Share = Field(default=0.5, gt=0, description="Of the teacher's term; the rest is next-token loss")
-    temperature: Real = Field(default=1.0, gt=0, description="Softens both distributions")
     samples: Count | None = Field(
         default=None, description="Draws from the teacher kept on disk for each token (50, say); null: all, asked anew"
     )
+    hidden: Real = Field(
+        default=0.0,
+        ge=0,
+        description="Weight, beside both, of the distance to the teacher's residual stream after each layer but the "
+        "last, at the channels that are left (1, say); the teacher is the source, or of its shape",
+    )
+
+    @model_validator(mode="after")
+    def _draws_have_no_stream(self) -> Self:
+        if self.hidden and self.samples is not None:
+            raise UsageError(
+                "distill.hidden needs a teacher that is asked anew, since draws do not hold its residual stream: leave "
+                "out distill.samples"
+            )
+        return self
 
 
 class DistributedConfig(Section):
@@ -154,6 +168,11 @@ class Recipe(Section):
                     "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: "
                     "lower it (0.5), set prune.start, or leave prune.saliency at gate-fisher"
                 )
+        if distill and distill.hidden and prune is not None and prune.rotate == "auto":
+            raise UsageError(
+                "distill.hidden compares residual channels with the teacher's, and prune.rotate makes others of them: "
+                "set prune.rotate to off"
+            )
         return self
 
     @model_validator(mode="after")

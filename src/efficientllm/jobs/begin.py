@@ -41,6 +41,8 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
             rotate(model, ranks.from_first(lambda: components(model, _inputs(job, rows, model))))
             say(f"the residual stream is turned into its principal components, by {rows} rows of text")
         state = start(model, recipe.train, job.pruning, ranks)
+        if rows:
+            state.origin = {}  # its channels are mixtures of the source's
         state.flops.looks += forward_flops(state.space, rows, job.plan.length).base
         return state, _measured(job, state, say)
     snapshot = load(saved, ranks, job.device)

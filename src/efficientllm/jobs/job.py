@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.checkpoint.sharded import storage
@@ -22,14 +22,15 @@ from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_config, load_model, load_tokenizer, located
-from efficientllm.models.space import space_of
+from efficientllm.models.space import space_of, widths_of
+from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
 from efficientllm.training.chunked_loss import loss_is_chunked
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.run_plan import RunPlan, run_plan
-from efficientllm.training.state import PruningPlan
+from efficientllm.training.state import PruningPlan, TrainState
 from efficientllm.training.teacher_cache import CachedTeacher
 
 CHUNK_TOKENS = 1024  # whose logits of both models stand in memory at once: each 200 MB in fp32 for 49,152 words
@@ -85,10 +86,10 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-def teacher_of(job: Job) -> Distillation | None:
+def teacher_of(job: Job, state: TrainState) -> Distillation | None:
     """The frozen teacher that the recipe asks for: bf16 where training is, else fp32.
 
-    Raises UsageError for one that speaks another vocabulary.
+    Raises UsageError for one that speaks another vocabulary, or whose residual stream is not the state's source's.
     """
     distill = job.recipe.distill
     if distill is None:
@@ -102,6 +103,8 @@ def teacher_of(job: Job) -> Distillation | None:
             f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
             f"({own:,}); choose a teacher with the source's tokenizer"
         )
+    if distill.hidden:
+        _check_stream(path, config, state)
 
     def load() -> PreTrainedModel:
         model = load_model(path, device=job.device, what=what).eval().requires_grad_(False)
@@ -109,10 +112,10 @@ def teacher_of(job: Job) -> Distillation | None:
 
     teacher: Teacher
     if distill.samples is None:
-        teacher = LiveTeacher(load())
+        teacher = LiveTeacher(load(), streams=distill.hidden > 0)
     else:
         root, length = cache_root(job.recipe.data.cache_dir), job.plan.length
-        drawn = f"{length}-drawn-{distill.temperature:g}-{distill.samples}"
+        drawn = f"{length}-drawn-1-{distill.samples}"
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
             name += f"-{job.ranks.rank}-of-{job.ranks.world}"
@@ -121,10 +124,26 @@ def teacher_of(job: Job) -> Distillation | None:
             load,
             length=length,
             samples=distill.samples,
-            temperature=distill.temperature,
             space=space_of(config),
         )
-    return Distillation(teacher, distill.weight, distill.temperature, CHUNK_TOKENS)
+    return Distillation(teacher, distill.weight, CHUNK_TOKENS, distill.hidden)
+
+
+def _check_stream(path: str, config: PretrainedConfig, state: TrainState) -> None:
+    """Raises UsageError where it is not known which layers and channels of the teacher the student's are."""
+    wanted = {name: len(units) for name, units in state.origin.items()}
+    if not wanted:
+        raise UsageError(
+            "distill.hidden needs to know which channels of the source are left, and the checkpoint that this run goes "
+            "on from does not say (an older version has made it, or its stem was turned); leave distill.hidden out"
+        )
+    widths = widths_of(config)
+    if wanted != {name: widths[DIMENSIONS[name].width] for name in wanted}:
+        raise UsageError(
+            f"distill.hidden compares the source's own layers and channels ({wanted[LAYERS]} of {wanted[HIDDEN]}), and "
+            f"teacher '{path}' has {widths.layers} of {widths.hidden}; choose a teacher of the source's shape, or "
+            "leave distill.hidden out"
+        )
 
 
 def model_digest(path: str, memory: Path) -> str:

@@ -22,6 +22,7 @@ from efficientllm.files import atomic_path
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
+from efficientllm.pruning.contract import ORIGIN
 from efficientllm.pruning.landing import Landing
 from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.progress import RunProgress
@@ -55,7 +56,8 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
 
         partial = job.ranks.from_first(begin)
         snapshot = capture(state)
-        snapshot.pruner_tensors, snapshot.pruner_facts = {}, None
+        origin = {name: units for name, units in snapshot.pruner_tensors.items() if name.startswith(ORIGIN)}
+        snapshot.pruner_tensors, snapshot.pruner_facts = origin, None
         path = save(partial / "state", snapshot, job.ranks)
 
         def complete() -> None:

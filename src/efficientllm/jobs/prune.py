@@ -64,7 +64,7 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: World = ALONE) -> dic
             with stop_signals() as stop:
                 if ranks.leads:
                     job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
-                teacher = ranks.together(lambda: teacher_of(job))
+                teacher = ranks.together(lambda: teacher_of(job, state))
                 try:
                     train(job, state, stop, teacher)
                 except Diverged as error:

@@ -133,8 +133,15 @@ def _watches_gates(plan: RunPlan) -> bool:
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
-    """A live teacher stands whole on every device; one whose draws lie on disk is loaded only to fill the cache."""
-    return int(teacher.num_params()) * (2 if bf16 else 4) if recipe.distill else 0
+    """A live teacher stands whole on every device, and its residual stream where it is compared; one whose draws lie on
+    disk is loaded only to fill the cache."""
+    if recipe.distill is None:
+        return 0
+    numbers, length = int(teacher.num_params()), recipe.data.sequence_length
+    if recipe.distill.hidden:
+        rows = min(recipe.train.micro_batch, recipe.train.batch_rows(length))
+        numbers += rows * length * teacher.widths.layers * teacher.widths.hidden
+    return numbers * (2 if bf16 else 4)
 
 
 def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:

@@ -15,7 +15,9 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.widths import Widths
 
 Moments = Callable[[str], Mapping[str, Tensor]]
-LIVE, SCORES = PREFIXES = ("live.", "saliency.")  # what the names of an engine's tensors begin with
+LIVE, SCORES = "live.", "saliency."  # what the names of an engine's tensors begin with
+ORIGIN = "origin."  # and of those that say which of the source's units are left
+PREFIXES = (LIVE, SCORES, ORIGIN)
 
 
 class Probe(Protocol):

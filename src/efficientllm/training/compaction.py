@@ -16,7 +16,8 @@ from efficientllm.training.state import PruningPlan, TrainState, capture, restor
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
 
-TIED_TO_SHAPE = ("model", "optimizer", "space", "pruner", "runner")  # of a TrainState: what a compaction replaces
+# Of a TrainState: what a compaction replaces.
+TIED_TO_SHAPE = ("model", "optimizer", "space", "pruner", "origin", "runner")
 
 
 def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:

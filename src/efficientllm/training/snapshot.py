@@ -13,9 +13,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.models.parts import HEAD_WEIGHT, is_recomputed, recompute
 from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of
-from efficientllm.pruning.contract import LIVE, PREFIXES, SCORES
-from efficientllm.pruning.dimensions import LAYERS
+from efficientllm.pruning.contract import LIVE, ORIGIN, PREFIXES, SCORES
+from efficientllm.pruning.dimensions import HIDDEN, LAYERS
 from efficientllm.pruning.engine import PruningEngine
+from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
@@ -31,7 +32,8 @@ class Snapshot:
     """A run between two steps, as plain tensors and JSON values.
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
-    facts (None where nothing is pruned). Weights and moments of a run of several processes are DTensors. config: the
+    facts (None where nothing is pruned), among the tensors `origin_of`. Weights and moments of a run of several
+    processes are DTensors. config: the
     transformers config as a dict. Counts: optimizer steps done, tokens read in steps, tokens of looks at
     the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss or gradient was not finite, in all
     and up to now without a good one between.
@@ -55,8 +57,10 @@ def snapshot_of(
     optimizer: torch.optim.Optimizer,
     pruner: PruningEngine | None,
     counts: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0."""
+    """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0. origin: as of
+    `origin_of`, where it is known."""
     counts = dict.fromkeys(COUNTS, 0) | {"flops": {}} if counts is None else counts
     named = dict(model.named_parameters())
     weights = {name: weight.detach() for name, weight in named.items()}
@@ -67,9 +71,26 @@ def snapshot_of(
         **counts,
         weights=weights,
         moments=moments,
-        pruner_tensors=tensors,
+        pruner_tensors=tensors | {ORIGIN + name: units for name, units in (origin or {}).items()},
         pruner_facts=facts,
     )
+
+
+def origin_of(space: Space) -> dict[str, Tensor]:
+    """Which of the source's layers and residual channels a run's model has, bool (units of the source,), by dimension:
+    at first all."""
+    return {LAYERS: torch.ones(space.widths.layers).bool(), HIDDEN: torch.ones(space.widths.hidden).bool()}
+
+
+def part_of(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:
+    """The pruner's tensors with one of PREFIXES, without it."""
+    tensors = snapshot.pruner_tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _cut_origin(origin: Tensor, kept: Tensor) -> Tensor:
+    """kept: those that stay, among those that there were."""
+    return torch.zeros_like(origin).index_fill(0, origin.nonzero().flatten()[kept], True)
 
 
 def config_of(snapshot: Snapshot) -> PretrainedConfig:
@@ -86,17 +107,15 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     """
     space = space_of(config_of(snapshot))
     assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
-    masks, scores = (
-        {key.removeprefix(prefix): value for key, value in snapshot.pruner_tensors.items() if key.startswith(prefix)}
-        for prefix in (LIVE, SCORES)
-    )
-    known = len(masks) + len(scores)
+    masks, scores, origin = (part_of(snapshot, prefix) for prefix in PREFIXES)
+    known = len(masks) + len(scores) + len(origin)
     assert known == len(snapshot.pruner_tensors), f"a tensor of the pruner is none of {PREFIXES}, and would be lost"
     live = Live(masks)
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
     tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
+    tensors |= {ORIGIN + name: _cut_origin(units, kept[name]) for name, units in origin.items()}
     narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 

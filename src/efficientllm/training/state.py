@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.distributed.layout import Runner, wrap
@@ -19,7 +20,7 @@ from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.experts import prepare
 from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
-from efficientllm.pruning.contract import Probe, PruneReport
+from efficientllm.pruning.contract import ORIGIN, Probe, PruneReport
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
@@ -29,7 +30,7 @@ from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, load_moments, shaped_moments
-from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, snapshot_of
+from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, origin_of, part_of, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -65,7 +66,8 @@ class PruningPlan:
 @dataclass
 class TrainState:
     """A live run: everything that changes while it trains. Whatever calls the model does so inside `runner.run`, which
-    gathers sharded weights for as long as the call lasts; ranks: this process among those that share the run."""
+    gathers sharded weights for as long as the call lasts; ranks: this process among those that share the run; origin:
+    as of `origin_of`, empty where it is not known."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -79,6 +81,7 @@ class TrainState:
     flops: Ledger = field(default_factory=Ledger)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    origin: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +143,8 @@ def assemble(
             options=plan.options,
             reduction=ranks,
         )
-    state = TrainState(model, optimizer, space, pruner, runner, ranks)
+    origin = origin_of(space) if snapshot is None else part_of(snapshot, ORIGIN)
+    state = TrainState(model, optimizer, space, pruner, runner, ranks, origin=origin)
     if snapshot is not None:
         load_moments(optimizer, model, snapshot.moments)
         if pruner and snapshot.pruner_facts is not None:
@@ -164,7 +168,7 @@ def prune(state: TrainState, position: float, probe: Probe) -> PruneReport:
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
     counts = {name: getattr(state, name) for name in COUNTS} | {"flops": asdict(state.flops)}
-    return snapshot_of(state.model, state.optimizer, state.pruner, counts)
+    return snapshot_of(state.model, state.optimizer, state.pruner, counts, state.origin)
 
 
 def restore(

@@ -24,7 +24,7 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import loss_is_chunked
-from efficientllm.training.distillation import Distillation
+from efficientllm.training.distillation import Distillation, Lineage
 from efficientllm.training.gradient import (
     Precision,
     SummedLoss,
@@ -213,14 +213,17 @@ class Step(Passes):
         return balanced if use == "step" and self._balanced else loss
 
     def _token_loss(self, use: Use) -> SummedLoss:
-        """Next-token cross-entropy, or of the step itself its mixture with what a teacher says, whose logits are
-        chunked always."""
+        """Next-token cross-entropy, or of a step itself its mixture with what a teacher says (its logits in chunks)."""
         model: Any = self.state.model
         if use == "inputs":
             return partial(_hidden_states, model, self._precision)
         if use == "step" and self._distillation is not None:
-            summed = self._distillation.summed_loss
-            return partial(summed, body(model), logits_of(model), precision=self._precision)
+            state, taught = self.state, self._distillation
+            kept = state.origin, state.pruner and state.pruner.live, state.device
+            lineage = Lineage.of(*kept) if taught.hidden else None
+            return partial(
+                taught.summed_loss, body(model), logits_of(model), precision=self._precision, lineage=lineage
+            )
         vocabulary = model.config.vocab_size
         chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, vocabulary)
         return partial(summed_loss, model, precision=self._precision, chunked=chunked)

@@ -34,7 +34,7 @@ PART = 256  # tokens whose distributions stand in memory in fp64
 
 
 class CachedTeacher:
-    """A Teacher (distillation.py) that keeps draws of every token's distribution, at one temperature, on disk.
+    """A Teacher (distillation.py) that keeps draws of every token's distribution on disk.
 
     load: brings the model when a row is not there yet, and never before. length: tokens of a row. samples: draws of a
     token. space: the model's. Raises UsageError when the disk refuses at first.
@@ -47,11 +47,9 @@ class CachedTeacher:
         *,
         length: int,
         samples: int,
-        temperature: float,
         space: Space,
     ) -> None:
         self._load, self._length, self._samples, self._space = load, length, samples, space
-        self._temperature = temperature
         self._model: PreTrainedModel | None = None
         self._paths = [folder / name for name in ("log_p.bin", "tokens.bin", "keys.bin")]
         self._sizes = [length * samples * 2, length * samples * 4, KEY_BYTES]
@@ -109,7 +107,7 @@ class CachedTeacher:
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
         offset = torch.rand(len(row), generator=generator, dtype=torch.float64).to(logits.device)
         parts = zip(logits.split(PART), offset.split(PART), strict=True)
-        log_p, tokens = zip(*(draws(part, self._temperature, self._samples, at) for part, at in parts), strict=True)
+        log_p, tokens = zip(*(draws(part, self._samples, at) for part, at in parts), strict=True)
         return torch.cat(log_p).half().cpu(), torch.cat(tokens).int().cpu()
 
     def _append(self, fresh: dict[bytes, tuple[Tensor, Tensor]]) -> None:
@@ -141,7 +139,7 @@ class CachedTeacher:
                 parts.append(torch.from_numpy(np.frombuffer(file.read(size), dtype=kind).reshape(shape).copy()))
         return parts[0], parts[1]
 
-    def divergence(self, own: Tensor, temperature: float, *said: Tensor) -> Tensor:
+    def divergence(self, own: Tensor, *said: Tensor) -> Tensor:
         return sampled_divergence(own, *said)
 
     def flops(self, rows: int, length: int) -> int:
