@@ -15,8 +15,8 @@ from pathlib import Path
 from efficientllm.config import Recipe
 from efficientllm.demo.story import DemoSize, prepare_corpus, stage_recipe, write_architecture
 from efficientllm.export.check import check_hf
-from efficientllm.export.gguf import GGUFRequest, export_gguf
-from efficientllm.export.hf import HFRequest, export_hf
+from efficientllm.export.gguf import export_gguf
+from efficientllm.export.hf import export_hf
 from efficientllm.export.subject import subject_of
 from efficientllm.jobs.prune import run
 from efficientllm.jobs.report import write_report
@@ -85,7 +85,7 @@ print(write_report([Path(recipe.run.dir)], Path(recipe.run.dir), say))
 
 # %%
 result = subject_of(Path(recipe.run.dir))
-exported = export_hf(HFRequest(result, "bfloat16", out=folder / "hf", overwrite=True), say)
+exported = export_hf(result, "bfloat16", out=folder / "hf", overwrite=True, say=say)
 check_hf(result.folder, exported, "bfloat16", say)
-file = export_gguf(GGUFRequest(result, "q8_0", overwrite=True), say)
+file = export_gguf(result, "q8_0", overwrite=True, say=say)
 print(f"{file}: {file.stat().st_size:,} bytes")

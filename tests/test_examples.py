@@ -118,14 +118,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(chat: Any, capsys: pyte
 
 def test_the_chat_speaks_with_a_real_file(world: World, tmp_path: Path) -> None:
     need_llamacpp()
-    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.gguf import export_gguf
     from efficientllm.export.subject import subject_of
 
     folder = tmp_path / "source"
     tiny_model("llama-gqa", vocab_size=300).save_pretrained(folder)
     for file in (world.folder / "tokenizer").glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    path = export_gguf(GGUFRequest(subject_of(folder), "f16", tmp_path / "m.gguf"), lambda note: None)
+    path = export_gguf(subject_of(folder), "f16", tmp_path / "m.gguf", say=lambda note: None)
     done = call(CHAT, path, "--tokens", "5", cwd=tmp_path, text="the model\n\nlearns\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout

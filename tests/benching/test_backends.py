@@ -80,7 +80,7 @@ def test_transformers_generates_greedily(family: str, tmp_path: Path) -> None:
 def make_gguf(world: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
     """A model folder of a family with the world's tokenizer, and its f32 GGUF file."""
     pytest.importorskip("gguf", reason="the gguf package is not installed")
-    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.gguf import export_gguf
     from efficientllm.export.subject import subject_of
 
     def make(family: str) -> tuple[Path, Path]:
@@ -89,7 +89,7 @@ def make_gguf(world: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
         for file in (world.folder / "tokenizer").glob("tokenizer*"):
             (folder / file.name).write_bytes(file.read_bytes())
         out = tmp_path / "model.gguf"
-        return folder, export_gguf(GGUFRequest(subject_of(folder), "f32", out), lambda note: None)
+        return folder, export_gguf(subject_of(folder), "f32", out, say=lambda note: None)
 
     return make
 
@@ -105,11 +105,11 @@ def test_a_gguf_file_has_the_facts_of_its_source(make_gguf: Any, family: str) ->
 
 @pytest.mark.parametrize(("kind", "said"), [("f32", "f32"), ("bf16", "bf16"), ("q8_0", "f16")])
 def test_a_gguf_file_says_what_its_weights_are(make_gguf: Any, tmp_path: Path, kind: str, said: str) -> None:
-    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.gguf import export_gguf
     from efficientllm.export.subject import subject_of
 
     folder, _ = make_gguf("llama-gqa")  # rows of 40, 24 and 52: no multiples of 32
-    file = export_gguf(GGUFRequest(subject_of(folder), kind, tmp_path / "other.gguf"), lambda note: None)
+    file = export_gguf(subject_of(folder), kind, tmp_path / "other.gguf", say=lambda note: None)
     assert facts_of_gguf(file, 11, 17)["type"] == said
 
 

@@ -110,11 +110,11 @@ def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.Captur
 def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder and a file, each in its process, to the results and the page."""
     need_llamacpp()
-    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.gguf import export_gguf
     from efficientllm.export.subject import subject_of
 
     folder, file, out = world.folder / "source", tmp_path / "m.gguf", tmp_path / "bench.json"
-    export_gguf(GGUFRequest(subject_of(folder), "f32", file), lambda note: None)
+    export_gguf(subject_of(folder), "f32", file, say=lambda note: None)
     options = ("--backend", "llamacpp", *SHORT, "--batch", "1,2", "--repeats", "2", "--json", out)
     assert call("bench", folder, file, *options) == 0
     page = capsys.readouterr().out

@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 
-from efficientllm.export.gguf import GGUFRequest, export_gguf
+from efficientllm.export.gguf import export_gguf
 from efficientllm.export.subject import subject_of
 
 LLAMA3 = {
@@ -24,7 +24,7 @@ def write(folder: Path, kind: str = "f32", **options: Any) -> tuple[Any, list[st
     """Exports beside the folder; the file's reader and what was said."""
     said: list[str] = []
     out = options.pop("out", folder.parent / f"{kind}.gguf")
-    path = export_gguf(GGUFRequest(subject_of(folder), kind, out, **options), said.append)
+    path = export_gguf(subject_of(folder), kind, out, **options, say=said.append)
     return gguf.GGUFReader(path), said
 
 

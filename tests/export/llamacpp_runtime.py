@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from efficientllm.export.gguf import GGUFRequest, export_gguf
+from efficientllm.export.gguf import export_gguf
 from efficientllm.export.subject import subject_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -46,4 +46,4 @@ def runtime(file: Path) -> Iterator[Any]:
 
 
 def to_gguf(folder: Path, out: Path, kind: str = "f32") -> Path:
-    return export_gguf(GGUFRequest(subject_of(folder), kind, out), lambda note: None)
+    return export_gguf(subject_of(folder), kind, out, say=lambda note: None)

@@ -24,7 +24,7 @@ from efficientllm.cli import main
 from efficientllm.errors import UsageError
 from efficientllm.export import check
 from efficientllm.export.check import ANOTHER_RUNTIME, VLLM_PYTHON, ask, check_gguf, check_hf, judge, request_for
-from efficientllm.export.hf import HFRequest, export_hf
+from efficientllm.export.hf import export_hf
 from efficientllm.export.subject import subject_of
 
 VLLM = os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else "")
@@ -50,7 +50,7 @@ def test_a_check_in_a_fresh_process_sees_a_wrong_weight(finished_run: Path, tmp_
     source = shutil.copytree(finished_run / "model", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
-    out = export_hf(HFRequest(subject_of(source), out=tmp_path / "checked"), quiet)
+    out = export_hf(subject_of(source), out=tmp_path / "checked", say=quiet)
     weights = load_file(out / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def test_a_qwen2_that_vllm_would_misread_is_said(make_model: Any, tmp_path: Path
     for name, hidden, expected in (("odd", 40, 1), ("square", 24, 0)):
         folder, _ = make_model("qwen2-gqa-tied", hidden_size=hidden)
         said: list[str] = []
-        export_hf(HFRequest(subject_of(folder), out=tmp_path / name), said.append)
+        export_hf(subject_of(folder), out=tmp_path / name, say=said.append)
         assert sum("would serve another model" in note for note in said) == expected
         shutil.rmtree(folder)
 

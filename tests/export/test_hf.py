@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.cli import main
 from efficientllm.errors import UsageError
-from efficientllm.export.hf import HFRequest, export_hf
+from efficientllm.export.hf import export_hf
 from efficientllm.export.push import check_push, push_folder
 from efficientllm.export.subject import subject_of
 
@@ -33,7 +33,7 @@ def call(*argv: str | Path) -> int:
 
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", "5GB"), ("bfloat16", "20KB"), ("float16", "20KB")])
 def test_weights_are_those_of_the_run_rounded(finished_run: Path, tmp_path: Path, dtype: str, shard: str) -> None:
-    out = export_hf(HFRequest(subject_of(finished_run), dtype, shard, tmp_path / "out"), quiet)
+    out = export_hf(subject_of(finished_run), dtype, shard, tmp_path / "out", say=quiet)
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (shard == "20KB") == (out / "model.safetensors.index.json").is_file()
     if len(files) > 1:
@@ -54,8 +54,8 @@ def test_the_card_carries_the_hub_s_block_and_what_was_measured(finished_run: Pa
     (finished_run / "eval").mkdir(exist_ok=True)
     measured = {"results": {"boolq": {"acc,none": 0.625, "acc_stderr,none": 0.1}}}
     (finished_run / "eval" / "results.json").write_text(json.dumps(measured))
-    request = HFRequest(subject_of(finished_run), out=tmp_path / "carded", licence="apache-2.0")
-    text = (export_hf(request, quiet) / "README.md").read_text()
+    out = export_hf(subject_of(finished_run), out=tmp_path / "carded", licence="apache-2.0", say=quiet)
+    text = (out / "README.md").read_text()
     block = yaml.safe_load(text.split("---\n")[1])
     assert block["library_name"] == "transformers"
     assert block["license"] == "apache-2.0"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 
-from efficientllm.export.gguf import GGUFRequest, export_gguf  # noqa: E402
+from efficientllm.export.gguf import export_gguf  # noqa: E402
 from efficientllm.export.gguf_tensors import K_QUANTS  # noqa: E402
 from efficientllm.export.subject import subject_of  # noqa: E402
 from efficientllm.models.loading import load_tokenizer, located  # noqa: E402
@@ -201,7 +201,7 @@ def test_k_quants_fall_back_to_what_the_export_says(
 
     folder, _ = make_model("llama-gqa", hidden_size=hidden, intermediate_size=256, head_dim=64)
     said: list[str] = []
-    source = export_gguf(GGUFRequest(subject_of(folder), kind, tmp_path / "m-f16.gguf"), said.append)
+    source = export_gguf(subject_of(folder), kind, tmp_path / "m-f16.gguf", say=said.append)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"), 1
     out = tmp_path / f"m-{kind}.gguf"

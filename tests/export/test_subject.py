@@ -11,7 +11,7 @@ import pytest
 
 from efficientllm.checkpoint.export import refuse_foreign
 from efficientllm.errors import UsageError
-from efficientllm.export.hf import HFRequest, export_hf
+from efficientllm.export.hf import export_hf
 from efficientllm.export.subject import subject_of
 from efficientllm.export.weights import Weights
 
@@ -49,7 +49,7 @@ def test_a_summary_of_something_else_says_nothing_of_the_model(make_model: Any, 
 def test_a_card_in_another_encoding_is_carried_over(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama-gqa")
     (folder / "README.md").write_bytes("# Modèle\n".encode("latin-1"))
-    out = export_hf(HFRequest(subject_of(folder), out=tmp_path / "out"), lambda note: None)
+    out = export_hf(subject_of(folder), out=tmp_path / "out", say=lambda note: None)
     assert (out / "README.md").read_text() == "# Mod\ufffdle\n"
 
 
@@ -61,7 +61,7 @@ def test_a_folder_of_notes_is_not_overwritten(make_model: Any, tmp_path: Path, n
     for name in names:
         (notes / name).write_text("mine")
     with pytest.raises(UsageError, match="is no model folder"):
-        export_hf(HFRequest(subject_of(folder), out=notes, overwrite=True), lambda note: None)
+        export_hf(subject_of(folder), out=notes, overwrite=True, say=lambda note: None)
     assert sorted(path.name for path in notes.iterdir()) == sorted(names)
 
 
@@ -69,6 +69,6 @@ def test_a_model_folder_and_an_empty_one_are(make_model: Any, tmp_path: Path) ->
     folder, _ = make_model("llama-gqa")
     (tmp_path / "empty").mkdir()
     for shards in ("5GB", "20KB", "5GB"):
-        request = HFRequest(subject_of(folder), "float32", shards, tmp_path / "empty", overwrite=True)
-        export_hf(request, lambda note: None)
+        out = tmp_path / "empty"
+        export_hf(subject_of(folder), "float32", shards, out, overwrite=True, say=lambda note: None)
     refuse_foreign(tmp_path / "nowhere")

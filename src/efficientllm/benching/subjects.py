@@ -131,10 +131,10 @@ def _source_of(name: str) -> str:
 
 def _gguf_of(name: str, settings: Settings, folder: Path, say: Callable[[str], None]) -> Path:
     """The file itself, or a folder's model exported to one."""
-    from efficientllm.export.gguf import GGUFRequest, export_gguf
+    from efficientllm.export.gguf import export_gguf
 
     path = Path(name)
     if path.suffix == GGUF:
         return path
     mend = "free disk space there, or set TMPDIR to a folder on a larger disk"
-    return export_gguf(GGUFRequest(subject_of(path), settings.dtype, folder / "model.gguf", disk_mend=mend), say)
+    return export_gguf(subject_of(path), settings.dtype, folder / "model.gguf", disk_mend=mend, say=say)

@@ -9,6 +9,7 @@ import typer
 
 from efficientllm.cli.app import Overrides, RecipeFile, app, one_sentence, say
 from efficientllm.errors import UsageError
+from efficientllm.sizes import parse_count
 
 
 @app.command()
@@ -63,8 +64,6 @@ def _list(text: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    from efficientllm.sizes import parse_count
-
     try:
         return parse_count(text)
     except ValueError as error:

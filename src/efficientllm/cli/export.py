@@ -51,7 +51,7 @@ def export(
         _to_gguf(model, kind.lower(), out, overwrite, licence, check)
         return
     from efficientllm.export.check import check_hf
-    from efficientllm.export.hf import HFRequest, export_hf
+    from efficientllm.export.hf import export_hf
     from efficientllm.export.push import check_push, push_folder
     from efficientllm.export.subject import subject_of
     from efficientllm.jobs.interruption import stopping
@@ -62,7 +62,7 @@ def export(
         check_push(push)
     subject = subject_of(model)
     with stopping(STOPPED):
-        folder = export_hf(HFRequest(subject, dtype, max_shard_size, out, overwrite, licence), say)
+        folder = export_hf(subject, dtype, max_shard_size, out, overwrite=overwrite, licence=licence, say=say)
     print(folder)
     with stopping(f"stopped; the folder {folder} is whole, but not {'pushed' if push else 'checked'}"):
         if check:
@@ -73,7 +73,7 @@ def export(
 
 def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence: str | None, check: bool) -> None:
     try:
-        from efficientllm.export.gguf import GGUFRequest, export_gguf
+        from efficientllm.export.gguf import export_gguf
     except ImportError as error:
         if (error.name or "").split(".")[0] != "gguf":
             raise
@@ -85,7 +85,7 @@ def _to_gguf(model: Path, kind: str, out: Path | None, overwrite: bool, licence:
 
     subject = subject_of(model)
     with stopping(STOPPED):
-        file = export_gguf(GGUFRequest(subject, kind, out, overwrite, licence), say)
+        file = export_gguf(subject, kind, out, overwrite=overwrite, licence=licence, say=say)
     print(file)
     with stopping(f"stopped; the file {file} is whole, but not checked"):
         if check:

@@ -29,8 +29,7 @@ def keys(
         found = [key for key in found if (key.name + ".").replace("[]", "").startswith(f"{section}.")]
         if not found:
             raise UsageError(f"{section} is neither a section nor a key of a recipe; sections are {', '.join(known)}")
-    rows = [(key.name, key.default, key.meaning, key.choices) for key in found]
     if markdown:
-        print(keys_page(rows, {key: gone.instead for key, gone in GONE.items()}), end="")
+        print(keys_page(found, {key: gone.instead for key, gone in GONE.items()}), end="")
     else:
-        print_keys(rows)
+        print_keys(found)

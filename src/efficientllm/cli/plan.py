@@ -10,6 +10,7 @@ import typer
 
 from efficientllm.cli.app import Overrides, RecipeFile, app, one_sentence, say
 from efficientllm.errors import UsageError
+from efficientllm.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,7 +41,6 @@ def plan(
     from efficientllm.planning.gpus import gpu_named
     from efficientllm.planning.plan import plan_of
     from efficientllm.pruning.widths import Widths
-    from efficientllm.sizes import format_bytes
     from efficientllm.training.run_plan import run_plan
 
     loaded = load_recipe(recipe, overrides or [])
@@ -109,8 +109,6 @@ def _sharding(
 
 
 def _sharding_rows(spread: Sharding, gpus: int) -> list[tuple[str, str]]:
-    from efficientllm.sizes import format_bytes
-
     pieces = "whole" if spread.shards == 1 else f"in {spread.shards} shards"
     copies = "1 copy" if spread.replicas == 1 else f"{spread.replicas} copies"
     return [
@@ -124,8 +122,6 @@ def _sharding_rows(spread: Sharding, gpus: int) -> list[tuple[str, str]]:
 
 def _fit(gpu: Gpu, total: float, step: StepMemory, recipe: Recipe) -> str:
     """Whether it fits, and if not what would: activations and temporaries grow with the rows of a micro-batch."""
-    from efficientllm.sizes import format_bytes
-
     room = 0.92 * gpu.memory
     if total <= room:
         return f"fits in {format_bytes(gpu.memory)}"
@@ -148,15 +144,12 @@ def _hours(gpu: Gpu, hours: float, gpus: int, utilisation: float, *, bf16: bool)
 
 
 def _goal(plan: Plan) -> str:
-    from efficientllm.sizes import format_count
-
     size = f"{format_count(plan.target)} parameters"
     return f"{plan.reaches} at most, about {size}" if plan.reaches else f"{size} at most"
 
 
 def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
     from efficientllm.reporting.tables import flops_sentence
-    from efficientllm.sizes import format_bytes, format_count
 
     kind = "bf16 autocast" if bf16 else "fp32"
     before, pruning, after = (format_count(tokens) for tokens in plan.phases)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -15,8 +14,7 @@ from efficientllm.config.sections import Recipe
 REQUIRED = "required"
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One key. name: dotted, with [] where a list may stand; default: as a recipe would write it."""
 
     name: str

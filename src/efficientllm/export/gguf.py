@@ -5,11 +5,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written by th
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -52,47 +52,47 @@ QUANTIZER = "llama-quantize"
 MARGIN = 1 << 20  # bytes that the metadata and the file system may take besides
 
 
-@dataclass(frozen=True)
-class GGUFRequest:
-    """`kind`: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written.
-
-    `disk_mend`: what the user can do where the disk refuses.
-    """
-
-    subject: Subject
-    kind: str = "f16"
-    out: Path | None = None
-    overwrite: bool = False
-    licence: str | None = None
-    disk_mend: str = "free disk space or choose another place with --out"
-
-
-def export_gguf(request: GGUFRequest, say: Callable[[str], None]) -> Path:
+def export_gguf(
+    subject: Subject,
+    kind: str = "f16",
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    licence: str | None = None,
+    disk_mend: str = "free disk space or choose another place with --out",
+    say: Callable[[str], None],
+) -> Path:
     """Writes the file, and its card beside it (NAME.md for NAME.gguf), and returns its path.
+
+    kind: f32, f16, bf16, q8_0, ... or a k-quant, of which the f16 that llama.cpp quantises is written. disk_mend: what
+    the user can do where the disk refuses.
 
     Weights go through memory one at a time. Raises UsageError for what llama.cpp cannot run or would read otherwise,
     and where the disk refuses; no half-written file is left, and what stood there is replaced only by a whole one.
     """
-    kind = request.kind
     if kind not in (*WRITTEN, *K_QUANTS):
         raise UsageError(
             f"there is no type {kind}; written are {', '.join(WRITTEN)}; by llama.cpp {', '.join(K_QUANTS)}"
         )
     written = "f16" if kind in K_QUANTS else kind
-    out = _destination(request, written)
-    whole = Weights(request.subject.folder)
+    out = out or subject.home / "gguf" / f"{subject.name}-{written}.gguf"
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file, such as --out {out / (subject.name + '.gguf')}")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists already; name another file with --out, or replace it with --overwrite")
+    whole = Weights(subject.folder)
     config = whole.config
     architecture = architecture_of(config)
     weights = whole if ARCHITECTURES[architecture].fused else Unfused(whole)
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
     factors = rope_tensors(config, architecture)
-    tokenizer = tokenizer_of(request.subject.folder, say)
-    vocabulary = vocabulary_of(tokenizer, config, end_tokens(request.subject.folder, say))
-    card = request.subject.card(config, sum(_count(each) for each in stored), request.licence)
+    tokenizer = tokenizer_of(subject.folder, say)
+    vocabulary = vocabulary_of(tokenizer, config, end_tokens(subject.folder, say))
+    card = subject.card(config, sum(math.prod(each.shape) for each in stored), licence)
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config, architecture)):
         say(note)
 
-    with _written(out, stored, architecture, request.disk_mend) as writer:
+    with _written(out, stored, architecture, disk_mend) as writer:
         _describe(writer, card)
         _hyperparameters(writer, config, architecture)
         _tokenizer(writer, vocabulary)
@@ -126,20 +126,6 @@ def _written(out: Path, stored: list[Stored], architecture: str, mend: str) -> I
         with suppress(OSError):
             if writer is not None:
                 writer.close()
-
-
-def _destination(request: GGUFRequest, written: str) -> Path:
-    subject = request.subject
-    out = request.out or subject.home / "gguf" / f"{subject.name}-{written}.gguf"
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file, such as --out {out / (subject.name + '.gguf')}")
-    if out.exists() and not request.overwrite:
-        raise UsageError(f"{out} exists already; name another file with --out, or replace it with --overwrite")
-    return out
-
-
-def _count(stored: Stored) -> int:
-    return int(np.prod(stored.shape))
 
 
 def _check_space(out: Path, stored: list[Stored]) -> None:

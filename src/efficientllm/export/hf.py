@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,29 +29,26 @@ from efficientllm.reporting.progress import track
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class HFRequest:
-    """`dtype` is a key of DTYPES; `max_shard_size` such as 5GB or 500MB; without `out` it lands in the run folder."""
-
-    subject: Subject
-    dtype: str = "float32"
-    max_shard_size: str = "5GB"
-    out: Path | None = None
-    overwrite: bool = False
-    licence: str | None = None
-
-
-def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
-    """Writes the folder and returns its path; one shard is in memory at a time.
+def export_hf(
+    subject: Subject,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    licence: str | None = None,
+    say: Callable[[str], None],
+) -> Path:
+    """Writes the folder and returns its path; one shard is in memory at a time. dtype: a key of DTYPES. max_shard_size:
+    such as 5GB or 500MB. out: default: in the run folder.
 
     Raises UsageError for a damaged or unsupported model, a folder that is taken, and where the disk refuses; the
     folder appears whole or not at all.
     """
-    if request.dtype not in DTYPES:
-        raise UsageError(f"there is no dtype {request.dtype}; choose one of {', '.join(DTYPES)}")
-    subject = request.subject
-    out = (request.out or subject.home / "hf" / subject.name).resolve()
-    if out.exists() and not request.overwrite:
+    if dtype not in DTYPES:
+        raise UsageError(f"there is no dtype {dtype}; choose one of {', '.join(DTYPES)}")
+    out = (out or subject.home / "hf" / subject.name).resolve()
+    if out.exists() and not overwrite:
         raise UsageError(f"{out} exists already; name another folder with --out, or replace it with --overwrite")
     if out == subject.folder or out in subject.folder.parents:
         raise UsageError(f"{out} holds the model that is exported; name another folder with --out")
@@ -65,12 +61,12 @@ def export_hf(request: HFRequest, say: Callable[[str], None]) -> Path:
     if subject.facts is None and own.is_file():
         card = own.read_text(encoding="utf-8", errors="replace")
     else:
-        card = subject.card(weights.config, parameters, request.licence).text()
+        card = subject.card(weights.config, parameters, licence).text()
     generation = load_generation_config(str(subject.folder), say)
     try:
         with atomic_path(out, alone=False) as partial:
-            _write_weights(weights, partial, DTYPES[request.dtype], request.max_shard_size)
-            _write_configs(weights.config, generation, partial, DTYPES[request.dtype])
+            _write_weights(weights, partial, DTYPES[dtype], max_shard_size)
+            _write_configs(weights.config, generation, partial, DTYPES[dtype])
             save_tokenizer(tokenizer, partial)
             (partial / README).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:

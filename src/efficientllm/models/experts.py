@@ -118,7 +118,7 @@ def seen_inputs(experts: Any, see: Callable[[Tensor, Tensor, Routed], None]) -> 
 
 def balance_of(config: Any) -> float:
     """The weight of the load-balancing loss in training, 0 where the model's config does not ask for one."""
-    if not (is_mixture(config) and config.output_router_logits):
+    if not (getattr(config, "output_router_logits", False) and is_mixture(config)):
         return 0.0
     return float(config.router_aux_loss_coef)
 

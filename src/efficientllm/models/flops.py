@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from efficientllm.pruning.dimensions import QUERY
@@ -49,10 +50,14 @@ class ForwardFlops:
         return self.base + self.head
 
 
+@lru_cache(256)  # every step asks for the same few passes
 def forward_flops(space: Space, rows: int, length: int, widths: Widths | None = None) -> ForwardFlops:
-    """A forward pass over `rows` rows of `length` tokens at `widths` (default: the space's own); elementwise where
-    their fields are int64 tensors."""
-    widths = space.widths if widths is None else widths
+    """A forward pass over `rows` rows of `length` tokens at `widths` (default: the space's own)."""
+    return _forward(space, rows, length, space.widths if widths is None else widths)
+
+
+def _forward(space: Space, rows: int, length: int, widths: Any) -> ForwardFlops:
+    """Elementwise where the fields of the widths are int64 tensors."""
     tokens = rows * length
     matrices = Counter((spec.layer is not None, spec.axes) for spec in space.params if len(spec.axes) > 1)
     in_layers = [spec.axes for spec in space.params if spec.layer == 0 and len(spec.axes) > 1]  # in order of use
@@ -83,7 +88,7 @@ class FlopsPerToken:
         return f"{self.name} at {self.length}"
 
     def __call__(self, widths: Any) -> Any:
-        return forward_flops(self.space, 1, self.length, widths).total // self.length
+        return _forward(self.space, 1, self.length, widths).total // self.length
 
 
 def training_flops(forward: ForwardFlops, *, gradient_checkpointing: bool = False, chunked: bool = False) -> int:

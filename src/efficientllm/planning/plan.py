@@ -87,7 +87,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
         plan.pace.flops,
         int(cost(space.widths).total),
         replace(
-            step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu, gates=_watches_gates(plan)),
+            step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu, gates="gates" in _needs(plan)),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
             inputs=_input_bytes(plan, bf16=bf16),
         ),
@@ -125,11 +125,12 @@ def _phases(plan: RunPlan, events: int) -> tuple[int, int, int]:
     return start, end - start, total - end
 
 
-def _watches_gates(plan: RunPlan) -> bool:
+def _needs(plan: RunPlan) -> set[str]:
+    """What the criteria of a run look at."""
     if plan.pruning is None:
-        return False
+        return set()
     options = plan.pruning.options
-    return any(each.needs == "gates" for each in criteria_of(options.saliency, options.types).values())
+    return {each.needs for each in criteria_of(options.saliency, options.types).values()}
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
@@ -146,11 +147,7 @@ def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
 
 def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:
     """Of the rows whose inputs a step with events keeps (training/capture.py), in a single process."""
-    if plan.pruning is None:
-        return 0
-    options = plan.pruning.options
-    scored = any(each.needs == "inputs" for each in criteria_of(options.saliency, options.types).values())
-    if options.correction is None and not scored:
+    if plan.pruning is None or (plan.pruning.options.correction is None and "inputs" not in _needs(plan)):
         return 0
     looks = LookRows.of(plan.pruning, plan.batch_rows, plan.length)
     rows = -(-plan.batch_rows // looks.every(plan.batch_rows))
@@ -160,15 +157,14 @@ def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:
 def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
     """FLOPs of a step as a function of the allocated widths, a teacher's included."""
     recipe, space, batch_rows, length = plan.recipe, plan.space, plan.batch_rows, plan.length
-    distill = recipe.distill is not None
-    keeps = recipe.distill is not None and recipe.distill.samples is not None
-    teacher = teacher_flops(forward_flops(teaching, batch_rows, length), keeps=keeps) if distill else 0
+    distill, asked = recipe.distill, forward_flops(teaching, batch_rows, length)
+    teacher = teacher_flops(asked, keeps=distill.samples is not None) if distill else 0
 
     @lru_cache(1 << 16)
     def at(widths: Widths) -> Ledger:
         forward = forward_flops(space, batch_rows, length, widths)
-        recomputes = recipe.train.gradient_checkpointing
-        return Ledger(training_flops(forward, gradient_checkpointing=recomputes, chunked=distill), teacher=teacher)
+        recomputes, chunked = recipe.train.gradient_checkpointing, distill is not None
+        return Ledger(training_flops(forward, gradient_checkpointing=recomputes, chunked=chunked), teacher=teacher)
 
     return at
 
@@ -179,20 +175,9 @@ def run_flops(plan: RunPlan, teaching: Space) -> Ledger:
 
 
 def _simulated(plan: RunPlan, cost: StepFlops) -> Simulated:
-    space, train = plan.space, plan.recipe.train
-    if plan.pruning is None:
-        done = Simulated(Standing(space.widths), space.widths)
-        for _ in range(plan.steps):
-            done.flops.add(cost(space.widths))
-        return done
-    simulation = Simulation(
-        space,
-        plan.pruning,
-        cost,
-        rows=plan.batch_rows,
-        length=plan.length,
-        recomputes=train.gradient_checkpointing,
-        compiles=train.compile,
-        distills=plan.recipe.distill is not None,
-    )
-    return simulation.run(plan.steps)
+    if plan.pruning is not None:
+        return Simulation(plan, cost).run()
+    done = Simulated(Standing(plan.space.widths), plan.space.widths)
+    for _ in range(plan.steps):
+        done.flops.add(cost(plan.space.widths))
+    return done

@@ -17,13 +17,12 @@ from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS
-from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import narrower
 from efficientllm.training.looks import LookRows
-from efficientllm.training.state import PruningPlan
+from efficientllm.training.run_plan import RunPlan
 
 StepFlops = Callable[[Widths], Ledger]
 SETTLES = 3  # measurements of a type after which its ratio counts as settled: noise alone moves it at the second
@@ -50,36 +49,27 @@ class Simulated:
 
 
 class Simulation:
-    """Takes the steps. rows, length: of a batch. recomputes, compiles: as train.gradient_checkpointing and
-    train.compile."""
+    """Takes the steps of a run that prunes. step_flops: of one, by the allocated widths."""
 
-    def __init__(
-        self,
-        space: Space,
-        plan: PruningPlan,
-        step_flops: StepFlops,
-        *,
-        rows: int,
-        length: int,
-        recomputes: bool,
-        compiles: bool,
-        distills: bool,
-    ) -> None:
-        self._space, self._plan, self._step_flops = space, plan, step_flops
-        self._batch, self._length, self._recomputes, self._compiles = rows, length, recomputes, compiles
-        self._watched = not (compiles or distills)  # a step's own pass shows its gates
-        self._rows = LookRows.of(plan, rows, length)
+    def __init__(self, run: RunPlan, step_flops: StepFlops) -> None:
+        assert run.pruning is not None
+        space, plan, train = run.space, run.pruning, run.recipe.train
+        self._space, self._plan, self._step_flops, self._steps = space, plan, step_flops, run.steps
+        self._batch, self._length = run.batch_rows, run.length
+        self._recomputes, self._compiles = train.gradient_checkpointing, train.compile
+        self._watched = not (train.compile or run.recipe.distill)  # a step's own pass shows its gates
+        self._rows = LookRows.of(plan, self._batch, self._length)
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
         self._types = [name for name in space.types if name in plan.options.types]
         self._course = Course(plan.landings, plan.schedule)
         self._guide, self._sites = ByShape(self._types), read_tensors(space)
 
-    def run(self, steps: int) -> Simulated:
+    def run(self) -> Simulated:
         """The whole run."""
         source, batch = self._space.widths, self._batch * self._length
         done = Simulated(Standing(source), source)
-        for step in range(steps):
+        for step in range(self._steps):
             if self._plan.at_rest and not done.over:
                 self._prune(done, step * batch)
             done.flops.add(self._step_flops(done.allocated))

@@ -98,9 +98,9 @@ class Slice:
     rows: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
-    """A model as pruning sees it.
+    """A model as pruning sees it; the same only as itself, so that what follows from it can be kept by it.
 
     embeddings: weights that are looked up by token rather than multiplied with an input.
     scaling: what compaction multiplies a weight by, as axes with powers: the square root of the product of

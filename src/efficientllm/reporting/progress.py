@@ -10,9 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Self, TextIO, TypeVar
 
 from rich.console import Console
@@ -29,15 +28,14 @@ QUIET_SECONDS = 2.0  # side work that is done sooner prints no plain line
 RATE_WINDOW_SECONDS = 60.0
 
 
-class _Bars:
+class _Bars(Progress):
     """rich's progress on a stream. shown: whether as bars, or as lines that its users write."""
 
     def __init__(self, stream: TextIO | None, clock: Clock) -> None:
         self.stream = stream if stream is not None else sys.stderr
         # rich alone would write control codes to a log file when FORCE_COLOR is set
         self.shown = self.stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
-        self.clock = clock
-        self._progress = Progress(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -52,27 +50,21 @@ class _Bars:
             get_time=clock,
         )
         if self.shown:
-            self._progress.start()
+            self.start()
 
     def add(self, description: str, total: int, done: int = 0) -> Task:
         """A task whose rate is taken from this moment on."""
-        number = self._progress.add_task(description, total=total, status="")
-        self._progress.update(number, completed=done)  # the first sample: what was done before is no speed
-        return next(task for task in self._progress.tasks if task.id == number)
-
-    def update(self, task: Task, done: int, status: str = "") -> None:
-        self._progress.update(task.id, completed=done, status=status)
-
-    def remove(self, task: Task) -> None:
-        self._progress.remove_task(task.id)
+        number = self.add_task(description, total=total, status="")
+        self.update(number, completed=done)  # the first sample: what was done before is no speed
+        return next(task for task in self.tasks if task.id == number)
 
     def stop(self) -> None:
         if self.shown:
-            self._progress.stop()
+            super().stop()
 
     def say(self, message: str) -> None:
         if self.shown:
-            self._progress.console.print(Text(message), soft_wrap=True)
+            self.console.print(Text(message), soft_wrap=True)
         else:
             print(message, file=self.stream, flush=True)
 
@@ -104,9 +96,7 @@ class RunProgress:
         self._task = self._bars.add(*self._begin)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
         if self._unsaid:
             self._write_line()
@@ -125,7 +115,7 @@ class RunProgress:
             "" if live is None else f"{format_count(live)} live",
             "" if tokens_per_second is None else f"{format_count(round(tokens_per_second))} tok/s",
         ]
-        self._bars.update(self._task, tokens, "  ".join(part for part in shown if part))
+        self._bars.update(self._task.id, completed=tokens, status="  ".join(part for part in shown if part))
         if not self._bars.shown:
             self._unsaid = True
             if self._last_line is None or self._clock() - self._last_line >= self._interval:
@@ -136,9 +126,9 @@ class RunProgress:
         """Print `message` above the bar, where it stays."""
         self._bars.say(message)
 
-    def track(self, description: str, total: int) -> AbstractContextManager[Tracker]:
+    def track(self, description: str, total: int) -> Tracker:
         """Show side work (a validation, an export) under the run's bar while it lasts; see `track`."""
-        return _tracking(Tracker(description, total, self._bars, self._interval))
+        return Tracker(description, total, self._bars, self._interval)
 
     def _write_line(self) -> None:
         task, self._unsaid = self._task, False
@@ -152,34 +142,35 @@ class RunProgress:
 
 
 class Tracker:
-    """One piece of side work; `advance` is called as it goes on."""
+    """One piece of side work, shown while the context lasts; `advance` is called as it goes on."""
 
     def __init__(self, description: str, total: int, bars: _Bars, interval: float) -> None:
         self._bars, self._interval, self._total = bars, interval, total
         self._task = bars.add(description, total)
-        self._next_line = bars.clock() + QUIET_SECONDS
+        self._next_line = bars.get_time() + QUIET_SECONDS
         self._spoken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Takes the bar away; in plain output says the time that it took, if it was announced at all."""
+        if self._spoken:
+            done = int(self._task.completed)
+            self._say("done" if done >= self._total else f"{done} of {self._total}")
+        self._bars.remove_task(self._task.id)
 
     def advance(self, units: int = 1) -> None:
         """Count `units` more of the total as done."""
         done = int(self._task.completed) + units
-        self._bars.update(self._task, done)
-        now = self._bars.clock()
+        self._bars.update(self._task.id, completed=done)
+        now = self._bars.get_time()
         if not self._bars.shown and now >= self._next_line and done < self._total:
-            self._next_line = now + self._interval
-            self._spoken = True
-            self._say(f"{done} of {self._total}, {_duration(self._task.elapsed)} elapsed")
+            self._next_line, self._spoken = now + self._interval, True
+            self._say(f"{done} of {self._total}", " elapsed")
 
-    def finish(self) -> None:
-        """Take the bar away; in plain output say the time that it took, if it was announced at all."""
-        if self._spoken:
-            done = int(self._task.completed)
-            state = "done" if done >= self._total else f"{done} of {self._total}"
-            self._say(f"{state}, {_duration(self._task.elapsed)}")
-        self._bars.remove(self._task)
-
-    def _say(self, line: str) -> None:
-        self._bars.say(f"{self._task.description}: {line}")
+    def _say(self, state: str, more: str = "") -> None:
+        self._bars.say(f"{self._task.description}: {state}, {_duration(self._task.elapsed)}{more}")
 
 
 @contextmanager
@@ -197,7 +188,7 @@ def track(
     """
     bars = _Bars(stream, clock)
     try:
-        with _tracking(Tracker(description, total, bars, interval)) as tracker:
+        with Tracker(description, total, bars, interval) as tracker:
             yield tracker
     finally:
         bars.stop()
@@ -214,14 +205,6 @@ def tracked(description: str, items: Sequence[T]) -> Iterator[Iterator[T]]:
                 bar.advance()
 
         yield each()
-
-
-@contextmanager
-def _tracking(tracker: Tracker) -> Iterator[Tracker]:
-    try:
-        yield tracker
-    finally:
-        tracker.finish()
 
 
 def _duration(seconds: float | None) -> str:
