@@ -1,9 +1,13 @@
-"""Shares of rows, meshes, and local parts of sharded weights, without starting processes."""
+"""Shares of rows, meshes, reductions and local parts of sharded weights, without starting processes."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,3 +72,17 @@ def test_copies_of_shards_clip_by_the_same_norm() -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     assert gradient_norm([weight], Four(world=4)) == pytest.approx(50**0.5)
     assert gradient_norm([weight]) == 5.0
+
+
+def test_every_reduction_meets_its_own_group() -> None:
+    """Of two processes (threads here) that somebody else's loop has put into a group, and no other group there is."""
+    store = dist.HashStore()
+
+    def reduced(rank: int) -> tuple[int, float, list[int]]:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        ranks = Ranks(rank, 2, group=group, device=torch.device("cpu"))
+        tokens = ranks.all_tokens(torch.full((rank + 1, 1), rank))
+        return ranks.largest(5 - rank), float(ranks.over_batch(torch.tensor(1.5))), tokens.flatten().tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(reduced, range(2))) == [(5, 3.0, [0, 1, 1])] * 2
