@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efficientllm.config import DistributedConfig
-from efficientllm.distributed.layout import mesh_shape
+from efficientllm.distributed import layout
+from efficientllm.distributed.layout import mesh_shape, with_mesh
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
 from efficientllm.training.gradient import gradient_norm
@@ -57,6 +58,25 @@ def test_meshes(wanted: dict[str, object], world: int, local: int, fits: bool, s
 def test_a_mesh_that_does_not_fit_is_refused(wanted: dict[str, object], world: int) -> None:
     with pytest.raises(UsageError, match=r"distributed\.(replicate|shard)"):
         mesh_shape(DistributedConfig.model_validate(wanted), world, world, fits=True)
+
+
+def test_the_mesh_goes_to_the_ranks_that_the_watch_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of them would beat, and be patient, unseen: a teacher that loads for long would be taken for a hang."""
+
+    class Mesh:
+        ndim = 2
+
+        def get_all_groups(self) -> list[object]:
+            return []
+
+        def size(self, dimension: int) -> int:
+            return (1, 2)[dimension]
+
+    monkeypatch.setattr(layout, "init_device_mesh", lambda *_, **__: Mesh())
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda *_: None)
+    ranks = Ranks(0, 2, 0, 2)
+    assert with_mesh(ranks, DistributedConfig(shard="full"), torch.device("cpu"), fits=True) is ranks
+    assert ranks.shards == 2
 
 
 def test_copies_of_shards_clip_by_the_same_norm() -> None:
