@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.checkpoint.sharded import storage
@@ -86,22 +86,13 @@ class _Nowhere(io.StringIO):
 
 
 def teacher_of(job: Job) -> Distillation | None:
-    """The frozen teacher that the recipe asks for: bf16 where training is, else fp32.
-
-    Raises UsageError for one that speaks another vocabulary.
-    """
+    """The frozen teacher that the recipe asks for: bf16 where training is, else fp32."""
     distill = job.recipe.distill
     if distill is None:
         return None
     path = distill.teacher or job.recipe.source
     what = "distill.teacher" if distill.teacher else "source"
     config = load_config(path, what=what, use="a teacher")
-    theirs, own = config.vocab_size, job.plan.source.vocab_size
-    if theirs != own or (distill.teacher and load_tokenizer(path, what=what).get_vocab() != job.tokenizer.get_vocab()):
-        raise UsageError(
-            f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
-            f"({own:,}); choose a teacher with the source's tokenizer"
-        )
 
     def load() -> PreTrainedModel:
         model = load_model(path, device=job.device, what=what).eval().requires_grad_(False)
@@ -125,6 +116,19 @@ def teacher_of(job: Job) -> Distillation | None:
             space=space_of(config),
         )
     return Distillation(teacher, distill.weight, distill.temperature, CHUNK_TOKENS)
+
+
+def _check_teacher(recipe: Recipe, source: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UsageError for one that is no model, or speaks another vocabulary."""
+    path, what = recipe.distill and recipe.distill.teacher, "distill.teacher"
+    if not path:
+        return
+    theirs, own = load_config(path, what=what, use="a teacher").vocab_size, source.vocab_size
+    if theirs != own or load_tokenizer(path, what=what).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"{what} '{path}' has another vocabulary ({theirs:,} entries) than the source ({own:,}); choose a teacher "
+            "with the source's tokenizer"
+        )
 
 
 def model_digest(path: str, memory: Path) -> str:
@@ -172,7 +176,7 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks
         return job
     fits = ranks.from_first(lambda: _fits(job))
     ranks.together(lambda: mesh_shape(recipe.distributed, ranks.world, ranks.local_world, fits=fits))
-    job = replace(job, ranks=with_mesh(ranks, recipe.distributed, job.device, fits=fits))
+    with_mesh(ranks, recipe.distributed, job.device, fits=fits)
     pieces = f"in {job.ranks.shards} shards" if job.ranks.shards > 1 else "whole"
     say(f"{ranks.world} processes, each weight {pieces} on {ranks.world // job.ranks.shards} of them")
     return job
@@ -203,6 +207,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     for note in plan.notes:
         say(note)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
+    _check_teacher(recipe, config, tokenizer)
     length, rows = plan.length, plan.batch_rows
     training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
     if rows % ranks.world:
