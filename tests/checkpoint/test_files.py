@@ -53,5 +53,8 @@ def test_full_disk_while_exporting_leaves_the_former_model(tmp_path: Path, monke
     monkeypatch.setattr(model, "save_pretrained", refuse)
     with pytest.raises(UsageError, match="free disk space"):
         export_model(model, None, folder)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="template"):  # nothing that a disk has refused
+        export_model(model, None, folder, extras=lambda path: (path / "template").read_text())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

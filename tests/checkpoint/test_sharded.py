@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from efficientllm.checkpoint import store
-from efficientllm.checkpoint.sharded import agreed, write_shards
+from efficientllm.checkpoint import sharded, store
+from efficientllm.checkpoint.sharded import agreed, read_shards, write_shards
 from efficientllm.distributed.ranks import ALONE, Ranks, World
 from efficientllm.errors import UsageError
 from efficientllm.training.snapshot import COUNTS
@@ -39,6 +40,16 @@ def test_what_one_disk_refuses_is_raised_on_all() -> None:
         agreed(ranks, lambda: "mine")
 
 
+def test_a_disk_that_is_slow_is_no_hung_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    ranks, patient = Ranks(), list[bool]()
+    real = sharded.dcp.load
+    monkeypatch.setattr(sharded.dcp, "load", lambda *a, **k: patient.append(ranks.patient) or real(*a, **k))
+    monkeypatch.setattr(Ranks, "gathered", lambda self, part: [part])
+    assert torch.equal(read_shards(tmp_path, ranks, "cpu")["weight"], torch.ones(2))
+    assert patient == [True]
+
+
 def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     monkeypatch.setattr("efficientllm.checkpoint.sharded.facts", lambda file: refuse())
@@ -46,6 +57,15 @@ def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="Input/output error"):
         write_shards(tmp_path, {"weight": torch.ones(2)}, ALONE)
     assert said == [(None, "[Errno 5] Input/output error")]  # before it leaves
+
+
+@pytest.mark.parametrize(("version", "age"), [(0, "older"), (99, "newer")])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: int, age: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": version, "efficientllm": "0.0.1"}))
+    with pytest.raises(
+        UsageError, match=rf"written by efficientllm 0\.0\.1, which is {age} than .* install that version"
+    ):
+        store.load(tmp_path)
 
 
 def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

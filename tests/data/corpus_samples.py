@@ -131,7 +131,8 @@ def make_jsonl(folder: Path) -> str:
 
 
 def make_json_array(folder: Path) -> str:
-    (folder / "all.json").write_text(json.dumps([{"text": text} for text in STORIES], indent=1))
+    """Its first lines are blank."""
+    (folder / "all.json").write_text("\n \n" + json.dumps([{"text": text} for text in STORIES], indent=1))
     return str(folder / "all.json")
 
 

@@ -1,14 +1,19 @@
-"""Shares of rows, meshes, and local parts of sharded weights, without starting processes."""
+"""Shares of rows, meshes, reductions and local parts of sharded weights, without starting processes."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from efficientllm.config import DistributedConfig
-from efficientllm.distributed.layout import mesh_shape
+from efficientllm.distributed import layout
+from efficientllm.distributed.layout import mesh_shape, with_mesh
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
 from efficientllm.training.gradient import gradient_norm
@@ -55,6 +60,25 @@ def test_a_mesh_that_does_not_fit_is_refused(wanted: dict[str, object], world: i
         mesh_shape(DistributedConfig.model_validate(wanted), world, world, fits=True)
 
 
+def test_the_mesh_goes_to_the_ranks_that_the_watch_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of them would beat, and be patient, unseen: a teacher that loads for long would be taken for a hang."""
+
+    class Mesh:
+        ndim = 2
+
+        def get_all_groups(self) -> list[object]:
+            return []
+
+        def size(self, dimension: int) -> int:
+            return (1, 2)[dimension]
+
+    monkeypatch.setattr(layout, "init_device_mesh", lambda *_, **__: Mesh())
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda *_: None)
+    ranks = Ranks(0, 2, 0, 2)
+    assert with_mesh(ranks, DistributedConfig(shard="full"), torch.device("cpu"), fits=True) is ranks
+    assert ranks.shards == 2
+
+
 def test_copies_of_shards_clip_by_the_same_norm() -> None:
     """Summed over all processes at once, as scores are: four of them, two copies of two shards, this one's alike."""
 
@@ -68,3 +92,17 @@ def test_copies_of_shards_clip_by_the_same_norm() -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     assert gradient_norm([weight], Four(world=4)) == pytest.approx(50**0.5)
     assert gradient_norm([weight]) == 5.0
+
+
+def test_every_reduction_meets_its_own_group() -> None:
+    """Of two processes (threads here) that somebody else's loop has put into a group, and no other group there is."""
+    store = dist.HashStore()
+
+    def reduced(rank: int) -> tuple[int, float, list[int]]:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        ranks = Ranks(rank, 2, group=group, device=torch.device("cpu"))
+        tokens = ranks.all_tokens(torch.full((rank + 1, 1), rank))
+        return ranks.largest(5 - rank), float(ranks.over_batch(torch.tensor(1.5))), tokens.flatten().tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(reduced, range(2))) == [(5, 3.0, [0, 1, 1])] * 2

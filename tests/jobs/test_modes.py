@@ -252,6 +252,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     tiny_model("llama-gqa").save_pretrained(tmp_path)
     assert call("prune", world.write("foreign", distill={"teacher": str(tmp_path)})) == 2
     assert "has another vocabulary (61 entries)" in capsys.readouterr().err
+    assert not (world.folder / "runs" / "foreign" / "source.json").exists()  # before anything is loaded or measured
     assert call("prune", world.write("untaught", distill={"weight": 0.5}), "init=random") == 2
     assert "distill.teacher is missing" in capsys.readouterr().err
 

@@ -318,6 +318,13 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
     (older / "manifest.json").write_text(json.dumps(manifest | {"format": 99, "efficientllm": "9.0"}))
     assert call("prune", recipe) == 2
     assert "was written by efficientllm 9.0, which is newer" in capsys.readouterr().err
+    earlier = manifest | {"pruner": manifest["pruner"] | {"saliency_scale": 1.0}}
+    (older / "manifest.json").write_text(json.dumps(earlier))
+    assert call("prune", recipe) == 0
+    assert f"{older} is of an earlier version, whose scores are in another unit" in capsys.readouterr().err
+    for newer in set(checkpoints(folder / "checkpoints")) - {older}:
+        shutil.rmtree(newer)
+    (folder / "summary.json").unlink()
     for missing in ("files", "config", "step"):
         less = {key: value for key, value in manifest.items() if key != missing}
         (older / "manifest.json").write_text(json.dumps(less))

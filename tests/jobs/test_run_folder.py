@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -10,6 +13,7 @@ from efficientllm.comparison.work import placed
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder, fingerprint
+from efficientllm.reporting.journal import read_journal
 
 
 def test_a_check_writes_nothing(world: World) -> None:
@@ -29,7 +33,7 @@ def test_a_check_writes_nothing(world: World) -> None:
     assert folder.config.read_bytes() == before
 
 
-def test_a_run_of_an_older_version_says_so_and_another_is_placed_beside_it(world: World) -> None:
+def test_a_run_of_another_version_says_so_and_another_is_placed_beside_it(world: World) -> None:
     recipe = Recipe.model_validate(world.recipe("older"))
     folder = RunFolder(recipe.run.dir)
     folder.adopt(recipe)
@@ -40,14 +44,26 @@ def test_a_run_of_an_older_version_says_so_and_another_is_placed_beside_it(world
     with pytest.raises(UsageError) as error:
         folder.check(recipe)
     message = str(error.value)
-    assert message.startswith(
-        f"run folder {folder.path} was begun by an older version: prune.ema is gone: leave it out"
-    )
+    assert message.startswith(f"run folder {folder.path} was begun by another version: prune.ema is gone: leave it out")
     assert message.endswith("; choose another run.dir")
     assert placed(recipe).run.dir == f"{recipe.run.dir}-{fingerprint(recipe)}"
     folder.config.write_text("{half")
     with pytest.raises(UsageError, match=r"config\.yaml is damaged; restore it"):
         placed(recipe)
+
+
+def test_another_run_s_journals_take_the_place_of_what_there_is(tmp_path: Path) -> None:
+    """Also of a journal that the other run lacks: it may have had no event before that checkpoint."""
+    mine, other = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "other")
+    for folder in (mine, other):
+        folder.path.mkdir()
+        folder.source.write_text(json.dumps({"path": folder.path.name}))
+    mine.events.append({"step": 3})
+    mine.metrics.append({"step": 3})
+    other.metrics.append({"step": 10})
+    mine.take_over(other)
+    assert [read_journal(each.path) for each in mine.journals if each.path.is_file()] == [[{"step": 10}]]
+    assert mine.read_json(mine.source) == {"path": "other"}
 
 
 def test_a_fingerprint_is_of_what_a_run_is_to_learn(world: World) -> None:

@@ -15,13 +15,13 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.correction import SolverOptions, correct
-from efficientllm.pruning.criteria import criteria_of, inverse_hessian_diagonal
+from efficientllm.pruning.criteria import criteria_of, hessian_flops, inverse_hessian_diagonal
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, of_type
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.landing import Landing
-from efficientllm.pruning.readers import losing_readers
+from efficientllm.pruning.readers import losing_readers, reader_specs
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shapes import Alignment, Floors
@@ -299,6 +299,18 @@ def test_state_resumes_bit_for_bit(saliency: str | dict[str, str]) -> None:
         assert torch.equal(weight, two.params[name])
     assert one.pruner.finished
     assert one.pruner.widths == two.pruner.widths
+
+
+def test_the_bill_of_a_look_counts_what_each_expert_reads() -> None:
+    """What layers read together counts once, what an expert's last matrix reads by itself."""
+    loop = Loop("qwen3-moe-gqa", saliency="sparsegpt", correction=None)
+    loop.ids = torch.randint(0, 61, (4, 12), generator=loop.generator)
+    widths, size = loop.space.widths, loop.model.config
+    queries = widths.heads * size.head_dim
+    layer = [widths.hidden, widths.hidden, queries] + [size.moe_intermediate_size] * size.num_experts
+    expected = sum(hessian_flops(48, width) for width in layer * widths.layers + [widths.hidden])
+    readers = [spec.name for spec in reader_specs(loop.space)]
+    assert loop.pruner.looks._statistic_flops(loop.inputs(readers)) == expected
 
 
 def test_both_attention_types_in_one_bundle_read_their_layer_once() -> None:

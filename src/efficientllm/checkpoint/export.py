@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,9 +25,9 @@ def export_model(
     *,
     generation: GenerationConfig | None = None,
     extras: Callable[[Path], object] | None = None,
-    max_shard_size: str = "5GB",
 ) -> None:
-    """Writes config, safetensors, generation config and tokenizer; `extras` may add files before it appears.
+    """Writes config, safetensors, generation config and tokenizer; `extras` may add files before it appears, and its
+    errors are its own.
 
     Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it, with no code of ours. Tied embeddings stay tied:
     the LM head is not written. `generation` defaults to what follows from the config. Raises UsageError when the
@@ -35,21 +36,31 @@ def export_model(
     config, generation_before = model.config, model.generation_config
     folder = folder.resolve()
     refuse_foreign(folder)
-    try:
-        with atomic_path(folder) as partial:
-            model.config = copy.deepcopy(config)
-            model.config.use_cache = True
-            model.generation_config, _ = savable(generation or GenerationConfig.from_model_config(model.config))
-            model.generation_config.use_cache = True
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
+    with ExitStack() as whole:
+        with _disk_errors(folder):
+            partial = whole.enter_context(atomic_path(folder))
+            try:
+                model.config = copy.deepcopy(config)
+                model.config.use_cache = True
+                model.generation_config, _ = savable(generation or GenerationConfig.from_model_config(model.config))
+                model.generation_config.use_cache = True
+                model.save_pretrained(partial, max_shard_size="5GB")
+            finally:
+                model.config, model.generation_config = config, generation_before
             if tokenizer is not None:
                 save_tokenizer(tokenizer, partial)
-            if extras is not None:
-                extras(partial)
+        if extras is not None:
+            extras(partial)
+        with _disk_errors(folder):
+            whole.close()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the model to {folder} ({error}); free disk space or choose another") from error
-    finally:
-        model.config, model.generation_config = config, generation_before
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

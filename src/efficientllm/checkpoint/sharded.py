@@ -79,7 +79,7 @@ def read_shards(folder: Path, ranks: World, device: torch.device | str) -> dict[
         else:
             tensors[name] = empty_sharded(each.size, each.properties.dtype, device, ranks)
     try:
-        with warnings.catch_warnings():  # one process is meant
+        with ranks.patience(), warnings.catch_warnings():  # a slow disk is no hung rank; one process is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)
     except CheckpointException as error:

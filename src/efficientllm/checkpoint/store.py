@@ -26,9 +26,10 @@ from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import PARTIAL, atomic_path
 from efficientllm.models.space import widths_of
-from efficientllm.training.snapshot import COUNTS, PREFIXES, UNKNOWN_FLOPS, Snapshot, config_of
+from efficientllm.training.snapshot import COUNTS, PREFIXES, UNKNOWN_FLOPS, Snapshot, check_masks, config_of
 
 FORMAT = 1
+READABLE = frozenset({FORMAT})
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
@@ -108,7 +109,7 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
 def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -> Snapshot:
     """Reads a checkpoint, whatever the number of processes that wrote it; with several, as they keep it.
 
-    Raises UsageError when it is damaged or from a newer version.
+    Raises UsageError when it is damaged or of a version with another format or other dimensions.
     """
     manifest = ranks.together(lambda: _read_manifest(path))
     names = sorted(manifest["files"])
@@ -124,7 +125,7 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
         counts["flops"] = UNKNOWN_FLOPS
     moments = {key: value for key, value in tensors.items() if "|" in key}
     pruner = {key: value for key, value in tensors.items() if key.startswith(PREFIXES)}
-    return Snapshot(
+    snapshot = Snapshot(
         config=manifest["config"],
         **counts,
         weights={key: value for key, value in tensors.items() if key not in moments and key not in pruner},
@@ -132,6 +133,11 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
         pruner_tensors=pruner,
         pruner_facts=manifest["pruner"],
     )
+    try:
+        check_masks(snapshot)
+    except ValueError as error:
+        raise error_of_all(ranks, f"checkpoint {path} does not fit this efficientllm: {error}") from error
+    return snapshot
 
 
 @contextmanager
@@ -164,17 +170,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         version = int(manifest["format"])
         lacks = {"files", "config", "pruner", *COUNTS} - EARLIER.keys() - manifest.keys()
-        if version <= FORMAT and lacks:
+        if version in READABLE and lacks:
             raise KeyError(min(lacks))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"checkpoint {path} is damaged (its {MANIFEST} cannot be read); delete that folder, and the run goes on "
             "from the one before"
         ) from error
-    if version > FORMAT:
+    if version not in READABLE:
+        age, mend = ("newer", " or newer") if version > FORMAT else ("older", "")
         raise UsageError(
-            f"checkpoint {path} was written by efficientllm {manifest.get('efficientllm')}, which is newer than this "
-            f"{__version__}; install that version or newer to go on"
+            f"checkpoint {path} was written by efficientllm {manifest.get('efficientllm')}, which is {age} than this "
+            f"{__version__}, in another format; install that version{mend} to go on"
         )
     return manifest
 

@@ -52,11 +52,12 @@ def objects(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def _json_records(stream: TextIO, file: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, record) of JSON lines, or of one array of records."""
+    first = True
     for number, line in enumerate(stream, start=1):
         if line.isspace():
             continue
         place = f"{file}, line {number}"
-        array = number == 1 and line.lstrip().startswith("[")
+        array, first = first and line.lstrip().startswith("["), False
         try:
             value = json.loads(line + stream.read() if array else line)
         except ValueError as error:

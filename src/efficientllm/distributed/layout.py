@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -60,7 +59,8 @@ def mesh_shape(wanted: DistributedConfig, world: int, local_world: int, *, fits:
 
 
 def with_mesh(ranks: World, wanted: DistributedConfig, device: torch.device, *, fits: bool) -> World:
-    """The ranks with the mesh that the recipe asks for, whose collectives wait longer than the watch does."""
+    """The same ranks, which from now on have the mesh that the recipe asks for: whoever knows them beats and waits for
+    one watch. Collectives wait longer than that does."""
     if not isinstance(ranks, Ranks):
         return ranks
     shape = mesh_shape(wanted, ranks.world, ranks.local_world, fits=fits)
@@ -68,7 +68,8 @@ def with_mesh(ranks: World, wanted: DistributedConfig, device: torch.device, *, 
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         # A mesh's own groups begin with PyTorch's default: ten minutes with NCCL, whatever the processes' own was.
         dist.distributed_c10d._set_pg_timeout(deadline(wanted.timeout), group)
-    return replace(ranks, mesh=mesh)
+    ranks.mesh = mesh
+    return ranks
 
 
 def deadline(patience: float) -> timedelta:

@@ -82,9 +82,10 @@ class Ranks(World):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def largest(self, number: int) -> int:
-        tensor = torch.tensor([number], dtype=torch.int64)  # on the CPU: through gloo, beside the GPU's work
+        # On the CPU where the group reduces there too: through gloo, beside the GPU's work.
+        tensor = torch.tensor([number], dtype=torch.int64, device=self.device)
         self.beat()
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         self.beat()
         return int(tensor)
 

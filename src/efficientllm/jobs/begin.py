@@ -20,6 +20,7 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_model
 from efficientllm.models.rotation import components, rotate
 from efficientllm.models.space import widths_of
+from efficientllm.pruning.looks import scores_are_known
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import exact_count, format_count
 from efficientllm.training.gradient import model_inputs
@@ -48,6 +49,8 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
     snapshot = load(saved, ranks, job.device)
     if snapshot.pruner_facts is not None and job.pruning is None:
         raise error_of_all(ranks, f"{saved} is of a run that prunes; give the recipe its prune section")
+    if snapshot.pruner_facts is not None and not scores_are_known(snapshot.pruner_facts):
+        say(f"{saved} is of an earlier version, whose scores are in another unit: they are taken anew")
     if source:
         ranks.from_first(lambda: job.folder.rewind(snapshot.step))
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")

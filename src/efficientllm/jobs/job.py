@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -89,7 +89,7 @@ class _Nowhere(io.StringIO):
 def teacher_of(job: Job, state: TrainState) -> Distillation | None:
     """The frozen teacher that the recipe asks for: bf16 where training is, else fp32.
 
-    Raises UsageError for one that speaks another vocabulary, or whose residual stream is not the state's source's.
+    Raises UsageError for one whose residual stream is not the state's source's.
     """
     distill = job.recipe.distill
     if distill is None:
@@ -97,12 +97,6 @@ def teacher_of(job: Job, state: TrainState) -> Distillation | None:
     path = distill.teacher or job.recipe.source
     what = "distill.teacher" if distill.teacher else "source"
     config = load_config(path, what=what, use="a teacher")
-    theirs, own = config.vocab_size, job.plan.source.vocab_size
-    if theirs != own or (distill.teacher and load_tokenizer(path, what=what).get_vocab() != job.tokenizer.get_vocab()):
-        raise UsageError(
-            f"distill.teacher '{path}' has another vocabulary ({theirs:,} entries) than the source "
-            f"({own:,}); choose a teacher with the source's tokenizer"
-        )
     if distill.hidden:
         _check_stream(path, config, state)
 
@@ -143,6 +137,19 @@ def _check_stream(path: str, config: PretrainedConfig, state: TrainState) -> Non
             f"distill.hidden compares the source's own layers and channels ({wanted[LAYERS]} of {wanted[HIDDEN]}), and "
             f"teacher '{path}' has {widths.layers} of {widths.hidden}; choose a teacher of the source's shape, or "
             "leave distill.hidden out"
+        )
+
+
+def _check_teacher(recipe: Recipe, source: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UsageError for one that is no model, or speaks another vocabulary."""
+    path, what = recipe.distill and recipe.distill.teacher, "distill.teacher"
+    if not path:
+        return
+    theirs, own = load_config(path, what=what, use="a teacher").vocab_size, source.vocab_size
+    if theirs != own or load_tokenizer(path, what=what).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"{what} '{path}' has another vocabulary ({theirs:,} entries) than the source ({own:,}); choose a teacher "
+            "with the source's tokenizer"
         )
 
 
@@ -191,7 +198,7 @@ def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks
         return job
     fits = ranks.from_first(lambda: _fits(job))
     ranks.together(lambda: mesh_shape(recipe.distributed, ranks.world, ranks.local_world, fits=fits))
-    job = replace(job, ranks=with_mesh(ranks, recipe.distributed, job.device, fits=fits))
+    with_mesh(ranks, recipe.distributed, job.device, fits=fits)
     pieces = f"in {job.ranks.shards} shards" if job.ranks.shards > 1 else "whole"
     say(f"{ranks.world} processes, each weight {pieces} on {ranks.world // job.ranks.shards} of them")
     return job
@@ -222,6 +229,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     for note in plan.notes:
         say(note)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
+    _check_teacher(recipe, config, tokenizer)
     length, rows = plan.length, plan.batch_rows
     training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
     if rows % ranks.world:

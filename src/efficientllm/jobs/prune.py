@@ -62,10 +62,10 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: World = ALONE) -> dic
         with memory_in_a_sentence(*OUT_OF_MEMORY), watched(job.ranks, recipe.distributed.timeout):
             state, source = begin(job, say)
             with stop_signals() as stop:
-                if ranks.leads:
-                    job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
-                teacher = ranks.together(lambda: teacher_of(job, state))
                 try:
+                    if ranks.leads:
+                        job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
+                    teacher = ranks.together(lambda: teacher_of(job, state))
                     train(job, state, stop, teacher)
                 except Diverged as error:
                     raise error_of_all(ranks, f"{error}; {after_divergence(job)}") from error

@@ -29,7 +29,7 @@ FREE_KEYS = free_keys()
 
 
 class OlderRun(UsageError):
-    """A run folder that an older version has begun, with a recipe that this one does not take."""
+    """A run folder that another version has begun, with a recipe that this one does not take."""
 
 
 class RunFolder:
@@ -66,6 +66,8 @@ class RunFolder:
             for mine, theirs in zip(self.journals, other.journals, strict=True):
                 if theirs.path.is_file():
                     write_atomically(mine.path, theirs.path.read_bytes())
+                else:
+                    mine.path.unlink(missing_ok=True)
             write_atomically(self.source, other.source.read_bytes())
         except OSError as error:
             raise UsageError(f"cannot copy the journals of {other.path} to {self.path} ({error})") from error
@@ -104,7 +106,7 @@ class RunFolder:
             return first_difference(old, new)
         except UsageError as error:
             raise OlderRun(
-                f"run folder {self.path} was begun by an older version: {error}; choose another run.dir"
+                f"run folder {self.path} was begun by another version: {error}; choose another run.dir"
             ) from error
         except (OSError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
             raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error

@@ -19,7 +19,7 @@ from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
 from efficientllm.pruning.groups import Cut, Event, Slice, Space
 from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.live import Live
-from efficientllm.pruning.looks import Looks
+from efficientllm.pruning.looks import Looks, scores_are_known
 from efficientllm.pruning.readers import Reader, losing_readers, reader_specs
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Ranking, next_bundles
@@ -240,11 +240,12 @@ class PruningEngine:
         return tensors, facts | {"events": self.events, "rung": self.rung, "calibration": asdict(self.calibration)}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Takes up where `state` left off, from copies; the tensors must belong to `space.widths`."""
-        self.live = Live(
-            {name: tensors[f"{LIVE}{name}"].to("cpu", torch.bool, copy=True) for name in self.live.tensors()}
-        )
+        """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
+        `space.widths`."""
+        masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
+        self.live = Live.saved(masks, self.space.widths)
         self.events, self.rung = facts["events"], facts["rung"]
-        if self.looks.load_state(tensors, facts):
+        if scores_are_known(facts):
+            self.looks.load_state(tensors, facts)
             self.calibration = Calibration(**facts["calibration"])
         self.held = self._slices_to_hold()

@@ -41,6 +41,6 @@ def fallen_at(
             live.remove(Cut(line["type"], torch.tensor(line["units"])))
             for key, mask in live.tensors().items():
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"events and compactions do not fit each other: {error}") from error
     return {kind: Live(when).units(kind) for kind in source.types()}

@@ -26,6 +26,18 @@ class Live:
     def full(cls, widths: Widths) -> Live:
         return cls({name: torch.ones(shape, dtype=torch.bool) for name, shape in mask_shapes(widths)})
 
+    @classmethod
+    def saved(cls, masks: Mapping[str, Tensor], widths: Widths) -> Live:
+        """Copies of saved masks. Raises ValueError where they are not those of a model of these widths."""
+        found, own = {name: tuple(mask.shape) for name, mask in masks.items()}, dict(mask_shapes(widths))
+        for name in sorted(found.keys() | own.keys()):
+            if found.get(name) != own.get(name):
+                raise ValueError(
+                    f"the mask of '{name}' is {found.get(name, 'missing')}, where its model has "
+                    f"{own.get(name, 'none')}; go on with the version that saved it"
+                )
+        return cls({name: mask.to("cpu", torch.bool, copy=True) for name, mask in masks.items()})
+
     def __getitem__(self, dimension: str) -> Tensor:
         return self._masks[dimension]
 
@@ -63,11 +75,12 @@ class Live:
         return units.repeat_interleave(head_dim) if dimension.per_head else units
 
     def remove(self, event: Cut) -> None:
-        """Marks the units of a cut as dead. Raises AssertionError if one of them was dead before."""
+        """Marks the units of a cut as dead. Raises ValueError if one of them was dead before."""
         units = self.units(event.type)
         rows = (event.units >= 0).nonzero().flatten()
         taken = event.units[rows]
-        assert bool(units[rows, taken].all()), f"{event.type} event takes a unit that is dead already"
+        if not units[rows, taken].all():
+            raise ValueError(f"{event.type} event takes a unit that is dead already")
         units[rows, taken] = False
         name = of_type(event.type).name
         for inner, mask in self._masks.items():

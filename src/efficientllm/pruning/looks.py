@@ -24,6 +24,12 @@ from efficientllm.pruning.shards import World
 MEMORY = 20
 
 
+def scores_are_known(facts: Mapping[str, Any]) -> bool:
+    """Of an engine's saved facts. Those of an earlier version are in another unit: the next look takes scores anew, and
+    what was measured against them is worth nothing."""
+    return isinstance(facts.get("saliency_scale"), Mapping)
+
+
 class Looks:
     """Looks at a fixed set of tensors, at every type by its own criterion. params, reduction: as of PruningEngine.
 
@@ -142,11 +148,17 @@ class Looks:
 
     def _statistic_flops(self, inputs: Mapping[str, Tensor]) -> float:
         """Of the matrix products in the criteria that look at inputs, over all processes."""
-        distinct = {id(inputs[spec.name]): inputs[spec.name] for spec in reader_specs(self._space)}.values()
+        specs = reader_specs(self._space)
+        shared = {id(each): each for each in [inputs[spec.name] for spec in specs if not spec.is_apart(-1)]}
+        widths = [each.shape[1] for each in shared.values()]
+        for spec in specs:
+            if spec.is_apart(-1):  # each expert's own
+                widths += [self._params[spec.name].shape[-1]] * self._params[spec.name].shape[0]
         # Processes may hold other numbers of rows, so that theirs are added up.
-        tokens = int(self._reduction.over_batch(torch.tensor(len(next(iter(distinct))), device=self._device)))
+        first = next(iter(shared.values()))
+        tokens = int(self._reduction.over_batch(torch.tensor(len(first), device=self._device)))
         chosen = {each.name: each for each in self._criteria.values() if each.needs == "inputs"}.values()
-        return sum(criterion.statistic_flops(tokens, each.shape[1]) for criterion in chosen for each in distinct)
+        return sum(criterion.statistic_flops(tokens, width) for criterion in chosen for width in widths)
 
     def _weights(self, chosen: Criterion) -> Iterator[tuple[ParamSpec, Tensor, Tensor]]:
         """(spec, w, g) of every weight but those that lack the gradient which the criterion needs.
@@ -166,11 +178,8 @@ class Looks:
         facts = {"saliency_weight": average.weight, "saliency_scale": average.scale, "fallen": self.fallen}
         return tensors, {name: dict(each) for name, each in facts.items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
-        """As PruningEngine.load_state. False where an earlier version has left scores in another unit: the next look
-        takes them anew, and what was measured against them is worth nothing."""
-        if not isinstance(facts.get("saliency_scale"), Mapping):
-            return False
+    def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """As PruningEngine.load_state, of scores that are known."""
         self.average.weight, self.average.scale = dict(facts["saliency_weight"]), dict(facts["saliency_scale"])
         self.fallen = dict(facts["fallen"])
         self.average.sums = {
@@ -178,4 +187,3 @@ class Looks:
             for name, total in tensors.items()
             if name.startswith(SCORES)
         }
-        return True

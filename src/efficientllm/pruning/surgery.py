@@ -18,7 +18,7 @@ from torch import Tensor
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS, of_type
 from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.live import Live, mask_shapes
-from efficientllm.pruning.shards import is_sharded, laid_out_like, whole
+from efficientllm.pruning.shards import ALONE, World, is_sharded, laid_out_like, whole
 from efficientllm.pruning.widths import Widths
 
 MOMENT_POWER = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0, "momentum_buffer": -1.0}
@@ -147,10 +147,12 @@ def cut_state(
     moments: dict[str, dict[str, Tensor]],
     *,
     consume: bool = False,
+    ranks: World = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """All weights {name: tensor} and optimizer moments {name: {key: tensor}} at the new widths, in new tensors.
 
-    With `consume` the given dictionaries are emptied on the way, a weight at a time.
+    With `consume` the given dictionaries are emptied on the way, a weight at a time. ranks: told after each weight that
+    this process has come further.
     Raises ValueError for optimizer state other than that of Adam, AdamW and SGD.
     """
     if not consume:
@@ -168,6 +170,7 @@ def cut_state(
             weights.pop(spec.name)
             moments.pop(spec.name, None)
             continue
+        ranks.beat()
         layer = 0 if spec.layer is None else places[spec.layer]
         name = spec.name if spec.layer is None else spec.name_in(layer)
         cut_weights[name] = cut_weight(weights.pop(spec.name), spec, layer, kept, space)

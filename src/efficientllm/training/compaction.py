@@ -51,7 +51,8 @@ def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: Pruning
         torch._dynamo.reset()
     if state.ranks.world > 1 or train.compile:
         gc.collect()
-    adopt(state, restore(cut(snapshot, widths, plan.source, consume=True), train, plan, device, state.ranks))
+    narrow = cut(snapshot, widths, plan.source, consume=True, ranks=state.ranks)
+    adopt(state, restore(narrow, train, plan, device, state.ranks))
 
 
 def adopt(state: TrainState, narrower: TrainState) -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from efficientllm.models.parts import HEAD_WEIGHT, is_recomputed, recompute
-from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of
+from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of, widths_of
 from efficientllm.pruning.contract import LIVE, ORIGIN, PREFIXES, SCORES
 from efficientllm.pruning.dimensions import HIDDEN, LAYERS
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.live import Live
+from efficientllm.pruning.shards import ALONE, World
 from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
 from efficientllm.pruning.widths import Widths
 
@@ -98,7 +99,18 @@ def config_of(snapshot: Snapshot) -> PretrainedConfig:
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
-def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume: bool = False) -> Snapshot:
+def check_masks(snapshot: Snapshot) -> None:
+    """Raises ValueError where a run that prunes lacks masks of its model's units, as a version with another table of
+    dimensions may have left it."""
+    if snapshot.pruner_facts is not None:
+        tensors = snapshot.pruner_tensors
+        masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
+        Live.saved(masks, widths_of(config_of(snapshot)))
+
+
+def cut(
+    snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume: bool = False, ranks: World = ALONE
+) -> Snapshot:
     """The snapshot at narrower widths, none below the live ones; its tensors are new.
 
     source: the config of the model that the run began with; a Llama that passes through a shape which only Mistral
@@ -106,13 +118,14 @@ def cut(snapshot: Snapshot, widths: Widths, source: PretrainedConfig, *, consume
     snapshot once it is cut, so that old and new never stand in memory whole.
     """
     space = space_of(config_of(snapshot))
-    assert snapshot.pruner_facts is not None, "only a run that prunes is ever cut"
+    if snapshot.pruner_facts is None:
+        raise ValueError("only a run that prunes can be cut")
     masks, scores, origin = (part_of(snapshot, prefix) for prefix in PREFIXES)
-    known = len(masks) + len(scores) + len(origin)
-    assert known == len(snapshot.pruner_tensors), f"a tensor of the pruner is none of {PREFIXES}, and would be lost"
+    if len(masks) + len(scores) + len(origin) != len(snapshot.pruner_tensors):
+        raise ValueError(f"a tensor of the pruner is none of {PREFIXES}, and would be lost")
     live = Live(masks)
     kept = choose_kept(live, widths)
-    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume)
+    weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume, ranks=ranks)
     tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     tensors |= {ORIGIN + name: _cut_origin(units, kept[name]) for name, units in origin.items()}
@@ -140,10 +153,12 @@ def model_like(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
 def fill_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Puts weights in the places of an empty model's, uncopied; tied ones stay tied.
 
-    None may be missing: norm gains are made as ones, and nobody would notice.
+    Raises ValueError where one is missing (norm gains are made as ones, and nobody would notice) or has no place.
     """
     found = model.load_state_dict(weights, strict=False, assign=True)
     holes = set(found.missing_keys) - ({HEAD_WEIGHT} if model.config.tie_word_embeddings else set())
-    assert not holes, f"the snapshot lacks {min(holes)}"
-    assert not found.unexpected_keys, f"the model has no place for {found.unexpected_keys[0]}"
+    if holes:
+        raise ValueError(f"the snapshot lacks {min(holes)}")
+    if found.unexpected_keys:
+        raise ValueError(f"the model has no place for {found.unexpected_keys[0]}")
     model.tie_weights()

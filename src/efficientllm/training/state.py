@@ -200,6 +200,7 @@ def whole_model(state: TrainState) -> PreTrainedModel | None:
     weights = {}
     for name, weight in state.model.named_parameters():
         full = whole(weight)
+        state.ranks.beat()
         if state.ranks.leads:
             weights[name] = full.cpu()
         del full
