@@ -25,7 +25,7 @@ from torch.nn import functional
 from efficientllm.pruning.readers import Reader
 from efficientllm.pruning.shards import ALONE, World
 
-EXPECTED = 16  # iterations of a solve at the default tolerance: 10 to 23 for a random Llama and stories260K
+EXPECTED = 12  # iterations of a solve at the default tolerance: 10 to 12 for FFNs of SmolLM2-135M
 CHUNK = 1 << 27  # input elements that are solved for at once; 512 MiB in fp32
 
 
@@ -40,7 +40,7 @@ class SolverOptions:
     """
 
     damping: float = 2.0
-    tolerance: float = 0.03
+    tolerance: float = 0.1
     iterations: int = 100
 
 
