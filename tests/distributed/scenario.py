@@ -25,6 +25,7 @@ from efficientllm.distributed.ranks import World
 from efficientllm.models.space import space_of
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import whole
+from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import train_steps
 from efficientllm.training.planning import options_and_landings
@@ -47,6 +48,7 @@ class Case:
     target: str = "60%"
     loss: str = "plain"
     planes: int = 1  # of a row: labels for some tokens, documents of their own
+    hidden: float = 0.0  # weight of a teacher's hidden states
     begin: str = ""
     leave: str = ""
 
@@ -103,8 +105,11 @@ def play(case: Case, ranks: World, folder: Path) -> None:
     else:
         state = start(model, train, plan, ranks)
     events, losses, compactions = [], [], 0
-    batches = Batches(case.planes)
-    for record in train_steps(state, batches, train, plan, steps=case.steps, precision=PRECISION, batch_rows=ROWS):
+    batches, taught = Batches(case.planes), None
+    if case.hidden:
+        taught = Distillation(LiveTeacher(tiny_model(case.family).eval(), streams=True), 0.5, 100, case.hidden)
+    told = {"steps": case.steps, "precision": PRECISION, "batch_rows": ROWS, "distillation": taught}
+    for record in train_steps(state, batches, train, plan, **told):
         losses.append(record.loss)
         compactions += record.compaction is not None
         for applied in record.prune.events if record.prune else ():

@@ -30,6 +30,7 @@ TWO = [
         correction="none",
         steps=3,
     ),
+    Case("full-hidden", criterion="gate-fisher", correction="none", steps=4, planes=3, hidden=1.0),
     Case("full-labels", criterion="gate-fisher", correction="none", steps=3, planes=3),
     Case(
         "full-experts",
