@@ -38,8 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # nothi
 
 import torch
 import transformers
-from gpu_parts import Bench, LeftOut, shapes_of
+from gpu_parts import Bench, LeftOut
 from gpu_report import table
+from gpu_shapes import shapes_of
 
 from efficientllm.errors import UsageError
 from efficientllm.planning.gpus import GPUS, gpu_named

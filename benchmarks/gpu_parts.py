@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from gpu_rivals import beside_trainer, plain_loop
-from gpu_subjects import Kind, Shape, Subject, llama, two_shapes
+from gpu_shapes import Shape, two_shapes
+from gpu_subjects import Kind, Subject
 
 from efficientllm.models.space import space_of
 from efficientllm.training.chunked_loss import is_chunked
 
 ROUNDS = 8
 FEWEST = 3  # rounds that a median is taken of, where time is short
-WIDE = 120e9  # bytes of a device that holds two models of 1.7B in training, with 8,192 tokens in flight
 DEFAULT_BATCH = 524_288  # train.batch_tokens where a recipe does not say
 
 
@@ -25,25 +25,9 @@ class LeftOut(BaseException):  # none of Exception, so that nobody's `except Exc
     """Why a part has no figures."""
 
 
-def shapes_of(names: list[str], device: torch.device, *, tiny: bool, micro: int | None) -> list[Shape]:
-    """SmolLM's two shapes (hidden, layers, heads, KV heads, FFN) with 16 rows of 2,048 tokens a step, or a toy."""
-    if tiny:
-        return [Shape("toy", llama(64, 3, 4, 2, 160, 512, 64), rows=4, micro=micro or 2, length=64)]
-    memory = torch.cuda.get_device_properties(device).total_memory
-    sizes = {
-        "1.7B": (llama(2048, 24, 32, 32, 8192, 49152, 2048), 4 if memory > WIDE else 2),
-        "360M": (llama(960, 32, 15, 5, 2560, 49152, 2048), 8 if memory > WIDE else 4),
-    }
-    return [Shape(name, sizes[name][0], 16, micro or sizes[name][1], 2048) for name in names]
-
-
 def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-        "mean": statistics.fmean(values),
-    }
+    figures = {"median": statistics.median, "low": min, "high": max, "mean": statistics.fmean}
+    return {name: float(of(values)) for name, of in figures.items()}
 
 
 def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
@@ -171,11 +155,7 @@ class Bench:
         return statistics.median(seconds)
 
     def compile(self) -> dict[str, Any]:
-        kinds = {
-            "compiled": Kind(compiled=True),
-            "compiled, event": Kind("event", compiled=True),
-            "eager": Kind(),
-        }
+        kinds = {"compiled": Kind(compiled=True), "compiled, event": Kind("event", compiled=True), "eager": Kind()}
         from torch._dynamo.utils import counters
 
         before = counters["stats"]["unique_graphs"]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from gpu_subjects import RandomRows, Shape, synchronise
+from gpu_shapes import Shape
+from gpu_subjects import RandomRows, synchronise
 
 from efficientllm.models.space import build
 from efficientllm.training.gradient import Precision

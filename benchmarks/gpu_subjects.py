@@ -13,62 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from gpu_shapes import TARGET, Shape
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig
 
 from efficientllm.models import parts
-from efficientllm.models.flops import forward_flops
-from efficientllm.models.space import build, narrowed_config, space_of
+from efficientllm.models.space import build, space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.landing import Landing
-from efficientllm.pruning.shapes import Alignment, Floors, proportional_widths
+from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import Position
 from efficientllm.training.compaction import compact, compaction_widths
 from efficientllm.training.gradient import Precision, summed_loss
 from efficientllm.training.loop import StepRecord, train_steps
 from efficientllm.training.state import PruningPlan, start
-
-TARGET = 469 / 1711  # share of the parameters that is left in the paper's largest recipe
-
-
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, length: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-    )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and its batch: rows of `length` tokens in a step, `micro` of them in a forward pass."""
-
-    name: str
-    config: PretrainedConfig
-    rows: int
-    micro: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def model_flops(self) -> int:
-        """Of a step: three times the forward pass, attention over the whole square (PaLM, arXiv 2204.02311, app. B)."""
-        return 3 * forward_flops(space_of(self.config), self.rows, self.length).total
-
-    def narrowed(self, name: str, widths: Widths) -> Shape:
-        return replace(self, name=name, config=narrowed_config(self.config, widths))
-
 
 NOWHERE = Position(0)
 
@@ -240,23 +200,3 @@ class Subject:
         self._engine = self.state.pruner
         self.pace.least = float("inf")
         return seconds, widths
-
-
-def two_shapes(shape: Shape) -> tuple[Shape, Shape]:
-    """A final shape with aligned widths, and one of as many parameters (within 0.2 %) whose widths are odd numbers."""
-    space = space_of(shape.config)
-    align = Alignment.automatic(space.widths)
-    target = round(TARGET * int(space.num_params()))
-    near = proportional_widths(space, target)
-    hidden = max(align.hidden, near.hidden // align.hidden * align.hidden)
-    most = range(align.intermediate, space.widths.intermediate + 1, align.intermediate)
-    aligned = max(
-        (near.changed(hidden=hidden, intermediate=ffn) for ffn in most),
-        key=lambda widths: -abs(int(space.num_params(widths)) - target),
-    )
-    wanted = int(space.num_params(aligned))
-    odd = min(
-        (aligned.changed(hidden=hidden - 3, intermediate=ffn) for ffn in range(1, space.widths.intermediate, 2)),
-        key=lambda widths: abs(int(space.num_params(widths)) - wanted),
-    )
-    return shape.narrowed("aligned", aligned), shape.narrowed("unaligned", odd)

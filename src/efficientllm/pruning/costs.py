@@ -140,7 +140,8 @@ class TableCost:
     def _place(self, axis: str, levels: Sequence[int], widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(index of the level below, index of the level above, share of the way between them) of each width."""
         if bool(((widths < levels[0]) | (widths > levels[-1])).any()):
-            raise ValueError(f"{axis} {int(widths.min())} to {int(widths.max())} lies outside {_range(levels)}")
+            asked = f"{int(widths.min())} to {int(widths.max())}"
+            raise ValueError(f"{axis} {asked} lies outside {levels[0]} to {levels[-1]}")
         table = torch.tensor(levels)
         below = (torch.searchsorted(table, widths.contiguous(), right=True) - 1).clamp(0, max(0, len(levels) - 2))
         above = (below + 1).clamp(max=len(levels) - 1)
@@ -159,10 +160,6 @@ class TableCost:
         if axis < len(TABLE_AXES) - 1:
             return (1.0 - share) * low + share * high
         return torch.where(share == 1.0, high, torch.minimum(low + share * (high - low), high))
-
-
-def _range(levels: Sequence[int]) -> str:
-    return f"{levels[0]} to {levels[-1]}"
 
 
 SAMPLES = 9  # widths of each axis at which `counts` looks, ends included: more than a table has levels

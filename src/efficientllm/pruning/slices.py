@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
 from efficientllm.pruning.groups import Cut, Slice, Space, labels
@@ -18,11 +17,11 @@ def group_slices(space: Space, events: Sequence[Cut]) -> Iterator[Slice]:
     `space.widths` are the allocated widths, in which the units are counted.
     """
     for dimension in DIMENSIONS.values():
-        units = [event.units for event in events if event.type == dimension.type]
-        if units:
+        own = [event for event in events if event.type == dimension.type]
+        if own:
             fallen = Live.full(space.widths)
-            for each in units:
-                fallen.remove(Cut(dimension.type, each))
+            for each in own:
+                fallen.remove(each)
             yield from _dead(space, fallen, dimension.name)
 
 
@@ -54,26 +53,9 @@ def dead_slices(space: Space, live: Live) -> Iterator[Slice]:
     """What a gradient reaches although it is dead: query heads whose KV head is live, biases of dead layers."""
     for dimension in DIMENSIONS.values():
         if dimension.held:
-            only = Live.full(space.widths)
-            dead = ~_own(live, dimension.name) & _outer_live(live, dimension.name)
-            for units in _columns(dead):
-                only.remove(Cut(dimension.type, units))
+            within = dimension.within
+            outer = live[within].flatten()[:, None] if within else torch.ones(1, 1, dtype=torch.bool)
+            dead, only = ~live.units(dimension.type) & outer, Live.full(space.widths)  # bool (rows, units)
+            for unit in dead.any(0).nonzero().flatten().tolist():
+                only.remove(Cut(dimension.type, torch.where(dead[:, unit], unit, -1)))
             yield from _dead(space, only, dimension.name)
-
-
-def _own(live: Live, dimension: str) -> Tensor:
-    """Live units of a dimension, bool (rows, units)."""
-    return live.units(DIMENSIONS[dimension].type)
-
-
-def _outer_live(live: Live, dimension: str) -> Tensor:
-    """Whether the unit that each row lies within is live, bool (rows, 1)."""
-    within = DIMENSIONS[dimension].within
-    return live[within].flatten()[:, None] if within else torch.ones(1, 1, dtype=torch.bool)
-
-
-def _columns(dead: Tensor) -> Iterator[Tensor]:
-    """Units to remove, int64 (rows,), -1 where a row has none, from bool (rows, units)."""
-    for unit in range(dead.shape[1]):
-        if bool(dead[:, unit].any()):
-            yield torch.where(dead[:, unit], unit, -1)

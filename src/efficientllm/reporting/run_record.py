@@ -1,24 +1,51 @@
-"""What a run folder says of itself, as far as it can be read: for reports, also of runs under way or damaged."""
+"""What a run folder says of itself, as far as it can be read: for reports, also of runs under way or damaged.
+
+The form of each file says what a report may count on. A report is wanted most when a run has gone wrong, so a damaged
+line or file costs itself and nothing else.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, create_model
 
 from efficientllm.errors import UsageError
-from efficientllm.reporting.run_forms import (
-    BENCH,
-    COMPACTION,
-    EVALUATION,
-    EVENT,
-    METRICS,
-    MODEL,
-    SAMPLES,
-    SUMMARY,
-    Record,
-    read_facts,
-    read_lines,
+from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
+
+Record = Mapping[str, Any]
+
+
+def _form(**fields: Any) -> Any:
+    """Of a JSON object: name -> (type, ... where the field must be there, else its default). Further fields may
+    stand in it. Numbers that are not finite are written as null."""
+    return create_model("Form", __config__=ConfigDict(extra="allow", strict=True), **fields)
+
+
+_NUMBER = (float | None, None)
+_AMOUNTS = ("loss", "validation_loss", "live_parameters", "allocated_parameters", "seconds", "tokens_per_second")
+_LINE = {"step": (int, ...), "tokens": (float, ...), **dict.fromkeys((*_AMOUNTS, "flops", "allocated_after"), _NUMBER)}
+_WIDTHS = _form(
+    **dict.fromkeys((name for name in WIDTH_LABELS if name != "intermediate"), (PositiveInt, ...)),
+    **dict.fromkeys(("intermediate", *EXPERT_LABELS), (PositiveInt | None, None)),
 )
+METRICS = _form(
+    **_LINE,
+    widths=(_WIDTHS, None),
+    saliency=(dict[str, float | None] | None, None),
+    flops_by_part=(dict[str, Any] | None, None),
+)
+EVENT = _form(**_LINE, type=(str, ...), widths=(_WIDTHS, ...))
+COMPACTION = _form(**_LINE, after=(_WIDTHS, ...))
+MODEL = _form(parameters=(float, ...), widths=(_WIDTHS, ...), validation_loss=_NUMBER)
+SUMMARY = _form(source=(MODEL, ...), result=(MODEL, ...))
+SAMPLES = list[_form(**dict.fromkeys(("prompt", "source", "result"), (str | None, ...)))]  # type: ignore[misc, valid-type]
+EVALUATION = _form(results=(dict[str, dict[str, Any]], ...))
+BENCH = _form(settings=(_form(backend=(str, ...)), ...), machine=(Any, ...), models=(Any, ...))
 
 
 @dataclass
@@ -50,8 +77,8 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
             f"{path} is no run folder: it has neither config.yaml nor metrics.jsonl; name the run.dir of a run"
         )
     notes: list[str] = []
-    metrics = read_lines(path / "metrics.jsonl", METRICS, notes)
-    summary = read_facts(path / "summary.json", SUMMARY, notes)
+    metrics = _lines(path / "metrics.jsonl", METRICS, notes)
+    summary = _object(path / "summary.json", SUMMARY, notes)
     if not metrics and not notes:
         notes.append("no step has been recorded yet")
     elif not (path / "summary.json").is_file():
@@ -60,14 +87,14 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         path=path,
         name=name or path.resolve().name,
         metrics=metrics,
-        events=read_lines(path / "events.jsonl", EVENT, notes),
-        compactions=read_lines(path / "compactions.jsonl", COMPACTION, notes),
-        source=read_facts(path / "source.json", MODEL, notes) or (summary or {}).get("source"),
+        events=_lines(path / "events.jsonl", EVENT, notes),
+        compactions=_lines(path / "compactions.jsonl", COMPACTION, notes),
+        source=_object(path / "source.json", MODEL, notes) or (summary or {}).get("source"),
         summary=summary,
         recipe=_text(path / "config.yaml"),
-        samples=read_facts(path / "samples.json", SAMPLES, notes) or [],
-        evaluation=read_facts(path / "eval" / "results.json", EVALUATION, notes),
-        bench=[each for file in sorted((path / "bench").glob("*.json")) if (each := read_facts(file, BENCH, notes))],
+        samples=_object(path / "samples.json", SAMPLES, notes) or [],
+        evaluation=_object(path / "eval" / "results.json", EVALUATION, notes),
+        bench=[each for file in sorted((path / "bench").glob("*.json")) if (each := _object(file, BENCH, notes))],
         notes=notes,
     )
 
@@ -76,4 +103,46 @@ def _text(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
+        return None
+
+
+def _lines(file: Path, form: Any, notes: list[str]) -> list[Record]:
+    """The lines of a journal that can be read, and a note that counts the others. A last line without its end is being
+    written, or was when the process died: no note of that."""
+    try:
+        *whole, rest = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(f"{file} cannot be read ({error.strerror})")
+        return []
+    one = TypeAdapter(form)
+    records = [_parsed(line, one) for line in whole]
+    if None in records:
+        notes.append(f"{file.name}: {records.count(None)} of {len(whole)} lines cannot be read and are left out")
+    return [record for record in (*records, _parsed(rest, one)) if record is not None]
+
+
+def _object(file: Path, form: Any, notes: list[str]) -> Any:
+    """The content of a JSON file; None, and a note, where it cannot be read or is of another form; None without it."""
+    try:
+        text = file.read_bytes()
+        json.loads(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{file} cannot be read ({error}) and is left out")
+        return None
+    content = _parsed(text, TypeAdapter(form))
+    if content is None:
+        notes.append(f"{file} is not of the form that efficientllm writes and is left out")
+    return content
+
+
+def _parsed(text: bytes, form: TypeAdapter[Any]) -> Any:
+    """The content as Python's own json reads it; None where it is of another form."""
+    try:
+        form.validate_json(text)
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
