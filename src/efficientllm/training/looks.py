@@ -26,7 +26,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Pass:
     """What a pass is made over, and what it costs.
 
     parts: micro-batches of this process, and whether each counts (micro_batches). loss: of some
