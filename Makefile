@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --
 help:
 	@echo "make demo    train a source, prune it while it trains, compare with from-scratch (three to eight minutes)"
 	@echo "make quick   lint and the cheap tests: no whole run, no second process (at most two minutes)"
-	@echo "make test    lint, types and all tests (three minutes on two fast cores, about ten on slow ones)"
+	@echo "make test    lint, types and all tests (six to ten minutes on two cores)"
 	@echo "make clean   remove the virtual environment and caches (never your runs)"
 
 $(STAMP): pyproject.toml constraints.txt

@@ -64,7 +64,7 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     options, landings = options_and_landings(prune, space)
     tokens = STEPS * ROWS * LENGTH
     schedule = SpanSchedule(0, tokens, space.num_params(), landings[-1].target, "linear")
-    plan = PruningPlan(model.config, landings, schedule, options, 1.0, 512, calibration_tokens=2 * LENGTH)
+    plan = PruningPlan(model.config, landings, schedule, options, 1.0)
     train = TrainConfig.model_validate({"tokens": tokens, "lr": 1e-4, "batch_tokens": ROWS * LENGTH, "micro_batch": 8})
     state = start(model, train, plan, ranks)
     outside = 2 * CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size

@@ -99,14 +99,13 @@ class Pruner:
         decides, landings = decided(options, model.config, sequence_length or 1)
         size, landing = landings[-1].cost(space.widths), landings[-1]
         schedule = SpanSchedule(start, start + steps, size, landing.target, options.curve)
-        tokens, source = correction_tokens(space, None), copy.deepcopy(model.config)
-        self._plan = PruningPlan(source, landings, schedule, decides, compact_at=0.0, correction_tokens=tokens)
+        self._plan = PruningPlan(copy.deepcopy(model.config), landings, schedule, decides, compact_at=0.0)
         self._state = assemble(model, optimizer, self._plan, runner, ranks)
         self._asked = options.model_dump(mode="json") | {"steps": steps, "start": start, "length": sequence_length}
         self._sharded = any(is_sharded(weight) for weight in model.parameters())
         self._observed = False
         self._loss_fn = loss_fn
-        self._passes = CurrentBatch(self._state, tokens, loss_fn)
+        self._passes = CurrentBatch(self._state, correction_tokens(space), loss_fn)
 
     @property
     def model(self) -> PreTrainedModel:

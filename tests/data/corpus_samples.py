@@ -44,13 +44,21 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_path(
-    cache_dir: Path, train: Any, vocab_size: int | None = None, say: Any = None, tokenizer: Any = None, **data: Any
+    cache_dir: Path,
+    train: Any,
+    vocab_size: int | None = None,
+    say: Any = None,
+    tokenizer: Any = None,
+    trains: bool = True,
+    **data: Any,
 ) -> tuple[list[Corpus], list[Corpus]]:
     """load_corpora of a path or of sources; data: further keys of DataConfig; tokenizer: else small_tokenizer."""
     train = str(train) if isinstance(train, Path) else train
     settings = {"train": train, "sequence_length": LENGTH, "cache_dir": str(cache_dir), "workers": 1}
     tokenizer = tokenizer or small_tokenizer()
-    return load_corpora(DataConfig(**(settings | data)), tokenizer, vocab_size=vocab_size, on_progress=say)
+    return load_corpora(
+        DataConfig(**(settings | data)), tokenizer, vocab_size=vocab_size, on_progress=say, trains=trains
+    )
 
 
 def write_jsonl(path: Path, texts: list[str] = STORIES) -> Path:

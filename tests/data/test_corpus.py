@@ -74,6 +74,15 @@ def test_every_format_gives_the_documents_end_to_end(make: Callable[[Path], str]
     )
 
 
+def test_who_only_validates_reads_nothing_else(tmp_path: Path, load: Any) -> None:
+    """As for the samples of a report, when the cache is gone: the text to train on may be large, or not there."""
+    held = str(write_jsonl(tmp_path / "held.jsonl", STORIES[:9]))
+    train, (alone,) = load("nowhere.jsonl", validation=held, trains=False)
+    assert not train
+    _, (beside,) = load(write_jsonl(tmp_path / "train.jsonl"), validation=held)
+    assert (alone.key, tokens_in(alone)) == (beside.key, tokens_in(beside))
+
+
 def test_take_reads_any_rows_in_any_order(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_WRITE_TOKENS", 5 * LENGTH)  # many chunks in the file
     (train,), _ = load(write_jsonl(tmp_path / "a.jsonl"))

@@ -67,6 +67,9 @@ class Batches:
         return torch.from_numpy(with_planes(ids, marks, self.planes, 0))[part]
 
 
+# Looks of five rows, which divide unequally.
+@patch("efficientllm.training.looks.LOOK_TOKENS", 5 * LENGTH)
+@patch("efficientllm.training.looks.correction_tokens", lambda space: 5 * LENGTH)
 @patch("efficientllm.training.optim.EPS", 1e-3)  # so that rounding moves no weight whose gradient is all but zero
 def play(case: Case, ranks: World, folder: Path) -> None:
     """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""
@@ -95,8 +98,6 @@ def play(case: Case, ranks: World, folder: Path) -> None:
         schedule,
         options,
         compact_at=0.05,
-        correction_tokens=5 * LENGTH,
-        calibration_tokens=5 * LENGTH,
     )
     ranks = with_mesh(ranks, DistributedConfig(shard=case.shard), torch.device("cpu"), fits=True)
     if case.begin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,10 @@ def test_a_missing_weight_is_never_made_up(tmp_path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UsageError, match=r"lacks the weight .*up_proj"):
         load_model(str(tmp_path))
+
+
+def test_a_transformers_that_computes_experts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts: Any = tiny_model("qwen3-moe-gqa").model.layers[0].mlp.experts
+    monkeypatch.delattr(type(experts), "_apply_gate")
+    with pytest.raises(UsageError, match=r"has no .*Experts\._apply_gate, which pruning a mixture of experts goes by"):
+        build(tiny_config("qwen3-moe-gqa"))

@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from efficientllm.models.space import check_space, empty_model, space_of, widths
 from efficientllm.pruning.groups import Cut
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.pruning.shapes import fitted
-from efficientllm.training.compaction import compact
+from efficientllm.training.compaction import TIED_TO_SHAPE, compact
 from efficientllm.training.planning import options_and_landings
-from efficientllm.training.snapshot import cut, fill_model, model_of
+from efficientllm.training.snapshot import COUNTS, Snapshot, cut, fill_model, model_of
 from efficientllm.training.state import PruningPlan, TrainState, capture, restore, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
@@ -143,6 +144,13 @@ def test_compaction_holds_no_old_tensor(compiles: bool, without_collector: None)
     old += [weakref.ref(value) for each in state.optimizer.state.values() for value in each.values()]
     compact(state, state.live_widths, train, plan)
     assert not [each for each in old if each() is not None]
+
+
+def test_every_part_of_a_run_is_counted_or_made_anew() -> None:
+    """A field in neither list would be lost on resume, or outlive a compaction."""
+    known = [*COUNTS, *TIED_TO_SHAPE, "ranks"]
+    assert sorted(known) == sorted(field.name for field in fields(TrainState))
+    assert set(COUNTS) <= {field.name for field in fields(Snapshot)}
 
 
 def test_cutting_a_snapshot_leaves_it_alone_unless_consumed() -> None:

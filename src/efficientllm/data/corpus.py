@@ -77,6 +77,7 @@ def load_corpora(
     *,
     vocab_size: int | None = None,
     on_progress: Callable[[str], None] | None = None,
+    trains: bool = True,
 ) -> tuple[list[Corpus], list[Corpus]]:
     """The corpora to train on and to validate on, tokenised now or found in the cache.
 
@@ -86,6 +87,8 @@ def load_corpora(
 
     Where one source to train on holds conversations, rows of all of them have labels, and with data.within_documents
     positions too (data/planes.py).
+
+    trains: whether anybody will; else sources that nothing is held out of are left unread.
 
     vocab_size: of the model, to see that the tokenizer's ids fit in. on_progress is told in one line what happens;
     progress bars go to stderr. Raises UsageError for input that cannot be used.
@@ -99,7 +102,7 @@ def load_corpora(
     _check_ids(int(eos), "its EOS", vocab_size)
     loader = _Loader(data, tokenizer, on_progress or (lambda line: None))
     train, validation = [], []
-    for source in data.train:
+    for source in data.train if trains or not data.validation_sources else ():
         corpora, largest_id = loader.load(source, data.held_out)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         train.append(corpora[0])
@@ -108,7 +111,7 @@ def load_corpora(
         corpora, largest_id = loader.load(source, None)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         validation.append(corpora[0])
-    planes = max(corpus.planes for corpus in train)
+    planes = max((corpus.planes for corpus in train), default=Planes.TOKENS)
     return [replace(corpus, planes=planes) for corpus in train], validation
 
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
+from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, EXPERT_FFN, STEM
 from efficientllm.pruning.groups import Cut, Space
 from efficientllm.pruning.live import Live
-from efficientllm.pruning.shards import local_place
+from efficientllm.pruning.shards import fill
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, predicted_tokens
@@ -70,18 +71,11 @@ def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: 
     rows = Live.full(space.widths).units(pruning_type).shape[0]
     units = torch.full((rows,), -1)
     units[row] = unit
-    saved = []
-    for part in group_slices(space, [Cut(pruning_type, units)]):
-        weight = params[part.name].detach()
-        place = local_place(weight, part.dim, part.indices, part.rows)
-        saved.append((weight, place, weight[place]))
-    try:
-        for weight, place, _ in saved:
-            weight[place] = 0.0
+    cuts = [Cut(pruning_type, units)]
+    with trial(space, params, cuts):
+        for part in group_slices(space, cuts):
+            fill(params[part.name], part.dim, part.indices, part.rows)
         yield
-    finally:
-        for weight, place, values in saved:
-            weight[place] = values
 
 
 def passes(space: Space, units: Sequence[Unit], length: int) -> float:

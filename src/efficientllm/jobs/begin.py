@@ -12,6 +12,7 @@ from efficientllm.checkpoint.store import MANIFEST, checkpoints, load
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import error_of_all
 from efficientllm.errors import UsageError
+from efficientllm.files import write_json
 from efficientllm.jobs.determinism import arithmetic, other_bits
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.run_folder import RunFolder
@@ -87,7 +88,7 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
     }
     if job.pruning and job.pruning.landing.cost.name != "params":
         facts["cost"] = job.pruning.landing.cost.key
-    job.ranks.from_first(lambda: job.folder.write_json(job.folder.source, facts))
+    job.ranks.from_first(lambda: write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return facts
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from efficientllm import __version__
 from efficientllm.checkpoint.export import export_model
 from efficientllm.config import dump_recipe
+from efficientllm.files import write_json
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
@@ -68,7 +69,7 @@ def _leave_result(
         generation=generation_settings(job),
         extras=lambda path: write_model_card(path, summary),
     )
-    job.folder.write_json(job.folder.summary, summary)
+    write_json(job.folder.summary, summary)
     say(f"{job.folder.model}: {result_line(summary)}")
     _draw(job.folder.path, say)
     return summary

@@ -31,7 +31,7 @@ from efficientllm.training.distillation import Distillation, LiveTeacher, Teache
 from efficientllm.training.gradient import Precision
 from efficientllm.training.run_plan import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan, TrainState
-from efficientllm.training.teacher_cache import CachedTeacher
+from efficientllm.training.teacher_cache import FORMAT, CachedTeacher
 
 CHUNK_TOKENS = 1024  # whose logits of both models stand in memory at once: each 200 MB in fp32 for 49,152 words
 
@@ -109,7 +109,7 @@ def teacher_of(job: Job, state: TrainState) -> Distillation | None:
         teacher = LiveTeacher(load(), streams=distill.hidden > 0)
     else:
         root, length = cache_root(job.recipe.data.cache_dir), job.plan.length
-        drawn = f"{length}-drawn-1-{distill.samples}"
+        drawn = f"{length}-drawn-{FORMAT}-{distill.samples}"
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
             name += f"-{job.ranks.rank}-of-{job.ranks.world}"

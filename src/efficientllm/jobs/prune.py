@@ -104,9 +104,10 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
         for record in records:
             if record.compaction:
                 progress.note(compaction_line(record))
-            if record.prune and record.prune.rung is not None:
+            rung = record.prune.rung if record.prune else None
+            if rung is not None:
                 check_finite(state)
-                leave_rung(job, state, record.prune.rung, progress)
+                leave_rung(job, state, rung, progress)
             if state.skipped_in_a_row:
                 progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
             if record.prune and not warned and (said := trouble(record.prune)):
@@ -115,10 +116,10 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             last = state.step == job.plan.steps
             due = last or crossed(job.plan.pace.every, before, state.tokens)
             loss = validate_unless_stopped(job, state, progress, stop) if due else None
-            rung = record.prune is not None and record.prune.rung is not None
             # All processes agree on it once a step: a signal that comes later is acted on after the next step.
             stopping, late = stop_or_save(job, stop, time.monotonic() - saved_at > AT_LATEST)
-            saving = last or rung or late or stopping is not None or crossed(checkpoint_every, before, state.tokens)
+            saving = last or late or crossed(checkpoint_every, before, state.tokens)
+            saving = saving or rung is not None or stopping is not None
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from efficientllm.config import Recipe, dump_recipe, without_gone
 from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
-from efficientllm.files import locked, read_json, write_atomically, write_json
+from efficientllm.files import locked, read_json, write_atomically
 from efficientllm.reporting.journal import Journal
 
 # Of the run section only validation_tokens is bound: the source was measured on those rows; where it is auto, it
@@ -138,9 +138,6 @@ class RunFolder:
         mend = "restore it, or choose another run.dir (a summary.json may simply be deleted)"
         content: dict[str, Any] | None = read_json(path, mend)
         return content
-
-    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
-        write_json(path, content)
 
 
 def fingerprint(recipe: Recipe) -> str:

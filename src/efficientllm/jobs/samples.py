@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.config import Recipe, load_recipe
+from efficientllm.data.corpus import load_corpora
 from efficientllm.evaluation.validation import spread
 from efficientllm.files import write_json
-from efficientllm.jobs.job import choose_device, prepare
+from efficientllm.jobs.job import choose_device
 from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.models.loading import load_model
+from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.reporting.progress import track
 from efficientllm.training.gradient import token_ids
 
@@ -38,20 +39,20 @@ def write_samples(path: Path, say: Callable[[str], None]) -> None:
 
 def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     """prompt, source, result: texts; source is None where the run began from random weights."""
-    job = prepare(recipe, folder, lambda message: None)
-    corpus = max(job.validation, key=len)
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
+    corpus = max(load_corpora(recipe.data, tokenizer, trains=False)[1], key=len)
     room = min(PROMPT_TOKENS, recipe.data.sequence_length // 2)
     prompts = token_ids(corpus.take(spread(len(corpus), SAMPLES)))[:, :room]
     device = choose_device(recipe.train.device)
     texts: dict[str, list[str] | None] = {"source": None}
     with track("sample generations", 2 * len(prompts)) as bar:
         if recipe.init == "pretrained":
-            texts["source"] = _continue(load_model(recipe.source, device=device), job.tokenizer, prompts, bar.advance)
+            texts["source"] = _continue(load_model(recipe.source, device=device), tokenizer, prompts, bar.advance)
         result = load_model(str(folder.model), device=device)
-        written = _continue(result, job.tokenizer, prompts, bar.advance)
+        written = _continue(result, tokenizer, prompts, bar.advance)
     return [
         {
-            "prompt": job.tokenizer.decode(prompt),
+            "prompt": tokenizer.decode(prompt),
             "source": None if texts["source"] is None else texts["source"][index],
             "result": written[index],
         }

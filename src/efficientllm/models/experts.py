@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from efficientllm.errors import UsageError
 from efficientllm.models.parts import blocks
 from efficientllm.pruning.gates import Routed
 
@@ -35,14 +37,27 @@ def prepare(model: Any) -> None:
     model. May be called again."""
     if not is_mixture(model.config):
         return
-    first = blocks(model)[0].mlp.experts.down_proj
-    fits = not any(width % EXPERT_STEP for width in first.shape[1:])
+    first = blocks(model)[0].mlp
+    _check_names(first)
+    fits = not any(width % EXPERT_STEP for width in first.experts.down_proj.shape[1:])
     model.set_experts_implementation("grouped_mm" if fits else "batched_mm")
     for block in blocks(model):
         router: Any = block.mlp.gate
         if _hide_dead not in router._forward_hooks.values():
             # Before the hooks that transformers keeps router logits by, so that those see what this one returns.
             router.register_forward_hook(_hide_dead, prepend=True)
+
+
+def _check_names(block: Any) -> None:
+    """Raises UsageError where this transformers has changed what is written once more here, or looked in at."""
+    known = {block.gate: ("weight", "top_k", "norm_topk_prob"), block.experts: ("config", "_apply_gate")}
+    for module, names in known.items():
+        for name in names:
+            if not hasattr(module, name):
+                raise UsageError(
+                    f"transformers {transformers.__version__} has no {type(module).__name__}.{name}, which pruning a "
+                    "mixture of experts goes by; install an earlier one"
+                )
 
 
 def _hide_dead(router: Any, _args: object, output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

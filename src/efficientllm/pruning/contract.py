@@ -51,17 +51,16 @@ class PrunerOptions:
     """The method's dials; docs/results/ablations.md for the defaults.
 
     types: pruning types that may be chosen. saliency: name of the criterion, or one for each type (criteria_of).
-    calibrated: compare types by measured loss, not by raw scores. decay: share of the old in the scores' average once
-    `bound` of the parameters has fallen. bound: largest share of the live parameters removed between two looks (one
-    larger event falls alone, after a look of its own). correction: the second-order update of what is left; None leaves
-    it out. order: "saliency", or a pruning path (selection.py) towards one fixed shape. gathers: looks that are taken
-    before the first event of a step where training has taken none (weights at rest). seed: of the criterion `random`.
+    calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters removed
+    between two looks (one larger event falls alone, after a look of its own). correction: the second-order update of
+    what is left; None leaves it out. order: "saliency", or a pruning path (selection.py) towards one fixed shape.
+    gathers: looks that are taken before the first event of a step where training has taken none (weights at rest).
+    seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
     saliency: str | Mapping[str, str]
     calibrated: bool
-    decay: float = 0.5
     bound: float = 0.05
     correction: SolverOptions | None = None
     order: str = "saliency"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
-from efficientllm.pruning.correction import Corrections, correct
+from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
@@ -47,18 +47,16 @@ class PruningEngine:
         landings: Sequence[Landing],
         schedule: Schedule,
         options: PrunerOptions,
-        live: Live | None = None,
         reduction: World = ALONE,
     ) -> None:
         self.space, self.params, self.moments, self._reduction = space, params, moments, reduction
         self.course, self.options = Course(landings, schedule), options
-        self.live = live or Live.full(space.widths)
+        self.live = Live.full(space.widths)
         self.looks = Looks(
             space,
             params,
             self._reduction,
             criteria=criteria_of(options.saliency, options.types),
-            decay=options.decay,
             seed=options.seed,
         )
         self.calibration = Calibration()
@@ -171,15 +169,11 @@ class PruningEngine:
         left, self.events, self.rung = self.rung, bundle[-1].after.events, bundle[-1].after.rung
         report.rung = left if self.rung > left else None
         if self.options.correction and inputs is not None:
-            done = self._correct(list(losing_readers(self.space, events, self.live)), inputs)
+            readers = list(losing_readers(self.space, events, self.live))
+            done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
             report.corrections.add(done)
             report.flops.correction += done.flops
         self.zero(events)
-
-    def _correct(self, readers: Sequence[Reader], inputs: Mapping[str, Tensor]) -> Corrections:
-        """Lets what is left of every layer make up for the inputs that it loses."""
-        assert self.options.correction is not None
-        return correct(self.params, readers, inputs, self.options.correction, self._reduction)
 
     def zero(self, events: Sequence[Cut]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
@@ -228,8 +222,9 @@ class PruningEngine:
                 without.remove(cut)
             readers = list(losing_readers(self.space, bundle.cuts, without))
         with trial(self.space, self.params, bundle.cuts, [reader.name for reader in readers]):
-            if inputs is not None and readers:
-                report.flops.calibration += self._correct(readers, inputs).flops
+            if self.options.correction and inputs is not None and readers:
+                done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
+                report.flops.calibration += done.flops
             self._zero(bundle.cuts, moments=False)
             return loss()
 

@@ -1,7 +1,7 @@
 """Every unit's score, and when it is taken anew: looks at the gradient, the inputs or the weights, and their average.
 
 How far a look is trusted falls with what has been removed since: once `bound` of the parameters is gone it counts
-`decay` of a fresh one. Training changes the weights too, so that a look loses as much over MEMORY looks without an
+DECAY of a fresh one. Training changes the weights too, so that a look loses as much over MEMORY looks without an
 event.
 """
 
@@ -21,6 +21,7 @@ from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import MovingAverage, all_finite, drawn_scores, unit_scores
 from efficientllm.pruning.shards import World
 
+DECAY = 0.5
 MEMORY = 20
 
 
@@ -44,11 +45,10 @@ class Looks:
         reduction: World,
         *,
         criteria: Mapping[str, Criterion],
-        decay: float,
         seed: int,
     ) -> None:
         self._space, self._params, self._reduction = space, params, reduction
-        self._criteria, self._decay, self._seed = criteria, decay, seed
+        self._criteria, self._seed = criteria, seed
         self._device = next(iter(params.values())).device
         self.needs = frozenset(each.needs for each in criteria.values())
         self.average = MovingAverage()
@@ -129,7 +129,7 @@ class Looks:
         if not all_finite(found):  # in the average it would stay for good
             self.nonfinite += 1
             return
-        self.average.update(found, self._decay ** max(self.fallen[need], 1.0 / MEMORY))
+        self.average.update(found, DECAY ** max(self.fallen[need], 1.0 / MEMORY))
         self.fallen[need] = 0.0
         self._fresh.add(need)
 

@@ -36,6 +36,10 @@ def print_criteria() -> None:
         looks = "nothing" if each.needs == "nothing" else " and ".join({"weights": None, each.needs: None})
         table.add_row(each.name, each.about, looks, each.cost, each.source)
     console().print(table)
+    console().print(
+        "In the loop on a model of 1 M parameters flap and sparsegpt ended no better than random (three seeds, "
+        "docs/results/ablations.md); efficientllm probe measures them all on yours."
+    )
 
 
 def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:

@@ -26,7 +26,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Pass:
     """What a pass is made over, and what it costs.
 
     parts: micro-batches of this process, and whether each counts (micro_batches). loss: of some
@@ -61,8 +61,8 @@ class LookRows:
         def within(tokens: int) -> int:
             return min(rows, max(processes, -(-tokens // length)))
 
-        calibration = plan.calibration_tokens or min(max(rows * length // 8, LOOK_TOKENS), 8192)
-        correction = correction_tokens(plan.landing.space, plan.correction_tokens)
+        calibration = min(max(rows * length // 8, LOOK_TOKENS), 8192)
+        correction = correction_tokens(plan.landing.space)
         return cls(within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)), within(calibration), within(correction))
 
     def every(self, rows: int) -> int:
@@ -70,10 +70,8 @@ class LookRows:
         return max(1, round(rows / self.correction))
 
 
-def correction_tokens(space: Space, wanted: int | None) -> int:
-    """Tokens whose inputs a correction sees: as asked, or eight for each input of the widest layer."""
-    if wanted is not None:
-        return wanted
+def correction_tokens(space: Space) -> int:
+    """Tokens whose inputs a correction sees: eight for each input of the widest layer."""
     widest = max(space.axis_length(axis, space.widths) for axis, _, _ in read_tensors(space))
     return max(1, min(CORRECTION_TOKENS * widest, CAPTURED // captured_inputs_of(space)))
 

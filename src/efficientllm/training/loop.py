@@ -83,8 +83,8 @@ def train_steps(
         norm = gradient_norm(state.model.parameters(), state.ranks)
         healthy = _count_health(state, loss, norm)
         prunes = healthy and plan is not None and not plan.at_rest
-        if prunes and state.pruner:
-            state.pruner.observe()
+        if prunes and state.pruner and not state.pruner.finished:
+            state.pruner.looks.observe()
         lr = _take(state, train, step.tokens, norm if healthy else None)
         if prunes:
             pruned = _prune(state, train, plan, step)

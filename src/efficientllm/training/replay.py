@@ -16,7 +16,7 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.shards import fill
 from efficientllm.training.capture import Watch, watched_gates
 from efficientllm.training.chunked_loss import IGNORED
-from efficientllm.training.looks import Rows
+from efficientllm.training.looks import Pass
 from efficientllm.training.state import TrainState
 from efficientllm.training.step import Passes, Use
 
@@ -168,13 +168,13 @@ class CurrentBatch(Passes):
         kind = self.state.device.type
         return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
-    def rows(self, use: Use) -> Rows:
+    def rows(self, use: Use) -> Pass:
         ranks, weight = self.state.ranks, 1.0
         if self._weighs and use != "inputs":
             counted = self._replay.counted
             own = torch.tensor([1.0 if counted is None else counted], dtype=torch.float64)
             weight = float(own * ranks.world / ranks.over_batch(own.clone()))
-        return Rows([(ONE, True)], partial(self._of_batch, weight), limit=-(-self.tokens // ranks.world))
+        return Pass([(ONE, True)], partial(self._of_batch, weight), limit=-(-self.tokens // ranks.world))
 
     def _of_batch(self, weight: float, rows: Tensor) -> Tensor:
         self._replay.running = True

@@ -42,8 +42,7 @@ class PruningPlan:
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
     parameters that a compaction must free to be worth it. landings: the ladder's rungs, then the target.
-    correction_tokens: whose inputs the correction sees; calibration_tokens: on which bundles are measured; None for
-    what training/looks.py chooses. begins: the token at which pruning does. at_rest: all events of a landing at once,
+    begins: the token at which pruning does. at_rest: all events of a landing at once,
     before a step, the weights at rest (one-shot, iterative).
     """
 
@@ -52,8 +51,6 @@ class PruningPlan:
     schedule: Schedule
     options: PrunerOptions
     compact_at: float
-    correction_tokens: int | None = None
-    calibration_tokens: int | None = None
     begins: int = 0
     at_rest: bool = False
 

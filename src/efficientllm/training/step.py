@@ -36,7 +36,7 @@ from efficientllm.training.gradient import (
     predicted_tokens,
     summed_loss,
 )
-from efficientllm.training.looks import Batches, LookRows, Rows
+from efficientllm.training.looks import Batches, LookRows, Pass
 from efficientllm.training.state import PruningPlan, TrainState
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -59,7 +59,7 @@ class Passes(ABC):
         self._gates: GateSums | None = None  # of the step's own pass, likewise
 
     @abstractmethod
-    def rows(self, use: Use) -> Rows:
+    def rows(self, use: Use) -> Pass:
         """The next rows for a step's own gradient, a gradient to look at, a measured loss, inputs of linear layers."""
 
     def backward(self, use: Use, names: Sequence[str] = (), gates: GateSums | None = None) -> Tensor:
@@ -180,12 +180,12 @@ class Step(Passes):
                 self._gates = GateSums(self.state.space, self.state.device)
         return self.backward("step", names, self._gates)
 
-    def rows(self, use: Use) -> Rows:
+    def rows(self, use: Use) -> Pass:
         ranks, looks, length = self.state.ranks, self._looks, self._shape[1]
         wanted = {"step": self._shape[0], "gradient": looks.gradient, "measure": looks.measure}
         number = wanted.get(use, looks.correction)
         own = self._batch if use == "step" else self._next_rows(number)
-        return Rows(
+        return Pass(
             list(micro_batches(own, number, self._train.micro_batch, ranks)),
             self._loss(use),
             predicted=predicted_by_all(own, number, ranks) if use in ("step", "gradient") else 1.0,

@@ -29,6 +29,7 @@ from efficientllm.pruning.groups import Space
 from efficientllm.training.distillation import draws, sampled_divergence
 from efficientllm.training.gradient import model_inputs
 
+FORMAT = 1  # stands in a folder's name: a new number makes old ones invisible
 KEY_BYTES = 16
 PART = 256  # tokens whose distributions stand in memory in fp64
 
