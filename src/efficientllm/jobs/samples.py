@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from efficientllm.config import Recipe, load_recipe
 from efficientllm.evaluation.validation import spread
 from efficientllm.files import write_json
-from efficientllm.jobs.job import choose_device, prepare
+from efficientllm.jobs.device import choose_device
+from efficientllm.jobs.job import prepare
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model
 from efficientllm.reporting.progress import track
