@@ -8,25 +8,28 @@ the domains holds cc, c4-rp, wiki and book as JSON lines with `text`; DIR of the
 reads the same batches in the same order (fp32, rows of 512, 4 K tokens a step) and is then measured on the same
 held-out rows of both. Each arm runs in a process of its own, so that its peak memory is its own; finished ones are not
 repeated, stopped ones go on. Differences are to the first arm, paired by document, with a percentile bootstrap over
-documents at 95 %: it says how much the choice of the text matters, not how far another seed would differ.
+documents at 95 %: it says how much the choice of the text matters, not how far another seed would differ. Losses are
+nats for each token of the source's tokenizer, whatever tokens an arm makes the text of; bits per byte stand beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from real_peers import PEERS, prune_by_peer
-from real_text import LENGTH, SHARES, Losses, difference, measure, pooled, split_domains
+from real_text import LENGTH, SHARES, Losses, bytes_per_token, difference, measure, pooled, split_domains
 
 from efficientllm.config import Recipe
 from efficientllm.files import atomic_path
@@ -48,6 +51,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "loop, FFN only": {"prune": FREE | {"types": ["ffn"]}},
     "loop, flap": {"prune": FREE | {"saliency": "flap"}},
     "loop, no correction": {"prune": FREE | {"correction": "none"}},
+    "loop, with vocabulary": {"prune": FREE | {"types": ["attention", "attention_query", "ffn", "stem", "vocab"]}},
     "loop, teacher": {"prune": FREE, "distill": {}},
     "loop, teacher's hidden states": {"prune": FREE, "distill": {"hidden": 1.0}},
     "one-shot": {"prune": FREE | {"mode": "one-shot"}},
@@ -124,38 +128,56 @@ class Bench:
 
     def losses(self, arm: str, seed: int) -> Losses:
         folder = self.run_folder(arm, seed)
-        losses: Losses = apart(measure, folder / "model", self.corpus, self.books, folder / "held-out.json")
+        return self.measured(str(folder / "model"), folder / "held-out.json")
+
+    def measured(self, model: str, file: Path) -> Losses:
+        losses: Losses = apart(measure, model, self.source, self.corpus, self.books, file)
         return losses
+
+    @cached_property
+    def bytes_per_token(self) -> dict[str, float]:
+        """Of each held-out set, in tokens of the source."""
+        found: dict[str, float] = apart(bytes_per_token, self.source, self.corpus, self.books)
+        return found
+
+    def cells(self, losses: Losses, base: Losses) -> list[str]:
+        """Of each held-out set nats per token of the source, bits per byte, and the difference to the first arm."""
+        cells = []
+        for kind in ("domains", "books"):
+            own, first = losses[kind], base[kind]
+            nats = pooled(own, sorted(own))
+            bits = nats / math.log(2.0) / self.bytes_per_token[kind]
+            cells += [f"{nats:.3f}", f"{bits:.3f}", "" if own == first else difference(own, first)]
+        return cells
 
     def row(self, arm: str, seed: int, base: Losses) -> list[str]:
         summary, losses = self.summary(arm, seed), self.losses(arm, seed)
-        cells = [arm, format_count(summary["result"]["parameters"]), shape_of(summary["result"]["widths"])]
+        result = summary["result"]
+        shape = shape_of(result["widths"]) + (
+            "" if "vocabulary" not in result else f", {result['vocabulary']:,} tokens"
+        )
+        cells = [arm, format_count(result["parameters"]), shape]
         cells += [format_count(summary["tokens"]), f"{summary['flops']:.2e}", f"{summary['seconds'] / 60:.0f}"]
         cells.append(f"{summary['peak_memory_bytes'] / 2**30:.1f}")
-        for kind in ("domains", "books"):
-            own = losses[kind]
-            cells.append(f"{pooled(own, sorted(own)):.3f}")
-            cells.append("" if own is base[kind] or own == base[kind] else difference(own, base[kind]))
-        return cells
+        return [*cells, *self.cells(losses, base)]
 
 
 def shape_of(widths: dict[str, int]) -> str:
     return f"{widths['hidden']}/{widths['intermediate']}/{widths['heads']}/{widths['kv_heads']}"
 
 
-HEADER = ("arm", "parameters", "hidden/FFN/heads/KV", "tokens", "FLOPs", "minutes", "GiB", "domains", "to the first")
-HEADER += ("books", "to the first")
+HEADER = ("arm", "parameters", "hidden/FFN/heads/KV", "tokens", "FLOPs", "minutes", "GiB", "domains", "bits per byte")
+HEADER += ("to the first", "books", "bits per byte", "to the first")
 
 
 def table(bench: Bench, arms: list[str], seed: int) -> str:
     """Markdown of all arms that have run, the source first."""
     done = [arm for arm in arms if (bench.run_folder(arm, seed) / "summary.json").is_file()]
     base = bench.losses(done[0], seed)
-    source = apart(measure, bench.source, bench.corpus, bench.books, bench.folder / "held-out.json")
+    source = bench.measured(bench.source, bench.folder / "held-out.json")
     widths = bench.space.widths.record()
     own = ["source", format_count(int(bench.space.num_params())), shape_of(widths), "", "", "", ""]
-    for kind in ("domains", "books"):
-        own += [f"{pooled(source[kind], sorted(source[kind])):.3f}", difference(source[kind], base[kind])]
+    own += bench.cells(source, base)
     rows = [list(HEADER), ["---"] * len(HEADER), own, *(bench.row(arm, seed, base) for arm in done)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
+from torch.nn import functional
 
 from efficientllm.files import atomic_path
 from efficientllm.models.loading import load_model, load_tokenizer
-from efficientllm.training.gradient import Precision, row_losses
+from efficientllm.models.vocabulary import token_bytes
+from efficientllm.training.chunked_loss import IGNORED
+from efficientllm.training.gradient import Precision, predicted_tokens, row_losses
 
 LENGTH, ROWS_AT_ONCE = 512, 2
 SHARES = {"c4-rp": 0.4, "book": 0.3, "wiki": 0.2, "cc": 0.1}  # of the training tokens; by how much text there is
@@ -58,18 +61,46 @@ def rows_of(tokenizer: Any, text: str, number: int) -> torch.Tensor:
     return torch.stack([ids[start : start + length] for start in starts])
 
 
-def measure(model_path: Path | str, corpus: Path, books: Path, file: Path) -> Losses:
-    """Losses of a model on the held-out rows; kept in `file`."""
+def measure(model_path: str, source: str, corpus: Path, books: Path, file: Path) -> Losses:
+    """Losses of a model on the held-out rows, in nats for each token of the source; kept in `file`."""
     if file.is_file():
         losses: Losses = json.loads(file.read_text())
         return losses
-    model, precision = load_model(str(model_path), use="evaluated").eval(), Precision("cpu", bf16=False)
+    model, precision = load_model(model_path, use="evaluated").eval(), Precision("cpu", bf16=False)
+    tokenizer, own = load_tokenizer(source), load_tokenizer(model_path)
+    same = tokenizer.get_vocab() == own.get_vocab()
     losses = {"domains": {}, "books": {}}
-    for kind, document, rows in held_out(corpus, books, load_tokenizer(str(model_path))):
-        parts = [row_losses(model, part, precision) for part in rows.split(ROWS_AT_ONCE)]
-        losses[kind][document] = torch.cat(parts).tolist()
+    for kind, document, rows in held_out(corpus, books, tokenizer):
+        if same:
+            parts = [row_losses(model, part, precision) for part in rows.split(ROWS_AT_ONCE)]
+            losses[kind][document] = torch.cat(parts).tolist()
+            continue
+        spelt = [respelt(row, tokenizer, own) for row in rows]
+        nats = [float(row_losses(model, each[None], precision)) * predicted_tokens(each[None]) for each in spelt]
+        losses[kind][document] = [each / (rows.shape[1] - 1) for each in nats]
     file.write_text(json.dumps(losses))
     return losses
+
+
+def respelt(row: torch.Tensor, tokenizer: Any, own: Any) -> torch.Tensor:
+    """A row (length,) in the tokens of a cut tokenizer, each of the first's made of what is left: (pieces, 2) with the
+    label at each place. The same bytes are predicted: those of all tokens but the first."""
+    there, model = own.get_vocab(), own.backend_tokenizer.model
+    tokens = tokenizer.convert_ids_to_tokens(row.tolist())
+    pieces = [[there[each]] if each in there else [part.id for part in model.tokenize(each)] for each in tokens]
+    ids = torch.tensor([each for token in pieces for each in token])
+    labels = functional.pad(ids[1:], (0, 1), value=IGNORED)
+    labels[: len(pieces[0]) - 1] = IGNORED
+    return torch.stack([ids, labels], dim=1)
+
+
+def bytes_per_token(source: str, corpus: Path, books: Path) -> dict[str, float]:
+    """UTF-8 bytes of a token that is predicted, the mean over the rows of each held-out set."""
+    tokenizer, found = load_tokenizer(source), dict[str, list[float]]()
+    sizes = token_bytes(tokenizer, len(tokenizer))
+    for kind, _, rows in held_out(corpus, books, tokenizer):
+        found.setdefault(kind, []).extend(sizes[rows[:, 1:]].double().mean(1).tolist())
+    return {kind: statistics.fmean(each) for kind, each in found.items()}
 
 
 def pooled(losses: dict[str, list[float]], documents: list[str]) -> float:

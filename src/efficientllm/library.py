@@ -27,7 +27,7 @@ from efficientllm.config.fields import explain
 from efficientllm.distributed.layout import as_found
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.dimensions import DEFAULT_TYPES
+from efficientllm.pruning.dimensions import DEFAULT_TYPES, VOCAB
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import is_sharded, whole
@@ -80,7 +80,7 @@ class Pruner:
         model = _unwrapped(model)
         runner, ranks = as_found(model, process_group)
         options = _options({"target": target, "types": list(types)} | prune)
-        foreign = sorted(RECIPE_ONLY & prune.keys())
+        foreign = sorted(RECIPE_ONLY & prune.keys()) or ([f"{VOCAB} in types"] if options.vocabulary else [])
         if foreign:
             raise ValueError(
                 f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"

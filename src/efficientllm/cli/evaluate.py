@@ -45,7 +45,7 @@ def evaluate(
     from efficientllm.evaluation.harness import EvalRequest, check_tasks
     from efficientllm.evaluation.tasks import TASKS
     from efficientllm.files import write_json
-    from efficientllm.jobs.job import choose_device
+    from efficientllm.jobs.device import choose_device
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)
     request = EvalRequest(names, limit, _batch_size(batch_size), data_dir, sample)

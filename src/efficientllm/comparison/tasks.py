@@ -22,7 +22,7 @@ from efficientllm.evaluation.harness import (
     way_of,
 )
 from efficientllm.files import write_json
-from efficientllm.jobs.job import choose_device
+from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 
 

@@ -22,7 +22,7 @@ from efficientllm.config.gone import GONE
 from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.pruning.criteria import DEFAULT, criteria_of
-from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES
+from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, VOCAB
 from efficientllm.sizes import parse_count
 
 
@@ -62,7 +62,7 @@ def _saliency(value: object) -> object:
     return value
 
 
-PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth", "expert", "expert_ffn"]
+PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth", "expert", "expert_ffn", "vocab"]
 Selection = Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"]
 AT_REST = Idle(lambda prune: prune.mode != "loop", "with prune.mode {0.mode}, which sets its own pace")
 PACED = Idle(
@@ -114,8 +114,8 @@ class PruneConfig(Section):
     )
     types: Annotated[tuple[PruningType, ...], Field(min_length=1), BeforeValidator(one_or_more)] = Field(
         default=cast(tuple[PruningType, ...], DEFAULT_TYPES),
-        description="What may fall; attention_query needs a GQA model, depth takes whole layers. The default is, of a "
-        "mixture of experts, expert and expert_ffn in place of ffn",
+        description="What may fall; attention_query needs a GQA model, depth takes whole layers, vocab tokens, beside "
+        "other types. The default is, of a mixture of experts, expert and expert_ffn in place of ffn",
     )
     selection: Selection = Field(
         default="auto",
@@ -141,6 +141,16 @@ class PruneConfig(Section):
         "the end; auto: the largest power of two up to 128 that leaves 32 steps of a width",
     )
     floors: FloorsConfig = Field(default=FloorsConfig(), description="The least that is kept of each width")
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The types of the table (pruning/dimensions.py) among prune.types."""
+        return tuple(name for name in self.types if name != VOCAB)
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether tokens may fall."""
+        return VOCAB in self.types
 
     @property
     def path(self) -> str | None:
@@ -199,9 +209,21 @@ class PruneConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tokens_fall_beside_others(self) -> Self:
+        if not self.vocabulary:
+            return self
+        if not self.units:
+            raise UsageError("prune.types has vocab alone, which falls beside other types: add the default ones")
+        if isinstance(self.target, WidthTarget):
+            raise UsageError("prune.types has vocab, which has no width: give prune.target as a size, such as 40%")
+        if self.cost in ("kv-cache", "latency"):
+            raise UsageError(f"prune.types has vocab, which prune.cost {self.cost} does not count: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _scores_are_of_its_types(self) -> Self:
         named = self.saliency if isinstance(self.saliency, Mapping) else {}
-        known = (*self.types, *EXPERT_TYPES) if self.types == DEFAULT_TYPES else self.types
+        known = (*self.units, *EXPERT_TYPES) if self.units == DEFAULT_TYPES else self.units
         idle = next((name for name in named if name not in known), None)
         if idle:
             raise UsageError(f"prune.saliency.{idle} has no effect: {idle} is not in prune.types")

@@ -162,7 +162,7 @@ class Recipe(Section):
         prune, distill = self.prune, self.distill
         if distill and distill.weight == 1.0 and distill.teacher is None and prune is not None:
             untrained = prune.mode != "loop" or prune.start == "auto" or not self.pruning_starts
-            needs = {each.needs for each in criteria_of(prune.saliency, prune.types).values()}
+            needs = {each.needs for each in criteria_of(prune.saliency, prune.units).values()}
             if untrained and "gradient" in needs:
                 raise UsageError(
                     "distill.weight 1 leaves no gradient to prune by, since at first the source is its own teacher: "
@@ -172,6 +172,14 @@ class Recipe(Section):
             raise UsageError(
                 "distill.hidden compares residual channels with the teacher's, and prune.rotate makes others of them: "
                 "set prune.rotate to off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_the_teachers(self) -> Self:
+        if self.distill and self.prune is not None and self.prune.vocabulary:
+            raise UsageError(
+                "prune.types has vocab, after which a teacher speaks another vocabulary: leave out vocab, or distill"
             )
         return self
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.data.cache import plain_errors, tokenizer_digest
 from efficientllm.data.chat import chat_template
-from efficientllm.data.locating import Located, locate
+from efficientllm.data.locating import Content, Located, locate
 from efficientllm.data.making import Maker, file_of
 from efficientllm.data.planes import Planes, with_planes
 from efficientllm.data.rows import Part, Rows
@@ -46,7 +46,8 @@ class Corpus:
 
     rows: on the disk; weight relative to the other sources; documents begun in it; tokens, those of a last, partial row
     included, which is not in `rows`; key: digest of everything that the rows depend on; end: the EOS, one of which
-    follows each document but conversations, which the template ends; planes: of the rows that `take` gives.
+    follows each document but conversations, which the template ends; planes: of the rows that `take` gives; content:
+    what its records hold.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Corpus:
     key: str = ""
     end: int = -1
     planes: Planes = Planes.TOKENS
+    content: Content = "text"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,6 +160,7 @@ class _Loader:
             folder.name,
             int(self._tokenizer.eos_token_id),
             Planes.POSITIONS if self._within else planes,
+            located.content,
         )
 
     def _key(self, located: Located, fraction: float | None) -> str:

@@ -17,19 +17,21 @@ from efficientllm.jobs.determinism import arithmetic, other_bits
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
+from efficientllm.jobs.vocabulary import without_others
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_model
 from efficientllm.models.rotation import components, rotate
 from efficientllm.models.space import widths_of
 from efficientllm.pruning.looks import scores_are_known
+from efficientllm.pruning.tokens import KEPT
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import exact_count, format_count
 from efficientllm.training.gradient import model_inputs
 from efficientllm.training.state import TrainState, restore, start
 
 
-def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and the facts of the source. A collective."""
+def begin(job: Job, say: Callable[[str], None]) -> tuple[Job, TrainState, dict[str, Any]]:
+    """The job as it goes on, the state to go on from, and the facts of the source. A collective."""
     recipe, ranks = job.recipe, job.ranks
     saved, source = ranks.from_first(lambda: _what_is_there(job))
     if saved is None and recipe.resume:
@@ -46,7 +48,7 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         if rows:
             state.origin = {}  # its channels are mixtures of the source's
         state.flops.looks += forward_flops(state.space, rows, job.plan.length).base
-        return state, _measured(job, state, say)
+        return job, state, _measured(job, state, say)
     snapshot = load(saved, ranks, job.device)
     if snapshot.pruner_facts is not None and job.pruning is None:
         raise error_of_all(ranks, f"{saved} is of a run that prunes; give the recipe its prune section")
@@ -57,8 +59,10 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[TrainState, dict[str, A
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
         for difference in other_bits(source, arithmetic(job.device)):
             say(difference)
+    if KEPT in snapshot.pruner_tensors:
+        job = without_others(job, snapshot.pruner_tensors[KEPT].cpu(), say)
     state = restore(snapshot, recipe.train, job.pruning, job.device, ranks)
-    return state, source or _measured(job, state, say)
+    return job, state, source or _measured(job, state, say)
 
 
 def _inputs(job: Job, rows: int, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
@@ -82,10 +86,13 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
         "widths": state.space.widths.record(),
         "validation_loss": loss,
         "validation_rows": job.plan.pace.rows,
+        **job.bits_per_byte(loss),
         "corpora": job.corpora,
         "precision": job.precision.name,
         **arithmetic(job.device),
     }
+    if job.recipe.prune and job.recipe.prune.vocabulary:
+        facts["vocabulary"] = job.plan.source.vocab_size
     if job.pruning and job.pruning.landing.cost.name != "params":
         facts["cost"] = job.pruning.landing.cost.key
     job.ranks.from_first(lambda: write_json(job.folder.source, facts))

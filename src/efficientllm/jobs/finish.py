@@ -23,6 +23,7 @@ from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
 from efficientllm.models.process_memory import peak_resident
+from efficientllm.models.vocabulary import renumbered
 from efficientllm.pruning.shapes import fitted
 from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
@@ -104,6 +105,8 @@ def _recorded_loss(job: Job, step: int) -> float | None:
 def generation_settings(job: Job) -> GenerationConfig | None:
     """Those of the source's authors, stopping also at the end of text of a tokenizer that the recipe brings."""
     settings = load_generation_config(job.recipe.source)
+    if settings and job.tokens is not None:
+        settings.update(**renumbered(settings.to_dict(), job.tokens))
     end = job.tokenizer.eos_token_id
     if settings is None or job.recipe.tokenizer is None or end is None:
         return settings
@@ -121,6 +124,8 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
             "parameters": state.allocated_parameters,
             "widths": state.space.widths.record(),
             "validation_loss": loss,
+            **job.bits_per_byte(loss),
+            **({} if "vocabulary" not in source else {"vocabulary": job.plan.source.vocab_size}),
         },
         "tokens": state.tokens,
         "refresh_tokens": state.refresh_tokens,

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.cache import cache_root, file_digest
 from efficientllm.checkpoint.sharded import storage
 from efficientllm.config import Recipe
-from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.data.corpus import Corpus
 from efficientllm.data.sampling import BatchStream
 from efficientllm.distributed.layout import fits_whole, mesh_shape, with_mesh
 from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.errors import UsageError
+from efficientllm.jobs.device import choose_device
 from efficientllm.jobs.run_folder import RunFolder
+from efficientllm.jobs.text import bytes_per_token, check_can_shed, read_text
 from efficientllm.models.loading import load_config, load_model, load_tokenizer, located
 from efficientllm.models.space import space_of, widths_of
 from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS
@@ -46,7 +51,9 @@ class Unlogged:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is fixed before the first step: the plan, and what it meets on this machine."""
+    """Everything that is fixed before the first step: the plan, and what it meets on this machine. Where tokens fall
+    (jobs/vocabulary.py) another takes its place: tokens are the ids of the source that are left, None for all of them.
+    """
 
     folder: RunFolder
     device: torch.device
@@ -54,11 +61,13 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     plan: RunPlan
     batches: BatchStream
+    training: Sequence[Corpus]
     validation: Sequence[Corpus]
     corpora: list[str]  # name and content key of each; a run goes on only with the text that it began with
     unlogged: Unlogged
     trackers: Trackers
     ranks: World
+    tokens: Tensor | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -72,6 +81,17 @@ class Job:
     def chunked_loss(self) -> bool:
         """Whether the logits of a micro-batch are made chunk by chunk (train.loss)."""
         return loss_is_chunked(self.recipe.train, self.plan.length, self.device.type, self.plan.source.vocab_size)
+
+    def bits_per_byte(self, loss: float) -> dict[str, float]:
+        """A validation loss in bits for each byte of the text, where tokens may fall: then nats per token of two
+        moments are of other tokens."""
+        if self.recipe.prune is None or not self.recipe.prune.vocabulary:
+            return {}
+        return {"validation_bits_per_byte": loss / math.log(2.0) / self._bytes_per_token}
+
+    @cached_property
+    def _bytes_per_token(self) -> float:
+        return bytes_per_token(self.plan, self.tokenizer, self.validation)
 
     @property
     def stream(self) -> TextIO | None:
@@ -164,28 +184,6 @@ def model_digest(path: str, memory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose_device(wanted: str, ranks: World = ALONE) -> torch.device:
-    """`auto` takes the GPU where there is one: of several processes, each takes that of its place on its node.
-
-    Raises UsageError for a device that is not there.
-    """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.world > 1 and wanted.startswith("cuda"):
-        if wanted != "cuda" or ranks.local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"{ranks.local_world} processes on a node with {torch.cuda.device_count()} GPUs cannot share "
-                f"train.device '{wanted}'; start one process a GPU and set it to auto or cpu"
-            )
-        wanted = f"cuda:{ranks.local_rank}"
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"train.device '{wanted}' is not available here; set it to auto or cpu") from error
-    return device
-
-
 def prepare(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ranks: World = ALONE) -> Job:
     """Checks everything that can be checked, tokenises, and lays out the batches. A collective.
 
@@ -231,21 +229,18 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
     _check_teacher(recipe, config, tokenizer)
     length, rows = plan.length, plan.batch_rows
-    training, validation = load_corpora(recipe.data, tokenizer, vocab_size=config.vocab_size, on_progress=say)
+    training, validation, batches = read_text(plan, tokenizer, say)
+    if recipe.prune and recipe.prune.vocabulary:
+        check_can_shed(tokenizer, training)
     if rows % ranks.world:
         raise UsageError(
             f"a step of {rows} rows (train.batch_tokens) does not divide over {ranks.world} processes; make it a "
             f"multiple of {ranks.world} rows of {length} tokens, or start another number of processes"
         )
-    try:
-        batches = BatchStream(training, [corpus.weight for corpus in training], rows, recipe.train.seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     for corpus, epochs in zip(training, batches.epochs(plan.steps), strict=True):
         if epochs > 1:
             say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
     precision = Precision.choose(recipe.train.precision, device)
     corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
-    return Job(
-        folder, device, precision, tokenizer, plan, batches, validation, corpora, Unlogged(), Trackers(say), ranks
-    )
+    text = batches, training, validation, corpora
+    return Job(folder, device, precision, tokenizer, plan, *text, Unlogged(), Trackers(say), ranks)

@@ -20,7 +20,7 @@ from efficientllm.errors import UsageError
 from efficientllm.evaluation.probe import Scores, criteria_scores, gradient, judge
 from efficientllm.evaluation.removal import Unit, loss_increases, passes, sample_units
 from efficientllm.files import write_atomically
-from efficientllm.jobs.job import choose_device
+from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.reporting.journal import without_nonfinite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from efficientllm.jobs.ladder import leave_rung
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
+from efficientllm.jobs.vocabulary import shed_tokens, vocabulary_of
 from efficientllm.models.process_memory import memory_in_a_sentence
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.reporting.progress import RunProgress
@@ -27,6 +28,7 @@ from efficientllm.sizes import format_count
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.loop import Diverged, StepRecord, check_finite, train_steps
 from efficientllm.training.state import TrainState, capture
+from efficientllm.training.vocabulary import Vocabulary
 
 AT_LATEST = 3600.0  # seconds between two checkpoints, however long a tenth of the run is
 LINES = 10_000  # of metrics in a run, spread over its steps: more make no picture finer, and reports read them all
@@ -60,13 +62,13 @@ def run(recipe: Recipe, say: Callable[[str], None], ranks: World = ALONE) -> dic
             return done
         job = prepare(recipe, folder, say, ranks)
         with memory_in_a_sentence(*OUT_OF_MEMORY), watched(job.ranks, recipe.distributed.timeout):
-            state, source = begin(job, say)
+            job, state, source = begin(job, say)
             with stop_signals() as stop:
                 try:
                     if ranks.leads:
                         job.trackers.start(recipe.run.trackers, folder.path, recipe.model_dump(mode="json"), state.step)
                     teacher = ranks.together(lambda: teacher_of(job, state))
-                    train(job, state, stop, teacher)
+                    job = train(job, state, stop, teacher)
                 except Diverged as error:
                     raise error_of_all(ranks, f"{error}; {after_divergence(job)}") from error
                 finally:
@@ -83,25 +85,23 @@ def crossed(every: int, before: int, after: int) -> bool:
     return after // every > before // every
 
 
-def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation | None) -> None:
-    """All steps that are left, each followed by its records, its validation and its checkpoint where due."""
+def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation | None) -> Job:
+    """All steps that are left, each followed by its records, its validation and its checkpoint where due. Returns the
+    job as it is at the end: where tokens fall, another goes on."""
     recipe = job.recipe
     total = job.plan.tokens
     checkpoint_every = recipe.run.checkpoint_every.tokens(total)
-    records = train_steps(
-        state,
-        job.batches,
-        recipe.train,
-        job.pruning,
-        steps=job.plan.steps,
-        precision=job.precision,
-        batch_rows=job.plan.batch_rows,
-        distillation=teacher,
-    )
+    vocabulary = vocabulary_of(job)
+    records = _steps(job, state, teacher, vocabulary)
     name = job.folder.path.name
     with RunProgress(total, start=state.tokens, description=name, stream=job.stream) as progress:
         before, warned, saved_at = state.tokens, False, time.monotonic()
-        for record in records:
+        while (record := next(records, None)) is not None:
+            if vocabulary and record.prune and record.prune.vocabulary:
+                records.close()
+                job, record = shed_tokens(job, state, record, vocabulary, progress.note)
+                vocabulary = vocabulary_of(job)
+                records = _steps(job, state, teacher, vocabulary)
             if record.compaction:
                 progress.note(compaction_line(record))
             rung = record.prune.rung if record.prune else None
@@ -135,6 +135,24 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
                     stopping,
                 )
             before = state.tokens
+    return job
+
+
+def _steps(
+    job: Job, state: TrainState, teacher: Distillation | None, vocabulary: Vocabulary | None
+) -> Generator[StepRecord, None, None]:
+    """The loop over the job's text as it is encoded now."""
+    return train_steps(
+        state,
+        job.batches,
+        job.recipe.train,
+        job.pruning,
+        steps=job.plan.steps,
+        precision=job.precision,
+        batch_rows=job.plan.batch_rows,
+        distillation=teacher,
+        vocabulary=vocabulary,
+    )
 
 
 def agreed(job: Job, stop: StopRequest) -> int | None:
@@ -205,6 +223,7 @@ def write_records(
     due = state.step % -(-job.plan.steps // LINES) == 0 or loss is not None
     if always or due or pruned or record.compaction:
         line = metrics_record(state, record, job.unlogged.tokens, job.unlogged.seconds, loss)
+        line |= {} if loss is None else job.bits_per_byte(loss)
         job.folder.metrics.append(line)
         job.trackers.log(line)
         job.unlogged.tokens, job.unlogged.seconds = 0, 0.0

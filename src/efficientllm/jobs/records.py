@@ -68,6 +68,8 @@ def _price(state: TrainState, applied: AppliedEvent) -> dict[str, Any]:
 
 
 def compaction_record(state: TrainState, compaction: Compaction) -> dict[str, Any]:
-    """One line of compactions.jsonl."""
-    widths = {"before": compaction.before.record(), "after": compaction.after.record()}
-    return {"step": state.step, "tokens": state.tokens} | asdict(compaction) | widths
+    """One line of compactions.jsonl. vocabulary: its rows before and after, where some have fallen."""
+    line = asdict(compaction) | {"before": compaction.before.record(), "after": compaction.after.record()}
+    if compaction.vocabulary is None:
+        del line["vocabulary"]
+    return {"step": state.step, "tokens": state.tokens} | line

@@ -13,7 +13,7 @@ from efficientllm.config import Recipe, load_recipe
 from efficientllm.data.corpus import load_corpora
 from efficientllm.evaluation.validation import spread
 from efficientllm.files import write_json
-from efficientllm.jobs.job import choose_device
+from efficientllm.jobs.device import choose_device
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.reporting.progress import track

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -14,10 +14,17 @@ from efficientllm.pruning.groups import Event
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.widths import Widths
 
+if TYPE_CHECKING:  # these two know of the engine's options
+    from efficientllm.pruning.decision import Standing
+    from efficientllm.pruning.landing import Landing
+
 Moments = Callable[[str], Mapping[str, Tensor]]
+# Says how many rows of the vocabulary are to be left before anything else falls; None: it stays as it is. It is told
+# the least damage on the way to some shape of a landing (nats, inf where none is within reach), and where the run is.
+Shedding = Callable[[Callable[["Landing"], float], "Standing"], int | None]
 LIVE, SCORES = "live.", "saliency."  # what the names of an engine's tensors begin with
-ORIGIN = "origin."  # and of those that say which of the source's units are left
-PREFIXES = (LIVE, SCORES, ORIGIN)
+ORIGIN, TOKENS = "origin.", "tokens."  # and of those that say which of the source's units, and tokens, are left
+PREFIXES = (LIVE, SCORES, ORIGIN, TOKENS)
 
 
 class Probe(Protocol):
@@ -87,8 +94,9 @@ class AppliedEvent:
 
 @dataclass
 class PruneReport:
-    """What one step() did. rung: index of the ladder's size that was reached, where one was. flops: of the matrix
-    products in scores and solves; passes through the model are the probe's to count.
+    """What one step() did. rung: index of the ladder's size that was reached, where one was. vocabulary: rows that are
+    to be left of it, for the loop to see to; nothing else falls before. flops: of the matrix products in scores and
+    solves; passes through the model are the probe's to count.
 
     refreshes: looks that were taken for a bundle. calibrations: how often types were measured, measured: bundles in
     them. nonfinite: looks and measured losses that were left out because they are no numbers; blind: all looks were, so
@@ -100,6 +108,7 @@ class PruneReport:
 
     events: list[AppliedEvent] = field(default_factory=list)
     rung: int | None = None
+    vocabulary: int | None = None
     damages: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     refreshes: int = 0

@@ -18,7 +18,14 @@ from efficientllm.pruning.groups import Cut, Event
 from efficientllm.pruning.landing import Landing, landed, rung_after
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.selection import Ranking, candidates, least_damage, most_left, next_on_path
+from efficientllm.pruning.selection import (
+    Ranking,
+    candidates,
+    damages_ahead,
+    least_damage,
+    most_left,
+    next_on_path,
+)
 from efficientllm.pruning.widths import Widths
 
 C = TypeVar("C", bound=Cut)
@@ -124,6 +131,11 @@ class ByDamage:
             event = next_on_path(weighed, self._order, widths, source=source, final=final)
         assert event is not None, "an unfinished run always has an allowed event (Landing)"
         return event
+
+    def ahead(self, widths: Widths, landing: Landing) -> float:
+        """The least damage on the way to a shape of a landing, nats; inf where none is within reach."""
+        ways = damages_ahead(self._ranking, widths, landing=landing, calibration=self._calibration, types=self._types)
+        return float(ways.min())
 
     def take(self, cut: Event) -> None:
         self._live.remove(cut)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 LAYERS, HIDDEN, KV, QUERY, FFN = "layers", "hidden", "kv", "query", "ffn"
 EXPERT, EXPERT_FFN = "expert", "expert_ffn"  # the names of the dimensions, and of the types that narrow them
 ATTENTION, ATTENTION_QUERY, FFN_TYPE, STEM, DEPTH = "attention", "attention_query", "ffn", "stem", "depth"
+# Tokens are no dimension: a zeroed row of the LM head is not gone, since its logit would be 0. They fall at once, where
+# a run is cut, beside the types of the table (training/vocabulary.py).
+VOCAB = "vocab"
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efficientllm.pruning.calibration import Bundle, Calibration, trial
-from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
+from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, Shedding
 from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
@@ -25,6 +26,7 @@ from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shards import ALONE, World, fill
 from efficientllm.pruning.slices import dead_slices, group_slices
+from efficientllm.pruning.tokens import Tokens
 from efficientllm.pruning.widths import Widths
 
 
@@ -52,14 +54,9 @@ class PruningEngine:
         self.space, self.params, self.moments, self._reduction = space, params, moments, reduction
         self.course, self.options = Course(landings, schedule), options
         self.live = Live.full(space.widths)
-        self.looks = Looks(
-            space,
-            params,
-            self._reduction,
-            criteria=criteria_of(options.saliency, options.types),
-            seed=options.seed,
-        )
-        self.calibration = Calibration()
+        criteria = criteria_of(options.saliency, options.types)
+        self.looks = Looks(space, params, reduction, criteria=criteria, seed=options.seed)
+        self.calibration, self.tokens = Calibration(), Tokens()
         self.events = self.rung = 0
         self._device = next(iter(params.values())).device
         self.held = self._slices_to_hold()
@@ -108,11 +105,12 @@ class PruningEngine:
                 fill(gradient, part.dim, part.indices, part.rows)
 
     @torch.no_grad()
-    def step(self, position: float, probe: Probe) -> PruneReport:
+    def step(self, position: float, probe: Probe, shedding: Shedding | None = None) -> PruneReport:
         """Carries out every event that is due at `position` (the schedule's unit).
 
         Removes at most `bound` of the live parameters (or one larger event) between two looks; where more is due, the
         probe looks anew, without a weight update. Where all looks have been left out as no numbers, nothing falls.
+        shedding: asked before a bundle whether tokens are to fall first, in which case nothing else does.
         """
         report = PruneReport()
         self.looks.begin()
@@ -132,6 +130,10 @@ class PruningEngine:
                 self._calibrate(ranking, probe, inputs, report)
             calibration = self.calibration if self.options.compares_types else None
             guide = ByDamage(ranking, ahead, calibration, self.options.types, self.options.order)
+            if shedding and self.tokens.ask(self.parameters):
+                report.vocabulary = shedding(partial(guide.ahead, self.widths), self.standing)
+                if report.vocabulary:
+                    break
             limit = self.options.bound * self.parameters
             bundle = self.course.bundle(self.standing, position, guide, self.options.bound)
             report.damages = guide.damages
@@ -187,8 +189,7 @@ class PruningEngine:
                 fill(tensor, part.dim, part.indices, part.rows)
 
     def _slices_to_hold(self) -> list[Slice]:
-        parts = dead_slices(self.space, self.live)
-        return [replace(part, indices=part.indices.to(self._device)) for part in parts]
+        return [replace(part, indices=part.indices.to(self._device)) for part in dead_slices(self.space, self.live)]
 
     def _calibrate(
         self, ranking: Ranking, probe: Probe, inputs: Mapping[str, Tensor] | None, report: PruneReport
@@ -231,8 +232,9 @@ class PruningEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
         tensors, facts = self.looks.state()
-        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()}
-        return tensors, facts | {"events": self.events, "rung": self.rung, "calibration": asdict(self.calibration)}
+        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()} | self.tokens.tensors()
+        facts |= {"events": self.events, "rung": self.rung, "calibration": asdict(self.calibration)}
+        return tensors, facts | self.tokens.facts()
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
@@ -240,6 +242,7 @@ class PruningEngine:
         masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
         self.live = Live.saved(masks, self.space.widths)
         self.events, self.rung = facts["events"], facts["rung"]
+        self.tokens = Tokens.of(tensors, facts)
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)
             self.calibration = Calibration(**facts["calibration"])

@@ -73,11 +73,10 @@ class Ranking:
                 self._orders.pop(other.type, None)
 
 
-def least_damaging(
+def damages_ahead(
     ranking: Ranking, widths: Widths, *, landing: Landing, calibration: Calibration | None, types: Sequence[str]
-) -> Widths:
-    """Of the feasible shapes within reach the one on the way to which the least calibrated saliency falls; ties go to
-    the largest.
+) -> Tensor:
+    """The calibrated saliency that falls on the way to each shape of a landing, fp64 (shapes,); inf out of reach.
 
     A shape far under the target pays for all that it gives up, and one whose width is on its way to that shape's
     aligned stop only for what is left of the way. What falls with a layer or a KV head falls once: the units of the
@@ -95,8 +94,17 @@ def least_damaging(
         outer = [left[DIMENSIONS[name].type] for name in of_type(pruning_type).outer]
         total += own * torch.stack(outer).prod(0) if outer else own
     within = (ways >= 0).all(1)
-    assert bool(within.any()), "a feasible shape stays within reach (Landing)"
-    return shape_at(landing.shapes[torch.where(within, total, torch.inf).argmin()].tolist(), axes_of(widths))
+    return torch.where(within, total, torch.inf)
+
+
+def least_damaging(
+    ranking: Ranking, widths: Widths, *, landing: Landing, calibration: Calibration | None, types: Sequence[str]
+) -> Widths:
+    """Of the feasible shapes within reach the one on the way to which the least calibrated saliency falls; ties go to
+    the largest."""
+    total = damages_ahead(ranking, widths, landing=landing, calibration=calibration, types=types)
+    assert bool((total < torch.inf).any()), "a feasible shape stays within reach (Landing)"
+    return shape_at(landing.shapes[total.argmin()].tolist(), axes_of(widths))
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,12 @@ def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: S
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def cut_rows(tensor: Tensor, kept: Tensor) -> Tensor:
+    """These rows (int64, in rising order) of a weight, or of one of its moments, in a new tensor laid out as it was."""
+    rows = whole(tensor).index_select(0, kept.to(tensor.device))
+    return laid_out_like(rows, tensor) if is_sharded(tensor) else rows
+
+
 def names_after(space: Space, kept: Kept) -> dict[str, str]:
     """New name of every weight that stays, by its old one: layers are counted anew."""
     places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}

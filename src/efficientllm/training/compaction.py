@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from efficientllm.pruning.shapes import fitted
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.snapshot import cut
+from efficientllm.training.snapshot import Snapshot, cut, cut_tokens
 from efficientllm.training.state import PruningPlan, TrainState, capture, restore
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -42,8 +43,20 @@ def narrower(
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
-    """Narrows the run in place. Every old tensor is released as soon as it is cut. Wrapped and compiled modules refer
-    to each other in cycles, so that only the garbage collector frees theirs; a full GPU would not start it."""
+    """Narrows the run in place. Every old tensor is released as soon as it is cut."""
+    _renew(state, lambda snapshot: cut(snapshot, widths, plan.source, consume=True, ranks=state.ranks), train, plan)
+
+
+def shed(state: TrainState, kept: Tensor, train: TrainConfig, plan: PruningPlan) -> None:
+    """Takes all but these rows of the vocabulary out of the run, which goes on by the plan for what is left."""
+    _renew(state, lambda snapshot: cut_tokens(snapshot, kept), train, plan)
+    assert state.pruner is not None
+    state.pruner.tokens.asked_at = state.pruner.parameters  # what has fallen just now is no reason to ask again
+
+
+def _renew(state: TrainState, change: Callable[[Snapshot], Snapshot], train: TrainConfig, plan: PruningPlan) -> None:
+    """The run, changed as a snapshot. Wrapped and compiled modules refer to each other in cycles, so that only the
+    garbage collector frees theirs; a full GPU would not start it."""
     device, snapshot = state.device, capture(state)
     for name in TIED_TO_SHAPE:
         setattr(state, name, None)
@@ -51,8 +64,7 @@ def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: Pruning
         torch._dynamo.reset()
     if state.ranks.world > 1 or train.compile:
         gc.collect()
-    narrow = cut(snapshot, widths, plan.source, consume=True, ranks=state.ranks)
-    adopt(state, restore(narrow, train, plan, device, state.ranks))
+    adopt(state, restore(change(snapshot), train, plan, device, state.ranks))
 
 
 def adopt(state: TrainState, narrower: TrainState) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from efficientllm.pruning.contract import PruneReport
+from efficientllm.pruning.contract import PruneReport, Shedding
 from efficientllm.pruning.shards import local
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import compact, compaction_widths
@@ -20,6 +21,7 @@ from efficientllm.training.looks import Batches
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, prune
 from efficientllm.training.step import Step
+from efficientllm.training.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -27,13 +29,15 @@ if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benc
 
 @dataclass(frozen=True)
 class Compaction:
-    """One change of shape: allocated widths and parameters before and after, and how long it took."""
+    """One change of shape: allocated widths and parameters before and after, and how long it took. vocabulary: its
+    rows before and after, where some have gone."""
 
     before: Widths
     after: Widths
     allocated_before: int
     allocated_after: int
     seconds: float
+    vocabulary: tuple[int, int] | None = None
 
 
 MOST_SKIPPED = 3  # one bad batch is an accident; after a few in a row the weights are to blame
@@ -65,18 +69,21 @@ def train_steps(
     precision: Precision,
     batch_rows: int = 0,
     distillation: Distillation | None = None,
-) -> Iterator[StepRecord]:
+    vocabulary: Vocabulary | None = None,
+) -> Generator[StepRecord, None, None]:
     """Trains until `steps` optimizer steps are done, pruning as planned; yields after each step.
 
     Looks of pruning read rows of the batches to come and use up no tokens. Pruning at rest comes before a step, all
     else after one. A step whose loss or gradient is not finite is skipped: its batch is read, weights, moments and
     scores stay as they were, nothing is pruned. Raises Diverged after MOST_SKIPPED of them in a row. batch_rows: of a
-    whole batch, where several processes share it.
+    whole batch, where several processes share it. vocabulary: where tokens may fall; what a step has decided of it
+    (PruneReport.vocabulary) is for the caller to carry out (compaction.shed), who goes on with another loop.
     """
     while state.step < steps:
         began = time.perf_counter()
         step = Step(state, batches, train, plan, precision, distillation, batch_rows)
-        pruned = _prune(state, train, plan, step) if plan and plan.at_rest else None
+        shedding = partial(vocabulary.choose, state, step) if vocabulary else None
+        pruned = _prune(state, train, plan, step, shedding) if plan and plan.at_rest else None
         loss = float(step.own())
         if state.pruner:
             state.pruner.clear_dead()
@@ -87,19 +94,19 @@ def train_steps(
             state.pruner.looks.observe()
         lr = _take(state, train, step.tokens, norm if healthy else None)
         if prunes:
-            pruned = _prune(state, train, plan, step)
+            pruned = _prune(state, train, plan, step, shedding)
         report, compaction = pruned or (None, None)
         yield StepRecord(loss, lr, norm, time.perf_counter() - began, report, compaction)
 
 
 def _prune(
-    state: TrainState, train: TrainConfig, plan: PruningPlan | None, step: Step
+    state: TrainState, train: TrainConfig, plan: PruningPlan | None, step: Step, shedding: Shedding | None
 ) -> tuple[PruneReport, Compaction | None] | None:
     """The events that are due, and the compaction after them; None once pruning is over."""
     if state.pruner is None or state.pruner.finished:
         return None
     assert plan is not None
-    report = prune(state, state.tokens, step)
+    report = prune(state, state.tokens, step, shedding)
     return report, _compact_if_due(state, train, plan, exactly=report.rung is not None)
 
 

@@ -105,6 +105,10 @@ def options_and_landings(
         gathers=_gathers(prune),
         seed=seed,
     )
+    if prune.vocabulary and not (options.calibrated or in_nats):
+        raise ValueError(
+            "prune.types has vocab, whose damage is in nats, but the other types' is not: leave prune.selection at auto"
+        )
     targets = [*rungs_of(prune, space, cost), target_of(prune, space, cost)]
     floors = floors_of(prune, space, cost)
     landings = [

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from efficientllm.models.parts import HEAD_WEIGHT, is_recomputed, recompute
+from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, is_recomputed, recompute
 from efficientllm.models.space import empty_model, narrowed_config, of_layers, space_of, widths_of
-from efficientllm.pruning.contract import LIVE, ORIGIN, PREFIXES, SCORES
+from efficientllm.models.vocabulary import renumbered
+from efficientllm.pruning.contract import LIVE, ORIGIN, PREFIXES, SCORES, TOKENS
 from efficientllm.pruning.dimensions import HIDDEN, LAYERS
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.shards import ALONE, World
-from efficientllm.pruning.surgery import choose_kept, cut_scores, cut_state
+from efficientllm.pruning.surgery import choose_kept, cut_rows, cut_scores, cut_state
+from efficientllm.pruning.tokens import KEPT
 from efficientllm.pruning.widths import Widths
 
 # What a run counts; Snapshot and TrainState have a field of each name.
@@ -120,8 +122,8 @@ def cut(
     space = space_of(config_of(snapshot))
     if snapshot.pruner_facts is None:
         raise ValueError("only a run that prunes can be cut")
-    masks, scores, origin = (part_of(snapshot, prefix) for prefix in PREFIXES)
-    if len(masks) + len(scores) + len(origin) != len(snapshot.pruner_tensors):
+    masks, scores, origin, tokens = (part_of(snapshot, prefix) for prefix in PREFIXES)
+    if sum(map(len, (masks, scores, origin, tokens))) != len(snapshot.pruner_tensors):
         raise ValueError(f"a tensor of the pruner is none of {PREFIXES}, and would be lost")
     live = Live(masks)
     kept = choose_kept(live, widths)
@@ -129,8 +131,21 @@ def cut(
     tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
     tensors |= {ORIGIN + name: _cut_origin(units, kept[name]) for name, units in origin.items()}
+    tensors |= {TOKENS + name: ids for name, ids in tokens.items()}
     narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
+
+
+def cut_tokens(snapshot: Snapshot, kept: Tensor) -> Snapshot:
+    """The snapshot with these rows of its vocabulary alone, int64 in rising order, in new tensors, and with its ids of
+    special tokens numbered anew; all else as it is."""
+    weights, moments, tensors = (dict(each) for each in (snapshot.weights, snapshot.moments, snapshot.pruner_tensors))
+    for name in {EMBEDDING_WEIGHT, HEAD_WEIGHT} & weights.keys():
+        weights[name] = cut_rows(weights[name], kept)
+        moments[name] = {key: cut_rows(each, kept) if each.ndim else each for key, each in moments[name].items()}
+    tensors[KEPT] = tensors[KEPT][kept] if KEPT in tensors else kept
+    config = renumbered(snapshot.config, kept) | {"vocab_size": len(kept)}
+    return replace(snapshot, config=config, weights=weights, moments=moments, pruner_tensors=tensors)
 
 
 def model_of(snapshot: Snapshot, device: torch.device | str) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.experts import prepare
 from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
-from efficientllm.pruning.contract import ORIGIN, Probe, PruneReport
+from efficientllm.pruning.contract import ORIGIN, Probe, PruneReport, Shedding
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.landing import Landing
@@ -152,10 +152,10 @@ def assemble(
     return state
 
 
-def prune(state: TrainState, position: float, probe: Probe) -> PruneReport:
+def prune(state: TrainState, position: float, probe: Probe, shedding: Shedding | None = None) -> PruneReport:
     """The events that are due at a position of the schedule; what looks have left in .grad is cleared."""
     assert state.pruner is not None
-    report = state.pruner.step(position, probe)
+    report = state.pruner.step(position, probe, shedding)
     state.flops.add(report.flops)
     if report.events or report.refreshes:
         state.optimizer.zero_grad(set_to_none=True)

@@ -56,13 +56,14 @@ def _by_width(section: WidthTarget | FloorsConfig, source: Widths) -> dict[str, 
 
 
 def types_asked(prune: PruneConfig, space: Space) -> tuple[str, ...]:
-    """The types that may fall. The default is whatever of the source can; named types are taken at their word.
+    """The types that may fall, tokens apart. The default is whatever of the source can; named types are taken at their
+    word.
 
     Raises ValueError for one that this source does not have, or that cannot fall.
     """
-    if prune.types == DEFAULT_TYPES:
+    if prune.units == DEFAULT_TYPES:
         return tuple(name for name in space.types if of_type(name).default)
-    for name in prune.types:
+    for name in prune.units:
         if name in space.fixed:
             raise ValueError(f"prune.types has {name}, which cannot fall here: {space.fixed[name]}; leave it out")
         if name not in space.types:
@@ -70,7 +71,7 @@ def types_asked(prune: PruneConfig, space: Space) -> tuple[str, ...]:
                 ("no experts", "ffn") if name in EXPERT_TYPES else ("no FFN but those of experts", "expert_ffn")
             )
             raise ValueError(f"prune.types has {name}, but the source has {kind}: write {other} in its place")
-    return tuple(prune.types)
+    return prune.units
 
 
 def _widths(target: WidthTarget, source: Widths) -> Widths:

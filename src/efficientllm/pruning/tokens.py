@@ -1,0 +1,41 @@
+"""Which tokens of the source are left, and when it is asked how many are to fall next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from efficientllm.pruning.calibration import RENEWED
+from efficientllm.pruning.contract import TOKENS
+
+KEPT = f"{TOKENS}kept"
+
+
+@dataclass
+class Tokens:
+    """kept: their ids in the source, int64 in rising order; None where all are left. asked_at: parameters of the model
+    when it was asked last, 0 before."""
+
+    kept: Tensor | None = None
+    asked_at: int = 0
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        """As a checkpoint has them."""
+        return cls(tensors.get(KEPT), facts.get("asked_at", 0))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.kept is None else {KEPT: self.kept}
+
+    def facts(self) -> dict[str, int]:
+        return {"asked_at": self.asked_at} if self.asked_at else {}
+
+    def ask(self, parameters: int) -> bool:
+        """Whether it is time to ask: at first, and whenever RENEWED of the parameters has fallen since."""
+        if self.asked_at and parameters > (1.0 - RENEWED) * self.asked_at:
+            return False
+        self.asked_at = parameters
+        return True
