@@ -30,7 +30,8 @@ class Inputs(Mapping[str, Tensor]):
     Layers that were given one tensor (q, k and v) get one tensor back. Calls are joined along the tokens. Those of an
     expert stand under its own name (inputs_of_expert), times the weight that the router has given to each. limit: of
     tokens. every: only every so-manieth row of (rows, length, inputs) is kept, whatever the micro-batches. waits: takes
-    nothing but inside `taken` (a backward pass may compute a layer again).
+    nothing but inside `taken` (a backward pass may compute a layer again). held: which tokens of the pass under way are
+    none of padding, bool (rows, length); None: all.
     """
 
     def __init__(self, limit: int | None = None, every: int = 1, *, waits: bool = False) -> None:
@@ -39,6 +40,7 @@ class Inputs(Mapping[str, Tensor]):
         self._last: tuple[Tensor, int | None, Tensor] | None = None
         self._joined: dict[tuple[int, ...], Tensor] = {}
         self._seen: dict[str, int] = {}  # tokens of those that experts have been given
+        self.held: Tensor | None = None
 
     @contextmanager
     def taken(self, row: int) -> Iterator[None]:
@@ -57,10 +59,11 @@ class Inputs(Mapping[str, Tensor]):
         if left is not None and left <= 0:
             return
         if self._last is None or self._last[0] is not tensor or self._last[1] != left:
-            kept = tensor.detach()
+            kept, held = tensor.detach(), self.held
             if self._every > 1:
                 kept = kept[self._skip :: self._every].clone()
-            flat = kept.flatten(0, -2)
+                held = None if held is None else held[self._skip :: self._every]
+            flat = kept.flatten(0, -2) if held is None else kept[held]
             # Only the last tensor is remembered: layers that share one are called one after the other.
             self._last = tensor, left, flat if left is None or left >= len(flat) else flat[:left].clone()
         calls.append(self._last[2])
@@ -73,6 +76,8 @@ class Inputs(Mapping[str, Tensor]):
             return
         tokens = torch.arange(routed.count, device=tensor.device)
         here = (tokens // length) % self._every == self._skip % self._every
+        if self.held is not None:
+            here &= self.held.flatten()
         left = routed.count if self._limit is None else max(0, self._limit - self._seen.get(name, 0))
         here &= here.cumsum(0) <= left
         self._seen[name] = self._seen.get(name, 0) + int(here.sum())
@@ -107,6 +112,7 @@ def captured_inputs(
 ) -> Iterator[Inputs]:
     """Captures what the linear layers with these weight names are given while the body runs. limit, every, waits: as
     of Inputs. An LM head is given the last hidden states, whether a pass goes on to it or a chunked loss bypasses it.
+    Tokens whose attention mask is 0 are left out.
 
     Hooks are gone afterwards, also after an error.
     """
@@ -115,7 +121,13 @@ def captured_inputs(
     def hook_of(name: str) -> Any:
         return lambda module, args: inputs.take(name, args[0])
 
+    def hold(_module: nn.Module, _args: object, given: Mapping[str, Any]) -> None:
+        mask = given.get("attention_mask")
+        padded = torch.is_tensor(mask) and mask.ndim == 2 and not mask.all()
+        inputs.held = mask.bool() if padded else None
+
     with ExitStack() as hooks:
+        hooks.callback(body(model).register_forward_pre_hook(hold, with_kwargs=True).remove)
         for name in dict.fromkeys(weights):
             if name == HEAD_WEIGHT:
                 hook = body(model).register_forward_hook(lambda module, args, out: inputs.take(HEAD_WEIGHT, out[0]))
