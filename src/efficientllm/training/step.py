@@ -219,8 +219,8 @@ class Step(Passes):
             return partial(_hidden_states, model, self._precision)
         if use == "step" and self._distillation is not None:
             state, taught = self.state, self._distillation
-            kept = state.origin, state.pruner and state.pruner.live, state.device
-            lineage = Lineage.of(*kept) if taught.hidden else None
+            live = state.pruner.live if state.pruner else None
+            lineage = Lineage.of(state.origin, live, state.device) if taught.hidden else None
             return partial(
                 taught.summed_loss, body(model), logits_of(model), precision=self._precision, lineage=lineage
             )
