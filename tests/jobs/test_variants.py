@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -22,6 +23,7 @@ from efficientllm.cli import main
 from efficientllm.config import Recipe
 from efficientllm.jobs import prune as prune_job
 from efficientllm.jobs.finish import generation_settings
+from efficientllm.jobs.samples import write_samples
 from efficientllm.models.loading import load_tokenizer
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
@@ -111,7 +113,10 @@ def test_a_weighted_mixture_goes_on_with_the_same_batches(
     train = [{"path": str(world.folder / "train.jsonl"), "weight": 1.0}, {"path": str(other), "weight": 1.0}]
     name, sections = "mixed", dict[str, Any]()
     if chats:
-        name, sections = "mixed-chats", {"tokenizer": str(world.folder / "chats"), "distill": {"weight": 0.3}}
+        name, sections = (
+            "mixed-chats",
+            {"tokenizer": str(world.folder / "chats"), "distill": {"weight": 0.3, "hidden": 1.0}},
+        )
         sections["data"] = {
             "validation": [str(world.folder / "validation.jsonl"), str(other)],
             "within_documents": True,
@@ -127,6 +132,13 @@ def test_a_weighted_mixture_goes_on_with_the_same_batches(
     assert call("prune", recipe) == 0
     assert "will be read" in capsys.readouterr().err
     assert losses(folder) == whole
+    write_samples(folder, print)
+    samples = json.loads((folder / "samples.json").read_text())
+    end = load_tokenizer(str(world.folder / "source")).eos_token
+    # The template's last space is one token with the answer's first word, and so none of the assistant's.
+    asked = [re.fullmatch(rf"user: write \d+{re.escape(end)}assistant: short", each["prompt"]) for each in samples]
+    assert len(samples) == 3
+    assert all(asked) == chats
 
 
 def test_sparse_log_covers_every_token_and_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +261,7 @@ def test_the_end_of_text_of_another_tokenizer_stops_generation(world: World, tmp
     job: Any = SimpleNamespace(
         recipe=Recipe.model_validate(world.recipe("eos", source=str(source), tokenizer=tokenizer)),  # type: ignore[arg-type]
         tokenizer=load_tokenizer(tokenizer),
-            tokens=None,
+        tokens=None,
     )
     settings = generation_settings(job)
     assert settings is not None

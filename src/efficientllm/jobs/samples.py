@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.config import Recipe, load_recipe
-from efficientllm.data.corpus import load_corpora
+from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.data.rows import CONTEXT
 from efficientllm.evaluation.validation import spread
 from efficientllm.files import write_json
 from efficientllm.jobs.device import choose_device
@@ -40,9 +42,7 @@ def write_samples(path: Path, say: Callable[[str], None]) -> None:
 def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     """prompt, source, result: texts; source is None where the run began from random weights."""
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
-    corpus = max(load_corpora(recipe.data, tokenizer, trains=False)[1], key=len)
-    room = min(PROMPT_TOKENS, recipe.data.sequence_length // 2)
-    prompts = token_ids(corpus.take(spread(len(corpus), SAMPLES)))[:, :room]
+    prompts = _prompts(load_corpora(recipe.data, tokenizer, trains=False)[1])
     device = choose_device(recipe.train.device)
     texts: dict[str, list[str] | None] = {"source": None}
     with track("sample generations", 2 * len(prompts)) as bar:
@@ -60,13 +60,28 @@ def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
+def _prompts(held_out: Sequence[Corpus]) -> list[torch.Tensor]:
+    """The beginnings of rows spread over the largest corpus, int64 (tokens,): where there are conversations, of the
+    largest of these each up to its first answer, as the chat template asks for it."""
+    marked = [(corpus, corpus.rows.marks(np.asarray(spread(len(corpus), SAMPLES)))) for corpus in held_out]
+    chats = [(corpus, marks) for corpus, marks in marked if marks is not None]
+    corpus, marks = max(chats or marked, key=lambda each: len(each[0]))
+    rows = token_ids(corpus.take(spread(len(corpus), SAMPLES)))
+    if marks is None:
+        return list(rows[:, : min(PROMPT_TOKENS, rows.shape[1] // 2)])
+    return [row[:first] for row, first in zip(rows, (marks & CONTEXT == 0).argmax(1).tolist(), strict=True)]
+
+
 @torch.no_grad()
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, tick: Callable[[int], None]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[torch.Tensor],
+    tick: Callable[[int], None],
 ) -> list[str]:
-    texts, room = [], model.config.max_position_embeddings - prompts.shape[1]
+    texts = []
     for prompt in prompts:
-        ids = prompt[None].to(model.device)
+        ids, room = prompt[None].to(model.device), model.config.max_position_embeddings - len(prompt)
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": min(NEW_TOKENS, room), "use_cache": True}
         made: Any = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id, **options
