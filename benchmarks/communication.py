@@ -54,7 +54,7 @@ def main() -> None:
 
 def measured(ranks: Ranks, correction: str) -> list[str]:
     """One row of the table: a run of STEPS steps that prunes a twelfth."""
-    ranks = with_mesh(ranks, DistributedConfig(shard="full"), torch.device("cpu"), fits=True)
+    with_mesh(ranks, DistributedConfig(shard="full"), torch.device("cpu"), fits=True)
     torch.manual_seed(0)
     model = build(CONFIG)
     space = space_of(model.config)
@@ -69,7 +69,8 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     state = start(model, train, plan, ranks)
     outside = 2 * CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size
     plain = (12 * int(space.num_params()) - 4 * outside) * (ranks.world - 1) // ranks.world
-    events = added = pruned = before = 0
+    events = added = pruned = 0
+    before = ranks.communicated
     for record in train_steps(
         state,
         Batches(),
