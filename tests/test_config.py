@@ -29,7 +29,7 @@ from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.pruning.costs import ActiveParams, KVCache, Params, TableCost
-from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES
+from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES, VOCAB
 from efficientllm.pruning.schedule import CURVES
 from efficientllm.pruning.selection import ORDERS
 from efficientllm.sizes import Amount
@@ -317,7 +317,8 @@ def test_the_dump_is_resolved_and_readable(load: Load) -> None:
         ("prune.align=Auto", "prune.align: 'Auto' is no alignment: write auto, or a multiple such as 64"),
         (
             "prune.types=[fnn]",
-            "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem', 'depth', 'expert' or ",
+            "prune.types[0] should be 'attention', 'attention_query', 'ffn', 'stem', 'depth', 'expert', "
+            "'expert_ffn' or 'vocab'",
         ),
         ("prune.types=[ffn, ffn]", "prune.types names ffn more than once: drop the repetition"),
         (
@@ -441,7 +442,7 @@ def choices(field: str) -> tuple[str, ...]:
 
 def test_lists_of_words_are_those_of_the_pruning_room() -> None:
     """Words that a type checker is to know stand in config a second time."""
-    assert choices("types") == (*PRUNING_TYPES, *EXPERT_TYPES)
+    assert choices("types") == (*PRUNING_TYPES, *EXPERT_TYPES, VOCAB)
     assert set(choices("curve")) == {*CURVES, "exponential"}
     assert set(choices("selection")) == {"auto", "calibrated", "raw", "interleaved", *ORDERS}
     costs = (Params, ActiveParams, FlopsPerToken, KVCache, TableCost)
