@@ -20,6 +20,7 @@ from conftest import World, tiny_config
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.demo.corpus import train_tokenizer
+from efficientllm.jobs.samples import write_samples
 from efficientllm.models.space import build
 from efficientllm.reporting.journal import read_journal
 from processes import codes, run_and_die, start, start_ranks
@@ -95,6 +96,9 @@ def test_tokens_fall_and_the_result_speaks_what_is_left(shed: Path) -> None:
     assert (
         result["validation_bits_per_byte"] == lines[-1]["validation_bits_per_byte"] < source["validation_bits_per_byte"]
     )
+    write_samples(shed, print)
+    samples = json.loads((shed / "samples.json").read_text())
+    assert all("prunes its own heads the model" in each["result"] for each in samples)  # by its own tokenizer
 
 
 def test_killed_and_resumed_is_bitwise_the_same(rare: World, shed: Path) -> None:

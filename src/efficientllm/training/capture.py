@@ -123,8 +123,7 @@ def captured_inputs(
 
     def hold(_module: nn.Module, _args: object, given: Mapping[str, Any]) -> None:
         mask = given.get("attention_mask")
-        padded = torch.is_tensor(mask) and mask.ndim == 2 and not mask.all()
-        inputs.held = mask.bool() if padded else None
+        inputs.held = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all() else None
 
     with ExitStack() as hooks:
         hooks.callback(body(model).register_forward_pre_hook(hold, with_kwargs=True).remove)

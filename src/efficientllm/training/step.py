@@ -221,11 +221,9 @@ class Step(Passes):
             state, taught = self.state, self._distillation
             live = state.pruner.live if state.pruner else None
             lineage = Lineage.of(state.origin, live, state.device) if taught.hidden else None
-            return partial(
-                taught.summed_loss, body(model), logits_of(model), precision=self._precision, lineage=lineage
-            )
-        vocabulary = model.config.vocab_size
-        chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, vocabulary)
+            summed = partial(taught.summed_loss, precision=self._precision, lineage=lineage)
+            return partial(summed, body(model), logits_of(model))
+        chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, model.config.vocab_size)
         return partial(summed_loss, model, precision=self._precision, chunked=chunked)
 
     def _flops(self, use: Use, rows: int) -> Ledger:
