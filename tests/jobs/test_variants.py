@@ -249,7 +249,7 @@ def test_the_end_of_text_of_another_tokenizer_stops_generation(world: World, tmp
     job: Any = SimpleNamespace(
         recipe=Recipe.model_validate(world.recipe("eos", source=str(source), tokenizer=tokenizer)),  # type: ignore[arg-type]
         tokenizer=load_tokenizer(tokenizer),
-            tokens=None,
+        tokens=None,
     )
     settings = generation_settings(job)
     assert settings is not None

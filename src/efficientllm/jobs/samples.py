@@ -47,9 +47,14 @@ def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     texts: dict[str, list[str] | None] = {"source": None}
     with track("sample generations", 2 * len(prompts)) as bar:
         if recipe.init == "pretrained":
-            texts["source"] = _continue(load_model(recipe.source, device=device), tokenizer, prompts, bar.advance)
+            texts["source"] = _continue(load_model(recipe.source, device=device), tokenizer, list(prompts), bar.advance)
         result = load_model(str(folder.model), device=device)
-        written = _continue(result, tokenizer, prompts, bar.advance)
+        own: Any = load_tokenizer(str(folder.model))
+        if own.get_vocab() == tokenizer.get_vocab():
+            spelt = list(prompts)
+        else:  # tokens have fallen
+            spelt = [torch.tensor(own(tokenizer.decode(each), add_special_tokens=False).input_ids) for each in prompts]
+        written = _continue(result, own, spelt, bar.advance)
     return [
         {
             "prompt": tokenizer.decode(prompt),
@@ -62,9 +67,9 @@ def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, tick: Callable[[int], None]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[torch.Tensor], tick: Callable[[int], None]
 ) -> list[str]:
-    texts, room = [], model.config.max_position_embeddings - prompts.shape[1]
+    texts, room = [], model.config.max_position_embeddings - max(map(len, prompts))
     for prompt in prompts:
         ids = prompt[None].to(model.device)
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": min(NEW_TOKENS, room), "use_cache": True}
