@@ -115,6 +115,8 @@ class Comparison:
             raise UsageError("the recipe has no prune section: the loop, which all arms are compared with, needs one")
         if recipe.prune.mode != "loop":
             raise UsageError(f"prune.mode is {recipe.prune.mode}: set it to loop; the arms set their own modes")
+        if recipe.prune.vocabulary:
+            raise UsageError("prune.types has vocab, after which arms do not predict the same tokens: leave it out")
         if recipe.init != "pretrained" or recipe.resume is not None:
             raise UsageError("a comparison starts from a pretrained source: drop init and resume from the recipe")
         twice = next((seed for seed in seeds if list(seeds).count(seed) > 1), None)

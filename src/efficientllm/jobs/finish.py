@@ -159,7 +159,10 @@ def peak_memory(device: torch.device) -> int:
 def result_line(summary: dict[str, Any]) -> str:
     source, result = summary["source"], summary["result"]
     spent = f"; {flops_sentence(summary['flops_by_part'])}" if "flops_by_part" in summary else ""
+    key, said = "validation_loss", "validation loss"
+    if "validation_bits_per_byte" in result:  # of other tokens than the source's
+        key, said = "validation_bits_per_byte", "validation bits per byte"
     return (
-        f"{format_count(result['parameters'])} parameters, validation loss {result['validation_loss']:.4f} "
-        f"(source: {format_count(source['parameters'])}, {source['validation_loss']:.4f}){spent}"
+        f"{format_count(result['parameters'])} parameters, {said} {result[key]:.4f} "
+        f"(source: {format_count(source['parameters'])}, {source[key]:.4f}){spent}"
     )

@@ -48,14 +48,13 @@ def samples(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     with track("sample generations", 2 * len(prompts)) as bar:
         if recipe.init == "pretrained":
             texts["source"] = _continue(load_model(recipe.source, device=device), tokenizer, prompts, bar.advance)
-        result, own = load_model(str(folder.model), device=device), load_tokenizer(str(folder.model))
-        asked = prompts
-        if len(own) != len(tokenizer):  # tokens have fallen
-            asked = [
-                torch.tensor(own(text, add_special_tokens=False)["input_ids"])
-                for text in map(tokenizer.decode, prompts)
-            ]
-        written = _continue(result, own, asked, bar.advance)
+        result = load_model(str(folder.model), device=device)
+        own: Any = load_tokenizer(str(folder.model))
+        if own.get_vocab() == tokenizer.get_vocab():
+            spelt = prompts
+        else:  # tokens have fallen
+            spelt = [torch.tensor(own(tokenizer.decode(each), add_special_tokens=False).input_ids) for each in prompts]
+        written = _continue(result, own, spelt, bar.advance)
     return [
         {
             "prompt": tokenizer.decode(prompt),

@@ -22,6 +22,7 @@ from efficientllm.sizes import format_amount
 from efficientllm.training.looks import LookRows, captured_inputs_of
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan
+from efficientllm.training.vocabulary import expected
 
 DRAW_BYTES = 6  # an entry of the vocabulary and its log-probability (training/teacher_cache.py)
 
@@ -63,10 +64,15 @@ class Plan:
 def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: PretrainedConfig | None = None) -> Plan:
     """bf16, gpu: how and on what it will be trained. teacher: another than the source."""
     recipe, config, space = plan.recipe, plan.source, plan.space
-    target, shape, reaches = _goal(space, plan.pruning)
+    sheds = recipe.prune is not None and recipe.prune.vocabulary
+    forecast, rows = expected(plan) if sheds else (plan, config.vocab_size)
+    counted = (
+        f"counted are {rows:,} of {config.vocab_size:,} tokens from the first step on: how many fall, the text says"
+    )
+    target, shape, reaches = _goal(forecast.space, forecast.pruning)
     teaching = space if teacher is None else space_of(teacher)
     cost = _step_flops(plan, teaching)
-    done = _simulated(plan, cost)
+    done = _simulated(forecast, _step_flops(forecast, teaching))
     done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
     parameters = int(space.num_params())
     return Plan(
@@ -95,7 +101,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
         checkpoints=recipe.run.keep + 1,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
         draws=DRAW_BYTES * (recipe.distill.samples or 0) * recipe.train.tokens if recipe.distill else 0,
-        notes=plan.notes,
+        notes=(*plan.notes, *([counted] if sheds else [])),
     )
 
 

@@ -165,7 +165,7 @@ class Card:
             data=described_data(self.recipe, self.on_disk),
             recipe=recipe,
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),  # longer than any in it
-            comparison=_comparison(source.get("validation_loss"), result.get("validation_loss")),
+            comparison=_comparison(source, result),
             kind=self.kind,
             **front,
         )
@@ -210,6 +210,10 @@ def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[st
     for key, name in (WIDTH_LABELS | EXPERT_LABELS).items():
         if key in result["widths"]:
             rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
+    if "vocabulary" in result:
+        rows.append(["tokens of the vocabulary", f"{source['vocabulary']:,}", f"{result['vocabulary']:,}"])
+        bits = [each["validation_bits_per_byte"] for each in (source, result)]
+        rows.append(["bits per byte", *(_number(each, each) for each in bits)])
     losses = source.get("validation_loss"), result.get("validation_loss")
     rows.append(["validation loss", *(_number(loss, loss) for loss in losses)])
     perplexities = [math.exp(min(loss or 0.0, 700.0)) for loss in losses]  # beyond it a double overflows
@@ -223,13 +227,18 @@ def _number(loss: float | None, value: float | None) -> str:
     return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
 
 
-def _comparison(source: float | None, result: float | None) -> str:
-    if source is None or result is None:
+def _comparison(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """In bits per byte where the two do not have the same tokens."""
+    key, unit = ("validation_loss", "nats per token")
+    if "validation_bits_per_byte" in result:
+        key, unit = "validation_bits_per_byte", "bits per byte"
+    before, after = source.get(key), result.get(key)
+    if before is None or after is None:
         return "No validation text was given, so nothing is known of its quality."
-    if not math.isfinite(result - source):
+    if not math.isfinite(after - before):
         return "Its loss is not a finite number: the run diverged, do not use it."
-    way = "worse" if result > source else "better"
-    return f"On the validation text it is {abs(result - source):.3f} nats per token {way} than the source."
+    way = "worse" if after > before else "better"
+    return f"On the validation text it is {abs(after - before):.3f} {unit} {way} than the source."
 
 
 def _duration(seconds: float) -> str:

@@ -138,6 +138,11 @@ def _draw_loss(axes: Axes, runs: Runs) -> tuple[Axes, list[Any]]:
             style: dict[str, Any] = {"markeredgecolor": "black", "markersize": 6, "clip_on": False, "zorder": 4}
             dot = axes.plot(seen_at, validation, "o", color=VALIDATION_COLOUR, label=said, **style)
             handles += [*train, *(dot if len(validation) else []), *_draw_size(size, run)]
+            falls = [line["tokens"] for line in run.compactions if line.get("vocabulary")]
+            lines = [axes.axvline(at, color="#404040", linestyle=":", linewidth=1.0) for at in falls]
+            for line in lines[:1]:
+                line.set_label("tokens fell: losses are of other tokens from here")
+                handles.append(line)
         else:
             train = axes.plot(at, smoothed, color=colour, linestyle=line, linewidth=1.4)
             style = {"linestyle": line, "color": colour, "markersize": 5, "linewidth": 1.0, "clip_on": False}
