@@ -50,6 +50,7 @@ def test_a_disk_that_is_slow_is_no_hung_rank(tmp_path: Path, monkeypatch: pytest
     assert patient == [True]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process writes here
 def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     monkeypatch.setattr("efficientllm.checkpoint.sharded.facts", lambda file: refuse())

@@ -60,7 +60,7 @@ class Loop:
         return {key: value for key, value in state.items() if value.ndim}
 
     def loss(self) -> float:
-        return float(self.model(input_ids=self.ids, labels=self.ids).loss)
+        return float(self.model(input_ids=self.ids, labels=self.ids).loss.detach())
 
     def measure(self) -> Callable[[], float]:
         return self.loss

@@ -31,7 +31,7 @@ from efficientllm.models.space import space_of, widths_of
 from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
-from efficientllm.training.chunked_loss import loss_is_chunked
+from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.run_plan import RunPlan, run_plan
@@ -80,7 +80,8 @@ class Job:
     @property
     def chunked_loss(self) -> bool:
         """Whether the logits of a micro-batch are made chunk by chunk (train.loss)."""
-        return loss_is_chunked(self.recipe.train, self.plan.length, self.device.type, self.plan.source.vocab_size)
+        train, vocabulary = self.recipe.train, self.plan.source.vocab_size
+        return is_chunked(train.loss, self.device.type, train.micro_batch * self.plan.length, vocabulary)
 
     def bits_per_byte(self, loss: float) -> dict[str, float]:
         """A validation loss in bits for each byte of the text, where tokens may fall: then nats per token of two

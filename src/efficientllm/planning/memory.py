@@ -14,7 +14,7 @@ from efficientllm.models.parts import recompute
 from efficientllm.models.space import build, space_of
 from efficientllm.pruning.gates import GateSums
 from efficientllm.training.capture import unwatched, watched_gates
-from efficientllm.training.chunked_loss import loss_is_chunked
+from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
 
 
@@ -61,7 +61,7 @@ def step_memory(
         tracker.track_external(model)
         rows = min(train.micro_batch, train.batch_rows(length))
         ids = torch.zeros(rows, length, dtype=torch.long)
-        chunked = loss_is_chunked(train, length, "cuda" if gpu else "cpu", config.vocab_size)
+        chunked = is_chunked(train.loss, "cuda" if gpu else "cpu", train.micro_batch * length, config.vocab_size)
         with tracker:
             sums = GateSums(space_of(config), torch.device("cpu"))
             with watched_gates(model, space_of(config), sums) if gates else nullcontext(unwatched) as watch:

@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from efficientllm.pruning.dimensions import DIMENSIONS, of_type
 from efficientllm.pruning.history import fallen_at
-from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
 from efficientllm.reporting.run_record import RunRecord
 from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
@@ -27,8 +26,8 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
     figure = Figure(figsize=(8.4, 2.6 * len(shown) + 0.4), layout="constrained")
     for axes, run in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown, strict=True):
         assert run.source_widths is not None
-        count = len(run.events)
-        stages = [run.source_widths, *(dict(run.events[index]["widths"]) for index in (count // 3, 2 * count // 3, -1))]
+        thirds = (len(run.events) // 3, 2 * len(run.events) // 3, -1)
+        stages = [run.source_widths.record(), *(dict(run.events[index]["widths"]) for index in thirds)]
         names = [name for name in LABELS if name in stages[0]]
         for place, stage in enumerate(stages):
             shares = [stage[width] / stages[0][width] for width in names]
@@ -51,7 +50,7 @@ def units(runs: Sequence[RunRecord]) -> Figure | None:
         if not run.source_widths or not run.events:
             continue
         try:
-            when = fallen_at(Widths(**run.source_widths), run.events, run.compactions)
+            when = fallen_at(run.source_widths, run.events, run.compactions)
         except ValueError as error:
             run.notes.append(f"the map of units is left out: {error}")
             continue

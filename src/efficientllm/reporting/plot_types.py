@@ -33,7 +33,7 @@ class Quantity:
         """A line a type, in the type's colour; where saliency is drawn, a tick an event."""
         for kind, (colour, line, label) in TYPE_STYLES.items():
             at, values = self.curve(run, kind)
-            if kind == ATTENTION and run.source_widths and Widths(**run.source_widths).count(ATTENTION_QUERY) == 1:
+            if kind == ATTENTION and run.source_widths and run.source_widths.count(ATTENTION_QUERY) == 1:
                 label = "attention (heads)"  # without grouped queries a KV group is an ordinary head
             if len(at):
                 axes.plot(at, values, color=colour, linestyle=line, label=label, **self.style)
@@ -85,13 +85,11 @@ def _saliency(run: RunRecord, kind: str) -> Points:
 
 
 def _ratio(run: RunRecord, kind: str) -> Points:
-    if run.source_widths is None:
+    source = run.source_widths
+    if source is None or kind not in source.types():
         return columns([])
-    if kind not in Widths(**run.source_widths).types():
-        return columns([])
-    whole = Widths(**run.source_widths).count(kind)
     seen = ((line["tokens"], Widths(**line["widths"]).count(kind)) for line in run.metrics if "widths" in line)
-    lines = [(tokens, 1 - left / whole) for tokens, left in seen]
+    lines = [(tokens, 1 - left / source.count(kind)) for tokens, left in seen]
     return columns([(0.0, 0.0), *lines]) if any(ratio > 0 for _, ratio in lines) else columns([])
 
 

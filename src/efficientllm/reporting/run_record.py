@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, create_model
 
 from efficientllm.errors import UsageError
+from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
 
 Record = Mapping[str, Any]
@@ -66,8 +67,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def source_widths(self) -> dict[str, int] | None:
-        return dict(self.source["widths"]) if self.source else None
+    def source_widths(self) -> Widths | None:
+        return Widths(**self.source["widths"]) if self.source else None
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:

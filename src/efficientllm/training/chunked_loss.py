@@ -13,15 +13,12 @@ Measured against recomputation and torch.nn.functional.linear_cross_entropy in d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-
-if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
-    from efficientllm.config import TrainConfig
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32; about three times that stands in memory
 AUTO_BYTES = 2**30  # of a micro-batch's logits in fp32, from which `auto` chunks on a GPU
@@ -36,11 +33,6 @@ def is_chunked(wanted: str, device_type: str, tokens: int, vocabulary: int) -> b
     if wanted == "auto":
         return device_type != "cpu" and 4 * tokens * vocabulary > AUTO_BYTES
     return wanted == "chunked"
-
-
-def loss_is_chunked(train: TrainConfig, length: int, device_type: str, vocabulary: int) -> bool:
-    """What train.loss means for the recipe's micro-batches of rows of `length` tokens."""
-    return is_chunked(train.loss, device_type, train.micro_batch * length, vocabulary)
 
 
 def chunk_tokens(vocabulary: int) -> int:

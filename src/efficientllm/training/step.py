@@ -23,7 +23,7 @@ from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
-from efficientllm.training.chunked_loss import loss_is_chunked
+from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.distillation import Distillation, Lineage
 from efficientllm.training.gradient import (
     Precision,
@@ -221,9 +221,11 @@ class Step(Passes):
             state, taught = self.state, self._distillation
             live = state.pruner.live if state.pruner else None
             lineage = Lineage.of(state.origin, live, state.device) if taught.hidden else None
-            summed = partial(taught.summed_loss, precision=self._precision, lineage=lineage)
-            return partial(summed, body(model), logits_of(model))
-        chunked = loss_is_chunked(self._train, self._shape[1], self.state.device.type, model.config.vocab_size)
+            return partial(
+                taught.summed_loss, body(model), logits_of(model), precision=self._precision, lineage=lineage
+            )
+        train, vocabulary = self._train, model.config.vocab_size
+        chunked = is_chunked(train.loss, self.state.device.type, train.micro_batch * self._shape[1], vocabulary)
         return partial(summed_loss, model, precision=self._precision, chunked=chunked)
 
     def _flops(self, use: Use, rows: int) -> Ledger:
