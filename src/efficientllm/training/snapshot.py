@@ -139,7 +139,7 @@ def cut(
 def cut_tokens(snapshot: Snapshot, kept: Tensor) -> Snapshot:
     """The snapshot with these rows of its vocabulary alone, int64 in rising order, in new tensors, and with its ids of
     special tokens numbered anew; all else as it is."""
-    weights, moments, tensors = (dict(each) for each in (snapshot.weights, snapshot.moments, snapshot.pruner_tensors))
+    weights, moments, tensors = dict(snapshot.weights), dict(snapshot.moments), dict(snapshot.pruner_tensors)
     for name in {EMBEDDING_WEIGHT, HEAD_WEIGHT} & weights.keys():
         weights[name] = cut_rows(weights[name], kept)
         moments[name] = {key: cut_rows(each, kept) if each.ndim else each for key, each in moments[name].items()}
