@@ -24,7 +24,7 @@ from efficientllm.training.compaction import shed
 from efficientllm.training.gradient import token_ids
 from efficientllm.training.loop import Compaction, StepRecord
 from efficientllm.training.state import TrainState
-from efficientllm.training.vocabulary import Vocabulary, with_tokens
+from efficientllm.training.vocabulary import Vocabulary, with_amounts, with_tokens
 
 COUNTED = 1 << 26  # tokens of a source that are counted, of rows spread over it
 ROWS_AT_ONCE = 1024
@@ -33,11 +33,11 @@ ROWS_AT_ONCE = 1024
 def vocabulary_of(job: Job) -> Vocabulary | None:
     """None where the recipe lets no tokens fall."""
     recipe, config, settings = job.recipe, job.plan.source, generation_settings(job)
-    if recipe.prune is None or not recipe.prune.vocabulary:
+    if recipe.prune is None or not recipe.prune.vocabulary or job.pruning is None:
         return None
     named = [*named_ids(config.to_dict()).values(), *named_ids(settings.to_dict() if settings else {}).values()]
     return Vocabulary(
-        recipe,
+        with_amounts(recipe, job.pruning),
         config,
         job.tokenizer,
         source_rows=load_config(recipe.source).vocab_size,

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from efficientllm.config import Recipe
+from efficientllm.config import CostTarget, Recipe
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
+from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.groups import Space
@@ -33,7 +34,7 @@ from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, token_ids
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.run_plan import RunPlan
-from efficientllm.training.state import TrainState
+from efficientllm.training.state import PruningPlan, TrainState
 from efficientllm.training.step import Step
 
 TEXT_TOKENS = 4096  # on which two encodings are compared
@@ -56,9 +57,9 @@ def sizes_below(space: Space, rows: int, least: int, source_rows: int) -> list[i
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a run knows of its vocabulary. config: of the source's family, with the rows that are left; source_rows:
-    those of the source. held: ids that never fall, besides special ones. counts: how often each token is seen in the
-    text to train on, fp64 (rows,), counted once it is asked for."""
+    """What a run knows of its vocabulary. recipe: with sizes as amounts. config: of the source's family, with the rows
+    that are left; source_rows: those of the source. held: ids that never fall, besides special ones. counts: how often
+    each token is seen in the text to train on, fp64 (rows,), counted once it is asked for."""
 
     recipe: Recipe
     config: PretrainedConfig
@@ -162,14 +163,25 @@ def _loss(model: Any, lines: Tensor, lost: Tensor, precision: Precision) -> Tens
     return functional.cross_entropy(logits, next_tokens(lines).flatten(), reduction="sum")
 
 
+def with_amounts(recipe: Recipe, pruning: PruningPlan) -> Recipe:
+    """The recipe with its sizes as the amounts that they are in a plan of it: a share of what is left of the source
+    would be another size."""
+    assert recipe.prune is not None
+    sizes: list[Any] = [int(landing.target) for landing in pruning.landings]
+    if recipe.prune.cost != "params":
+        key = recipe.prune.cost.replace("-", "_")
+        sizes = [CostTarget.model_validate({key: int(landing.target)}) for landing in pruning.landings]
+    *ladder, target = sizes
+    prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None})
+    return recipe.model_copy(update={"prune": prune})
+
+
 def landings_by_size(
     recipe: Recipe, config: PretrainedConfig, least: int, source_rows: int
 ) -> dict[int, tuple[Landing, ...]]:
     """Where a run may end with each size of the vocabulary, the largest first; without those that leave no shape."""
     found = {}
-    plan = pruning_plan(recipe, config)
-    assert plan is not None
-    for size in sizes_below(plan.landing.space, config.vocab_size, least, source_rows):
+    for size in sizes_below(space_of(config), config.vocab_size, least, source_rows):
         try:
             narrower = pruning_plan(recipe, type(config)(**(config.to_dict() | {"vocab_size": size})))
         except UsageError:  # the target is no longer below what is left
@@ -182,9 +194,9 @@ def landings_by_size(
 def with_tokens(plan: RunPlan, kept: Tensor) -> RunPlan:
     """The plan of a run whose vocabulary has these rows left, by the schedule that it began with."""
     config = with_vocabulary(plan.source, kept)
-    pruning = pruning_plan(plan.recipe, config)
-    assert pruning is not None
     assert plan.pruning is not None
+    pruning = pruning_plan(with_amounts(plan.recipe, plan.pruning), config)
+    assert pruning is not None
     pruning = replace(pruning, schedule=plan.pruning.schedule)
     return replace(plan, source=config, space=pruning.landing.space, pruning=pruning)
 
@@ -192,8 +204,9 @@ def with_tokens(plan: RunPlan, kept: Tensor) -> RunPlan:
 def expected(plan: RunPlan) -> tuple[RunPlan, int]:
     """For a forecast, which reads no text: the plan with the vocabulary at the size whose most balanced shape keeps the
     largest share of its narrowest width, the vocabulary among these; and that size."""
-    rows, shares = plan.source.vocab_size, dict[int, float]()
-    for size, landings in landings_by_size(plan.recipe, plan.source, math.ceil(LEAST_LEFT * rows), rows).items():
+    assert plan.pruning is not None
+    rows, shares, recipe = plan.source.vocab_size, dict[int, float](), with_amounts(plan.recipe, plan.pruning)
+    for size, landings in landings_by_size(recipe, plan.source, math.ceil(LEAST_LEFT * rows), rows).items():
         counts, source = landings[-1].balanced().counts(), plan.space.widths.counts()
         shares[size] = min(size / rows, *(counts[name] / source[name] for name in counts))
     best = max(shares, key=lambda size: shares[size], default=rows)
