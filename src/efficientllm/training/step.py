@@ -207,26 +207,23 @@ class Step(Passes):
         return self._batches.batch(self.state.step + step, part).to(self.state.device)
 
     def _loss(self, use: Use) -> SummedLoss:
-        """That of the rows' next tokens; of a step itself with the load-balancing loss that the model asks for."""
-        loss = self._token_loss(use)
-        balanced = partial(with_balance, loss, self.state.model, predicted_tokens)
-        return balanced if use == "step" and self._balanced else loss
-
-    def _token_loss(self, use: Use) -> SummedLoss:
-        """Next-token cross-entropy, or of a step itself its mixture with what a teacher says (its logits in chunks)."""
-        model: Any = self.state.model
+        """Next-token cross-entropy of rows, or of a step itself its mixture with what a teacher says (its logits in
+        chunks), and with the load-balancing loss that the model asks for."""
+        state, train, taught = self.state, self._train, self._distillation
+        model: Any = state.model
+        loss: SummedLoss
         if use == "inputs":
             return partial(_hidden_states, model, self._precision)
-        if use == "step" and self._distillation is not None:
-            state, taught = self.state, self._distillation
+        if use == "step" and taught is not None:
             live = state.pruner.live if state.pruner else None
             lineage = Lineage.of(state.origin, live, state.device) if taught.hidden else None
-            return partial(
-                taught.summed_loss, body(model), logits_of(model), precision=self._precision, lineage=lineage
-            )
-        train, vocabulary = self._train, model.config.vocab_size
-        chunked = is_chunked(train.loss, self.state.device.type, train.micro_batch * self._shape[1], vocabulary)
-        return partial(summed_loss, model, precision=self._precision, chunked=chunked)
+            student = body(model), logits_of(model)
+            loss = partial(taught.summed_loss, *student, precision=self._precision, lineage=lineage)
+        else:
+            tokens = train.micro_batch * self._shape[1]
+            chunked = is_chunked(train.loss, state.device.type, tokens, model.config.vocab_size)
+            loss = partial(summed_loss, model, precision=self._precision, chunked=chunked)
+        return partial(with_balance, loss, model, predicted_tokens) if use == "step" and self._balanced else loss
 
     def _flops(self, use: Use, rows: int) -> Ledger:
         """Operations of a pass, over all processes: the student's and the teacher's."""
