@@ -45,6 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "from scratch, loop's shape": {},
     "fixed proportional widths": PROPORTIONAL,
     "distilled": {},
+    "distilled, hidden states": {},
     "one-shot, loop's shape, distilled": {"mode": "one-shot"} | SHAPE,
     "from scratch, loop's shape, distilled": {},
     **{f"span {share}": {"end": share} for share in ("10%", "25%", "50%", "80%")},
@@ -88,7 +89,7 @@ def recipe_of(folder: Path, arm: str, seed: int, tokens: int, loop: dict[str, An
             prune["target"] = proportional(space_of(load_config(str(source))), 0.4)
         recipe["prune"] = prune
     if "distilled" in arm:
-        recipe["distill"] = {"teacher": str(source)}
+        recipe["distill"] = {"teacher": str(source), "hidden": float("hidden states" in arm)}
     recipe["train"] |= {"seed": seed, "lr": 4e-3 if scratch else 2e-3}
     recipe["run"] |= {"validate_every": "100%", "checkpoint_every": "100%"}
     return recipe

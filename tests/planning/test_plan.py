@@ -182,3 +182,7 @@ def test_another_teacher_costs_what_it_costs(world: World) -> None:
     layer = (30440 - 300 * 40 - 40) // 2
     assert other.memory.teacher - own.memory.teacher == 4 * 2 * layer
     assert own.memory.teacher == 4 * 30440
+    streams = Recipe.model_validate(world.recipe("streams", distill={"hidden": 1.0}))
+    compared = plan_of(run_plan(streams, config), bf16=False)  # its stream of a micro-batch, before and between layers
+    assert compared.memory.teacher - own.memory.teacher == 4 * 4 * 32 * 2 * 40
+    assert compared.step_flops == own.step_flops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +119,7 @@ def teacher_of(job: Job, state: TrainState) -> Distillation | None:
     what = "distill.teacher" if distill.teacher else "source"
     config = load_config(path, what=what, use="a teacher")
     if distill.hidden:
-        _check_stream(path, config, state)
+        _check_stream(path, config, {name: len(units) for name, units in state.origin.items()})
 
     def load() -> PreTrainedModel:
         model = load_model(path, device=job.device, what=what).eval().requires_grad_(False)
@@ -134,19 +134,13 @@ def teacher_of(job: Job, state: TrainState) -> Distillation | None:
         name = f"teacher-{model_digest(path, root / 'digests')}-{job.precision.name}-{drawn}"
         if job.ranks.world > 1:  # each process keeps what the teacher says to its own share of the rows
             name += f"-{job.ranks.rank}-of-{job.ranks.world}"
-        teacher = CachedTeacher(
-            root / name,
-            load,
-            length=length,
-            samples=distill.samples,
-            space=space_of(config),
-        )
+        teacher = CachedTeacher(root / name, load, length=length, samples=distill.samples, space=space_of(config))
     return Distillation(teacher, distill.weight, CHUNK_TOKENS, distill.hidden)
 
 
-def _check_stream(path: str, config: PretrainedConfig, state: TrainState) -> None:
-    """Raises UsageError where it is not known which layers and channels of the teacher the student's are."""
-    wanted = {name: len(units) for name, units in state.origin.items()}
+def _check_stream(path: str, config: PretrainedConfig, wanted: Mapping[str, int]) -> None:
+    """Raises UsageError for a teacher that has other layers and channels than the source, whose are `wanted`, empty
+    where it is not known which of them are left."""
     if not wanted:
         raise UsageError(
             "distill.hidden needs to know which channels of the source are left, and the checkpoint that this run goes "
@@ -162,16 +156,20 @@ def _check_stream(path: str, config: PretrainedConfig, state: TrainState) -> Non
 
 
 def _check_teacher(recipe: Recipe, source: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UsageError for one that is no model, or speaks another vocabulary."""
+    """Raises UsageError for one that is no model, speaks another vocabulary, or is to show other hidden states."""
     path, what = recipe.distill and recipe.distill.teacher, "distill.teacher"
     if not path:
         return
-    theirs, own = load_config(path, what=what, use="a teacher").vocab_size, source.vocab_size
+    config = load_config(path, what=what, use="a teacher")
+    theirs, own = config.vocab_size, source.vocab_size
     if theirs != own or load_tokenizer(path, what=what).get_vocab() != tokenizer.get_vocab():
         raise UsageError(
             f"{what} '{path}' has another vocabulary ({theirs:,} entries) than the source ({own:,}); choose a teacher "
             "with the source's tokenizer"
         )
+    if recipe.distill and recipe.distill.hidden and not recipe.resume:  # the source of a snapshot is a part of its own
+        widths = widths_of(source)
+        _check_stream(path, config, {LAYERS: widths.layers, HIDDEN: widths.hidden})
 
 
 def model_digest(path: str, memory: Path) -> str:
