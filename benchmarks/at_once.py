@@ -23,7 +23,7 @@ from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.dimensions import ATTENTION, FFN_TYPE, HIDDEN, STEM
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import losing_readers
 from efficientllm.pruning.slices import group_slices
@@ -37,17 +37,17 @@ WAYS = {"zeroed": (0, False), "gain": (4096, True), "2,048": (2048, False), "4,0
 WAYS |= {"16,384": (16384, False), "4,096 and gain": (4096, True)}
 
 
-def events_of(live: Live, pruning_type: str, number: int, seed: int) -> list[Cut]:
+def events_of(live: Live, pruning_type: str, number: int, seed: int) -> list[Removal]:
     generator, events = torch.Generator().manual_seed(seed), []
     for _ in range(number):
         units = live.units(pruning_type)
         noise = torch.rand(units.shape, generator=generator).masked_fill(~units, -1.0)
-        events.append(Cut(pruning_type, noise.argmax(1)))
+        events.append(Removal(pruning_type, noise.argmax(1)))
         live.remove(events[-1])
     return events
 
 
-def loss_after(path: str, events: list[Cut], live: Live, rows: Tensor, held: Tensor, way: str) -> float:
+def loss_after(path: str, events: list[Removal], live: Live, rows: Tensor, held: Tensor, way: str) -> float:
     """rows: what inputs are captured on, (rows, length); held: what the loss is measured on."""
     model = load_model(path).eval()
     space, params = space_of(model.config), dict(model.named_parameters())

@@ -22,7 +22,7 @@ from efficientllm.models.space import build, space_of
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import train_steps
-from efficientllm.training.planning import options_and_landings
+from efficientllm.training.planning import options_and_milestones
 from efficientllm.training.state import PruningPlan, start
 
 ROWS, LENGTH, STEPS = 8, 128, 8
@@ -61,10 +61,10 @@ def measured(ranks: Ranks, correction: str) -> list[str]:
     prune = PruneConfig.model_validate(
         {"target": "92%", "saliency": "taylor-element", "correction": correction, "align": 1}
     )
-    options, landings = options_and_landings(prune, space)
+    options, milestones = options_and_milestones(prune, space)
     tokens = STEPS * ROWS * LENGTH
-    schedule = SpanSchedule(0, tokens, space.num_params(), landings[-1].target, "linear")
-    plan = PruningPlan(model.config, landings, schedule, options, 1.0)
+    schedule = SpanSchedule(0, tokens, space.num_params(), milestones[-1].target, "linear")
+    plan = PruningPlan(model.config, milestones, schedule, options, 1.0)
     train = TrainConfig.model_validate({"tokens": tokens, "lr": 1e-4, "batch_tokens": ROWS * LENGTH, "micro_batch": 8})
     state = start(model, train, plan, ranks)
     outside = 2 * CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size

@@ -30,7 +30,7 @@ from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions, corrected, forms_gram, solve_coefficients
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, FFN_TYPE, STEM
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import Reader, losing_readers
 from efficientllm.training.capture import captured_inputs
@@ -122,7 +122,7 @@ def sweep(path: str, texts: list[Path], lengths: tuple[int, ...] = (1024, 4096, 
         live = Live.full(space.widths)
         cuts = []
         for unit in range(0, live.units(kind).shape[1], 15):
-            cuts.append(Cut(kind, torch.full((len(live.units(kind)),), unit)))
+            cuts.append(Removal(kind, torch.full((len(live.units(kind)),), unit)))
             live.remove(cuts[-1])
         readers = [each for each in losing_readers(space, cuts, live) if int(each.name.split(".")[2]) % 4 == 1]
         with captured_inputs(model, [reader.name for reader in readers]) as inputs:

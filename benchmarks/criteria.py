@@ -26,7 +26,7 @@ from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.correction import SolverOptions, correct
-from efficientllm.pruning.groups import Cut, Space
+from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import losing_readers, reader_specs
 from efficientllm.pruning.slices import group_slices
@@ -53,7 +53,7 @@ def loss_of(model: PreTrainedModel, rows: Tensor) -> float:
 
 @torch.no_grad()
 def increase(
-    model: PreTrainedModel, space: Space, cuts: list[Cut], inputs: Mapping[str, Tensor] | None, held: Tensor
+    model: PreTrainedModel, space: Space, cuts: list[Removal], inputs: Mapping[str, Tensor] | None, held: Tensor
 ) -> float:
     """Loss without these units; inputs: what the rest is corrected on. Every weight is put back."""
     params, live = dict(model.named_parameters()), Live.full(space.widths)
@@ -98,7 +98,7 @@ def main() -> None:
         for name, by_type in scores.items():
             values, order = by_type[pruning_type].double().sort(dim=1, stable=True)
             number = max(1, round(Fraction(share) * order.shape[1]))
-            cuts = [Cut(pruning_type, units) for units in order[:, :number].T]
+            cuts = [Removal(pruning_type, units) for units in order[:, :number].T]
             change = increase(model, space, cuts, None if arguments.plain else inputs, held) - base
             predicted = float(values[:, :number].sum())
             print(f"| {share} of {pruning_type} | {name} | {change:.3f} | {predicted:.3g} |", flush=True)

@@ -21,7 +21,7 @@ from efficientllm.models.space import build, space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.dimensions import DEFAULT_TYPES
 from efficientllm.pruning.engine import PrunerOptions
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import Position
@@ -117,7 +117,7 @@ class Subject:
         """Towards the paper's share, as the pace allows; tensors are not cut to size by themselves."""
         config = self.shape.config
         space = space_of(config)
-        landing = Landing(
+        feasible = FeasibleShapes(
             space,
             round(TARGET * int(space.num_params())),
             types=DEFAULT_TYPES,
@@ -125,7 +125,7 @@ class Subject:
             floors=Floors(hidden=space.head_dim, intermediate=32),
         )
         options = PrunerOptions(DEFAULT_TYPES, saliency="taylor-element", calibrated=True)
-        return PruningPlan(config, (landing,), self.pace, options, compact_at=1.0)
+        return PruningPlan(config, (feasible,), self.pace, options, compact_at=1.0)
 
     def _compile(self, wanted: bool) -> None:
         """Switches every block's forward, as efficientllm.distributed.layout.wrap sets it."""

@@ -14,11 +14,11 @@ from efficientllm.config import (
     DataConfig,
     DataSource,
     DistillConfig,
-    Fact,
     PruneConfig,
     Recipe,
     RunConfig,
     TrainConfig,
+    Trait,
     WidthTarget,
     dump_recipe,
     load_recipe,
@@ -529,5 +529,5 @@ def test_the_config_of_a_run_folder_is_read_as_one_that_an_older_version_may_hav
 
 
 def test_facts_stand_in_the_definitions() -> None:
-    assert PruneConfig.having(Fact.ARM) == {"target", "cost", "ladder", "mode", "saliency", "correction"}
+    assert PruneConfig.having(Trait.ARM) == {"target", "cost", "ladder", "mode", "saliency", "correction"}
     assert free_keys()["data"] == {"cache_dir", "workers"}

@@ -115,13 +115,13 @@ def estimate(arguments: argparse.Namespace, source: Path) -> None:
     """Says how long it will take, by one measured step and the FLOPs of the plan."""
     from efficientllm.config import load_recipe
     from efficientllm.models.loading import load_config
-    from efficientllm.planning.plan import plan_of
+    from efficientllm.planning.plan import estimate_of
     from efficientllm.training.run_plan import run_plan
 
     file = arguments.dir / "estimate.json"
     if not file.exists():
         recipe = load_recipe(RECIPE, settings(arguments, source))
-        plan = plan_of(run_plan(recipe, load_config(recipe.source)), bf16=False)
+        plan = estimate_of(run_plan(recipe, load_config(recipe.source)), bf16=False)
         row = recipe.data.sequence_length
         say(f"estimate: measuring a training step of {row} tokens")
         step = seconds_of_a_step(source, row) * plan.batch_tokens / row

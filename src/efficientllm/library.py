@@ -96,10 +96,10 @@ class Pruner:
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
-        decides, landings = decided(options, model.config, sequence_length or 1)
-        size, landing = landings[-1].cost(space.widths), landings[-1]
-        schedule = SpanSchedule(start, start + steps, size, landing.target, options.curve)
-        self._plan = PruningPlan(copy.deepcopy(model.config), landings, schedule, decides, compact_at=0.0)
+        decides, milestones = decided(options, model.config, sequence_length or 1)
+        size, feasible = milestones[-1].cost(space.widths), milestones[-1]
+        schedule = SpanSchedule(start, start + steps, size, feasible.target, options.curve)
+        self._plan = PruningPlan(copy.deepcopy(model.config), milestones, schedule, decides, compact_at=0.0)
         self._state = assemble(model, optimizer, self._plan, runner, ranks)
         self._asked = options.model_dump(mode="json") | {"steps": steps, "start": start, "length": sequence_length}
         self._sharded = any(is_sharded(weight) for weight in model.parameters())

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import World
 from efficientllm.comparison.arms import DEFAULT_ARMS, arm_recipe, parse_arm, parse_arms
-from efficientllm.config import Fact, PruneConfig, Recipe, WidthTarget
+from efficientllm.config import PruneConfig, Recipe, Trait, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
@@ -40,7 +40,7 @@ def test_every_arm_has_a_valid_recipe(world: World, name: str) -> None:
     assert made.prune is not None
     assert recipe.prune is not None
     others = {key for key in PruneConfig.model_fields if getattr(made.prune, key) != getattr(recipe.prune, key)}
-    assert others <= PruneConfig.having(Fact.ARM) | made.prune._idle().keys()
+    assert others <= PruneConfig.having(Trait.ARM) | made.prune._idle().keys()
     assert made.prune.correction == ("none" if "uncorrected" in name else "second-order")
     assert made.prune.mode == ("loop" if arm.base == "fixed" else arm.base)
     assert isinstance(made.prune.target, WidthTarget) == arm.needs_loop

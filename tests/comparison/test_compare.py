@@ -18,7 +18,7 @@ from efficientllm.comparison.forecast import expected_flops
 from efficientllm.comparison.work import Comparison
 from efficientllm.config import Recipe
 from efficientllm.jobs import report as jobs_report
-from efficientllm.planning.plan import plan_of
+from efficientllm.planning.plan import estimate_of
 
 
 def call(*argv: str | Path) -> int:
@@ -215,7 +215,7 @@ def test_a_dry_run_says_what_lies_ahead(world: World, capsys: pytest.CaptureFixt
         recipe, parse_arms(["loop+uncorrected", "one-shot", "scratch", "dense", "fixed"]), [0], ["tokens"], [1.0], out
     )
     default, loop, one_shot, scratch, dense, fixed = (expected_flops(made, arm) for arm in made.arms)
-    assert default == plan_of(made.plan, bf16=False).flops  # what `efficientllm plan` says
+    assert default == estimate_of(made.plan, bf16=False).flops  # what `efficientllm plan` says
     assert scratch < loop < dense
     assert one_shot > loop  # its looks at rest are a third of so short a run
     assert scratch < fixed < dense

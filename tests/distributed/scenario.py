@@ -28,7 +28,7 @@ from efficientllm.pruning.shards import whole
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.loop import train_steps
-from efficientllm.training.planning import options_and_landings
+from efficientllm.training.planning import options_and_milestones
 from efficientllm.training.state import PruningPlan, TrainState, capture, restore, start
 
 ROWS, LENGTH = 12, 16
@@ -87,14 +87,14 @@ def play(case: Case, ranks: World, folder: Path) -> None:
     choices = {"saliency": case.criterion, "correction": case.correction, "target": case.target, "align": 1}
     prune = PruneConfig.model_validate(choices | {"bound": 0.05, "floors": {"intermediate": 4}})
     model = tiny_model(case.family)
-    options, landings = options_and_landings(prune, space_of(model.config))
+    options, milestones = options_and_milestones(prune, space_of(model.config))
     if options.correction is not None:  # exact: no stop that rounding moves
         options = replace(options, correction=replace(options.correction, tolerance=1e-6))
-    source = landings[-1].space.num_params()
-    schedule = SpanSchedule(0, 6 * ROWS * LENGTH, source, landings[-1].target)
+    source = milestones[-1].space.num_params()
+    schedule = SpanSchedule(0, 6 * ROWS * LENGTH, source, milestones[-1].target)
     plan = PruningPlan(
         model.config,
-        landings,
+        milestones,
         schedule,
         options,
         compact_at=0.05,

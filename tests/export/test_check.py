@@ -134,9 +134,9 @@ def test_a_gguf_file_is_checked_in_llamacpp(
     said = capsys.readouterr().err
     assert stop.value.code == 0, said
     assert "llama.cpp 0." in said
-    (rung,) = (finished_run / "ladder").iterdir()
+    (milestone,) = (finished_run / "ladder").iterdir()
     with pytest.raises(UsageError, match=r"m\.gguf is not the model it was made from: in llama\.cpp"):
-        check_gguf(rung / "model", file, "f32", quiet)
+        check_gguf(milestone / "model", file, "f32", quiet)
 
 
 def test_a_qwen2_that_vllm_would_misread_is_said(make_model: Any, tmp_path: Path) -> None:

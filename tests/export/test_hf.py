@@ -69,15 +69,15 @@ def test_the_card_carries_the_hub_s_block_and_what_was_measured(finished_run: Pa
 def test_a_ladder_size_and_options_of_the_command(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (rung,) = (finished_run / "ladder").iterdir()
+    (milestone,) = (finished_run / "ladder").iterdir()
     out = tmp_path / "rung"
-    assert call("export", rung, "--to", "hf", "--out", out) == 0
+    assert call("export", milestone, "--to", "hf", "--out", out) == 0
     assert capsys.readouterr().out.strip() == str(out)
-    assert call("export", rung, "--to", "hf", "--out", out) == 2
+    assert call("export", milestone, "--to", "hf", "--out", out) == 2
     assert "exists already" in capsys.readouterr().err
-    assert call("export", rung, "--to", "hf", "--type", "f16") == 2
+    assert call("export", milestone, "--to", "hf", "--type", "f16") == 2
     assert "--type has no effect with --to hf" in capsys.readouterr().err
-    assert call("export", rung, "--to", "hf", "--max-shard-size", "huge", "--out", tmp_path / "huge") == 2
+    assert call("export", milestone, "--to", "hf", "--max-shard-size", "huge", "--out", tmp_path / "huge") == 2
     assert "is no size" in capsys.readouterr().err
     assert not (tmp_path / "huge").exists()
 

@@ -28,10 +28,10 @@ def test_a_recipe_beside_a_model_makes_no_ladder(make_model: Any, tmp_path: Path
 
 
 def test_a_size_of_a_ladder_is_found_by_its_folder_and_its_model(finished_run: Path) -> None:
-    (rung,) = (finished_run / "ladder").iterdir()
-    for path in (rung, rung / "model"):
+    (milestone,) = (finished_run / "ladder").iterdir()
+    for path in (milestone, milestone / "model"):
         subject = subject_of(path)
-        assert subject.name == f"exported-{rung.name}"
+        assert subject.name == f"exported-{milestone.name}"
         assert subject.home == finished_run
         assert subject.facts is not None
 

@@ -20,7 +20,7 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import KVCache
 from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
-from efficientllm.training.notes import notes_of
+from efficientllm.training.advisories import advisories_of
 from efficientllm.training.planning import pruning_plan
 
 SPACE = space_of(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
@@ -198,7 +198,7 @@ def test_plan_says_what_the_table_was_measured_on(
 
 def notes(world: World, name: str, **prune: object) -> tuple[str, ...]:
     recipe = load_recipe(world.write(name, prune=prune))
-    return notes_of(recipe, pruning_plan(recipe, load_config(recipe.source)))
+    return advisories_of(recipe, pruning_plan(recipe, load_config(recipe.source)))
 
 
 def test_types_that_stay_out_are_named(world: World) -> None:

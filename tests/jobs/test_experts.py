@@ -125,7 +125,7 @@ def test_heads_under_a_norm_over_all_of_them_are_refused_and_left_out_by_default
     plan = run_plan(Recipe.model_validate(content), load_config(str(folder)))
     assert plan.pruning is not None
     assert plan.pruning.options.types == ("expert", "expert_ffn")
-    assert any("attention, attention_query, stem cannot fall: its q and k norms" in note for note in plan.notes)
+    assert any("attention, attention_query, stem cannot fall: its q and k norms" in note for note in plan.advisories)
     recipe = world.write("olmoe-heads", source=str(folder), train=TRAIN, prune=PRUNE | {"types": ["attention"]})
     assert call("prune", recipe) == 2
     assert "prune.types has attention, which cannot fall here: its q and k norms" in capsys.readouterr().err

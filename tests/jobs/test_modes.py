@@ -133,21 +133,21 @@ def test_a_ladder_leaves_models_that_train_on(world: World, ladder: Path, capsys
     folder = world.folder / "runs" / "ladder"
     summary = json.loads((folder / "summary.json").read_text())
     steps = {path: json.loads((path / "summary.json").read_text())["step"] for path in (folder / "ladder").iterdir()}
-    rungs = sorted(steps, key=lambda path: steps[path])
-    assert len(rungs) == 2
-    for rung, share in zip(rungs, (0.80, 0.65), strict=True):
-        facts = json.loads((rung / "summary.json").read_text())
+    milestones = sorted(steps, key=lambda path: steps[path])
+    assert len(milestones) == 2
+    for milestone, share in zip(milestones, (0.80, 0.65), strict=True):
+        facts = json.loads((milestone / "summary.json").read_text())
         assert 0.95 * share < facts["parameters"] / summary["source"]["parameters"] <= share
-        model = AutoModelForCausalLM.from_pretrained(rung / "model")
+        model = AutoModelForCausalLM.from_pretrained(milestone / "model")
         assert sum(weight.numel() for weight in model.parameters()) == facts["parameters"]
         assert facts["widths"]["intermediate"] == model.config.intermediate_size
     capsys.readouterr()
-    assert call("continue", rungs[1]) == 0
+    assert call("continue", milestones[1]) == 0
     out = capsys.readouterr().out.strip()
-    onward = folder / "continued" / rungs[1].name
+    onward = folder / "continued" / milestones[1].name
     assert out == str(onward / "model")
     went_on = read_journal(onward / "metrics.jsonl")
-    reached = json.loads((rungs[1] / "summary.json").read_text())
+    reached = json.loads((milestones[1] / "summary.json").read_text())
     assert went_on[0]["step"] == reached["step"] + 1
     assert went_on[-1]["step"] == 24
     whole = read_journal(folder / "metrics.jsonl")
@@ -159,15 +159,18 @@ def test_a_ladder_leaves_models_that_train_on(world: World, ladder: Path, capsys
 def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None:
     """The checkpoints and the smaller size are lost: it comes again, bit for bit."""
     folder = world.folder / "runs" / "ladder"
-    steps = {json.loads((rung / "summary.json").read_text())["step"]: rung for rung in (folder / "ladder").iterdir()}
-    rung = steps[max(steps)]
-    before = load_file(rung / "model" / "model.safetensors")
-    shutil.rmtree(rung)
+    steps = {
+        json.loads((milestone / "summary.json").read_text())["step"]: milestone
+        for milestone in (folder / "ladder").iterdir()
+    }
+    milestone = steps[max(steps)]
+    before = load_file(milestone / "model" / "model.safetensors")
+    shutil.rmtree(milestone)
     for checkpoint in checkpoints(folder / "checkpoints"):
         shutil.rmtree(checkpoint)
     (folder / "summary.json").unlink()
     assert call("prune", ladder) == 0
-    after = load_file(rung / "model" / "model.safetensors")
+    after = load_file(milestone / "model" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -226,21 +229,21 @@ def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.C
 def test_hidden_states_of_a_ladder_and_of_what_goes_on_from_it(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher costs what it costs for its logits alone; a rung still knows which channels it has of the source."""
+    """The teacher costs what it costs for its logits alone; a milestone knows its channels in the source."""
     distill = {"weight": 0.5, "hidden": 1.0}
     recipe = world.write("streams", prune={"ladder": ["60%", "50%"], "target": None}, distill=distill)
     assert call("prune", recipe) == 0
     folder = world.folder / "runs" / "streams"
-    (rung,) = (folder / "ladder").iterdir()
-    assert call("continue", rung) == 0
-    went_on = read_journal(folder / "continued" / rung.name / "metrics.jsonl")
+    (milestone,) = (folder / "ladder").iterdir()
+    assert call("continue", milestone) == 0
+    went_on = read_journal(folder / "continued" / milestone.name / "metrics.jsonl")
     whole = read_journal(folder / "metrics.jsonl")
     assert went_on[0]["loss"] == next(each["loss"] for each in whole if each["step"] == went_on[0]["step"])
     flops = json.loads((folder / "summary.json").read_text())["flops_by_part"]
     source = space_of(load_config(str(world.folder / "source")))
     assert flops["teacher"] == 24 * teacher_flops(forward_flops(source, 8, 32))
     capsys.readouterr()
-    assert call("prune", world.write("narrow", distill=distill | {"teacher": str(rung / "model")})) == 2
+    assert call("prune", world.write("narrow", distill=distill | {"teacher": str(milestone / "model")})) == 2
     assert "choose a teacher of the source's shape, or leave distill.hidden out" in capsys.readouterr().err
 
 

@@ -155,10 +155,10 @@ def test_a_rung_keeps_its_own_vocabulary(rare: World) -> None:
     assert call("prune", recipe) == 0
     summary = json.loads((rare.folder / "runs" / "ladder" / "summary.json").read_text())
     assert 0.57 < summary["result"]["parameters"] / summary["source"]["parameters"] <= 0.6
-    (rung,) = (rare.folder / "runs" / "ladder" / "ladder").iterdir()
-    tokenizer = AutoTokenizer.from_pretrained(rung / "model")
-    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(rung / "model").config.vocab_size
-    assert call("continue", rung) == 0
+    (milestone,) = (rare.folder / "runs" / "ladder" / "ladder").iterdir()
+    tokenizer = AutoTokenizer.from_pretrained(milestone / "model")
+    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(milestone / "model").config.vocab_size
+    assert call("continue", milestone) == 0
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from efficientllm.models.loading import load_config, load_tokenizer
 from efficientllm.models.space import build, space_of
 from efficientllm.planning.gpus import Gpu
 from efficientllm.planning.memory import StepMemory, step_memory
-from efficientllm.planning.plan import Plan, plan_of
+from efficientllm.planning.plan import Estimate, estimate_of
 from efficientllm.training import planning
 from efficientllm.training.run_plan import run_plan
 
@@ -30,8 +30,8 @@ def call(*argv: str | Path) -> int:
     return int(stop.value.code or 0)
 
 
-def planned(world: World, recipe: dict[str, object]) -> Plan:
-    return plan_of(run_plan(Recipe.model_validate(recipe), load_config(str(world.folder / "source"))), bf16=False)
+def planned(world: World, recipe: dict[str, object]) -> Estimate:
+    return estimate_of(run_plan(Recipe.model_validate(recipe), load_config(str(world.folder / "source"))), bf16=False)
 
 
 def test_plain_training_costs_what_was_planned(world: World) -> None:
@@ -65,7 +65,7 @@ def test_a_run_at_default_settings_costs_about_what_was_planned(world: World, tm
     build(tiny_config("llama-gqa", **shape, **more)).save_pretrained(tmp_path)
     load_tokenizer(str(world.folder / "source")).save_pretrained(tmp_path)
     recipe = Recipe.model_validate(world.recipe("by-default", source=str(tmp_path)))  # type: ignore[arg-type]
-    plan = plan_of(run_plan(recipe, load_config(str(tmp_path))), bf16=False)
+    plan = estimate_of(run_plan(recipe, load_config(str(tmp_path))), bf16=False)
     summary = run(recipe, lambda line: None)
     assert plan.flops == pytest.approx(summary["flops"], rel=0.1)
     assert plan.pruning_flops == pytest.approx(plan.flops - summary["flops_by_part"]["steps"], rel=0.2)
@@ -90,10 +90,10 @@ def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(
 
 
 def test_a_bug_in_planning_is_no_user_s_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> Plan:
+    def broken(*_: object, **__: object) -> Estimate:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("efficientllm.planning.plan.plan_of", broken)
+    monkeypatch.setattr("efficientllm.planning.plan.estimate_of", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["plan", str(world.write("broken"))])
 
@@ -174,8 +174,8 @@ def test_another_teacher_costs_what_it_costs(world: World) -> None:
     recipe = Recipe.model_validate(world.recipe("taught", distill={"weight": 0.5}))
     config = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True)
     larger = tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True, num_hidden_layers=4)
-    own = plan_of(run_plan(recipe, config), bf16=False)
-    other = plan_of(run_plan(recipe, config), bf16=False, teacher=larger)
+    own = estimate_of(run_plan(recipe, config), bf16=False)
+    other = estimate_of(run_plan(recipe, config), bf16=False, teacher=larger)
     rows, length = recipe.train.batch_rows(32), 32
     passes = [forward_flops(space_of(each), rows, length).base for each in (config, larger)]
     assert other.step_flops - own.step_flops == passes[1] - passes[0] == passes[0]
@@ -183,6 +183,8 @@ def test_another_teacher_costs_what_it_costs(world: World) -> None:
     assert other.memory.teacher - own.memory.teacher == 4 * 2 * layer
     assert own.memory.teacher == 4 * 30440
     streams = Recipe.model_validate(world.recipe("streams", distill={"hidden": 1.0}))
-    compared = plan_of(run_plan(streams, config), bf16=False)  # its stream of a micro-batch, before and between layers
+    compared = estimate_of(
+        run_plan(streams, config), bf16=False
+    )  # its stream of a micro-batch, before and between layers
     assert compared.memory.teacher - own.memory.teacher == 4 * 4 * 32 * 2 * 40
     assert compared.step_flops == own.step_flops

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import Corrections, SolverOptions, correct, corrected
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import losing_readers
 from efficientllm.training.capture import captured_inputs
@@ -29,12 +29,12 @@ READERS = {
 }
 
 
-def events_of(live: Live, pruning_type: str, number: int = 2) -> list[Cut]:
+def events_of(live: Live, pruning_type: str, number: int = 2) -> list[Removal]:
     """The first live units of every row."""
     events = []
     for _ in range(min(number, int(live.units(pruning_type).sum(1).max()) - 1)):
         units = live.units(pruning_type)
-        events.append(Cut(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1)))
+        events.append(Removal(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1)))
         live.remove(events[-1])
     return events
 

@@ -27,8 +27,8 @@ from efficientllm.pruning.costs import (
     shape_at,
 )
 from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Event, Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.selection import Candidate, Ranking, candidates, least_damage
 from efficientllm.pruning.shapes import Alignment, Floors
@@ -124,9 +124,9 @@ def maximal(cost: Cost, source: Widths, target: float, types: tuple[str, ...], s
     return {tuple(place) for place in under[~wider].tolist()}
 
 
-def walk_at_random(landing: Landing, now: Widths, types: tuple[str, ...], order: random.Random) -> Widths:
-    while not landing.reached(now):
-        allowed = [each for each in types if now.count(each) > 1 and landing.reachable(now.after(each))]
+def walk_at_random(feasible: FeasibleShapes, now: Widths, types: tuple[str, ...], order: random.Random) -> Widths:
+    while not feasible.reached(now):
+        allowed = [each for each in types if now.count(each) > 1 and feasible.reachable(now.after(each))]
         assert allowed, f"stuck at {now}"
         now = now.after(order.choice(allowed))
     return now
@@ -145,7 +145,7 @@ def walk_at_random(landing: Landing, now: Widths, types: tuple[str, ...], order:
 def test_every_allowed_path_ends_in_a_maximal_shape(
     source: Widths, name: str, tied: bool, share: float, step: int, chosen: set[str], seed: int
 ) -> None:
-    """Whatever the order of events, cost (tables with flats among them), depth and a rung before."""
+    """Whatever the order of events, cost (tables with flats among them), depth and a milestone before."""
     config = tiny_config("llama-gqa", num_hidden_layers=source.layers, tie_word_embeddings=tied)
     space = Space(space_of(config).params, source, 6)
     cost = flat_table(seed % 5) if name == "latency" else cost_named(name, space)
@@ -153,32 +153,32 @@ def test_every_allowed_path_ends_in_a_maximal_shape(
     order, options = random.Random(seed), {"types": types, "align": Alignment(step, step), "cost": cost}
     whole = cost(source)
     target = int(whole * share) if isinstance(whole, int) else whole * share
-    rung = (whole + target) // 2 if isinstance(whole, int) else (whole + target) / 2
+    milestone = (whole + target) // 2 if isinstance(whole, int) else (whole + target) / 2
     want = maximal(cost, source, target, types, step)
     floors = Floors(hidden=8, intermediate=8)
     if not want or target >= whole:
         with pytest.raises(ValueError, match="the least that the floors"):
-            Landing(space, target, floors=floors, **options)
+            FeasibleShapes(space, target, floors=floors, **options)
         return
-    landing = Landing(space, target, floors=floors, **options)
-    assert set(map(tuple, landing.shapes.tolist())) == want
-    assert landing.sizes.tolist() == sorted((cost(shape_at(each)) for each in want), reverse=True)
-    assert tuple(place_of(walk_at_random(landing, source, types, order))) in want
-    assert tuple(place_of(landing.balanced())) in want
-    above = {each for each in maximal(cost, source, rung, types, step) if cost(shape_at(each)) > target}
+    feasible = FeasibleShapes(space, target, floors=floors, **options)
+    assert set(map(tuple, feasible.shapes.tolist())) == want
+    assert feasible.sizes.tolist() == sorted((cost(shape_at(each)) for each in want), reverse=True)
+    assert tuple(place_of(walk_at_random(feasible, source, types, order))) in want
+    assert tuple(place_of(feasible.balanced())) in want
+    above = {each for each in maximal(cost, source, milestone, types, step) if cost(shape_at(each)) > target}
     leads_on = {each for each in above if any(all(a <= b for a, b in zip(end, each, strict=True)) for end in want)}
-    if rung in (target, whole):
+    if milestone in (target, whole):
         return
-    first = Landing(space, rung, floors=floors, **options)
+    first = FeasibleShapes(space, milestone, floors=floors, **options)
     if not leads_on:
         with pytest.raises(ValueError, match="choose sizes further apart"):
-            first.before(landing)
+            first.before(feasible)
         return
-    first.before(landing)
+    first.before(feasible)
     assert set(map(tuple, first.shapes.tolist())) == leads_on
     between = walk_at_random(first, source, types, order)
     assert tuple(place_of(between)) in leads_on
-    assert tuple(place_of(walk_at_random(landing, between, types, order))) in want
+    assert tuple(place_of(walk_at_random(feasible, between, types, order))) in want
 
 
 def flat_table(seed: int) -> TableCost:
@@ -189,7 +189,7 @@ def flat_table(seed: int) -> TableCost:
     return TableCost(grid, never_falling(values.where(values > 0.33, values.min())), "a table")
 
 
-def test_events_are_priced_in_the_landings_cost() -> None:
+def test_events_are_priced_in_the_run_s_cost() -> None:
     """In whole parameters where nothing else is asked for; an event that saves nothing is never the lightest."""
     live = Live.full(SPACE.widths)
     scores = {each: torch.rand(live.units(each).shape) for each in PRUNING_TYPES}
@@ -197,9 +197,9 @@ def test_events_are_priced_in_the_landings_cost() -> None:
     def events(cost: Cost | None) -> dict[str, Event]:
         source = (cost or Params(SPACE))(SPACE.widths)
         options = {"types": PRUNING_TYPES, "align": Alignment(), "floors": Floors(hidden=6)}
-        landing = Landing(SPACE, source // 2, cost=cost, **options)
+        feasible = FeasibleShapes(SPACE, source // 2, cost=cost, **options)
         ranking = Ranking(scores, live)
-        weighed = candidates(ranking, SPACE.widths, landing=landing, calibration=None, types=PRUNING_TYPES)
+        weighed = candidates(ranking, SPACE.widths, feasible=feasible, calibration=None, types=PRUNING_TYPES)
         return {each.event.type: each.event for each in weighed}
 
     falling = {name: event for name, event in events(None).items() if event.cost}
@@ -234,8 +234,8 @@ def test_a_flat_stretch_of_a_table_is_priced_by_the_whole_way() -> None:
     scores["ffn"] *= 1e-9
     cost, floors = flat_at(30), Floors(hidden=8, intermediate=8)
     target = cost(SPACE.widths) - 22
-    landing = Landing(SPACE, target, types=types, align=Alignment(), floors=floors, cost=cost)
-    weighed = candidates(Ranking(scores, live), SPACE.widths, landing=landing, calibration=None, types=types)
+    feasible = FeasibleShapes(SPACE, target, types=types, align=Alignment(), floors=floors, cost=cost)
+    weighed = candidates(Ranking(scores, live), SPACE.widths, feasible=feasible, calibration=None, types=types)
     assert cost(SPACE.widths.after("ffn")) == cost(SPACE.widths)
     ffn = next(each.event for each in weighed if each.event.type == "ffn")
     assert ffn.cost == pytest.approx(22 / 44)

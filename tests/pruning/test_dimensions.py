@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficientllm.pruning.dimensions import DIMENSIONS, Dimension, add_dimension
-from efficientllm.pruning.groups import Cut, ParamSpec, Space
+from efficientllm.pruning.groups import ParamSpec, Removal, Space
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.saliency import AxisSums
 from efficientllm.pruning.slices import group_slices
@@ -42,7 +42,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def test_a_unit_falls_with_what_lies_within_it() -> None:
-    cut = Cut("lane", torch.tensor([1, 2]))
+    cut = Removal("lane", torch.tensor([1, 2]))
     fallen = {(part.name, part.dim): part.indices.tolist() for part in group_slices(SPACE, [cut])}
     assert fallen == {
         ("layers.0.reader", 0): [4, 5, 6, 7],
@@ -59,7 +59,11 @@ def test_a_unit_falls_with_what_lies_within_it() -> None:
 
 def test_cutting_keeps_the_live_entries_in_order() -> None:
     live, before = Live.full(WIDTHS), weights()
-    for cut in (Cut("lane", torch.tensor([1, 2])), Cut("cell", torch.tensor([0, -1, 3, 1, 2, -1])), stem_cut(4)):
+    for cut in (
+        Removal("lane", torch.tensor([1, 2])),
+        Removal("cell", torch.tensor([0, -1, 3, 1, 2, -1])),
+        stem_cut(4),
+    ):
         live.remove(cut)
     kept = choose_kept(live, live.widths())
     after, _ = cut_state(SPACE, kept, dict(before), {})
@@ -71,8 +75,8 @@ def test_cutting_keeps_the_live_entries_in_order() -> None:
     assert cut_live(live, kept).all_live()
 
 
-def stem_cut(channel: int) -> Cut:
-    return Cut("stem", torch.tensor([channel]))
+def stem_cut(channel: int) -> Removal:
+    return Removal("stem", torch.tensor([channel]))
 
 
 def test_scores_are_summed_over_all_that_falls_and_cut_alike() -> None:
@@ -85,7 +89,7 @@ def test_scores_are_summed_over_all_that_falls_and_cut_alike() -> None:
     torch.testing.assert_close(scores["cell"], cells.flatten(0, 1))
     torch.testing.assert_close(scores["lane"], gates + cells.sum(2))
     live = Live.full(WIDTHS)
-    live.remove(Cut("lane", torch.tensor([0, 2])))
+    live.remove(Removal("lane", torch.tensor([0, 2])))
     cut = cut_scores(scores, choose_kept(live, live.widths()), WIDTHS)
     torch.testing.assert_close(cut["lane"], torch.stack([scores["lane"][0, 1:], scores["lane"][1, :2]]))
     torch.testing.assert_close(cut["cell"], torch.cat([cells[0, 1:], cells[1, :2]]))

@@ -1,4 +1,4 @@
-"""The two calls in a loop: fixed points, the bound, calibration that leaves no trace, landing, resumable state."""
+"""The two calls in a loop: fixed points, the bound, calibration that leaves no trace, final shapes, resumed state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.criteria import criteria_of, hessian_flops, inverse_hessian_diagonal
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, of_type
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.gates import GateSums
-from efficientllm.pruning.groups import Cut
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.readers import losing_readers, reader_specs
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.selection import Ranking, next_bundles
@@ -43,12 +43,12 @@ class Loop:
         types = tuple(options.pop("types", [each for each in self.space.types if of_type(each).default]))
         options = {"correction": SolverOptions(), "saliency": "taylor-element", "calibrated": True} | options
         floors = Floors(**({"hidden": 8, "intermediate": 8} | options.pop("floors", {})))  # type: ignore[operator]
-        landing = Landing(self.space, target, types=types, align=Alignment(4, 4), floors=floors)
+        feasible = FeasibleShapes(self.space, target, types=types, align=Alignment(4, 4), floors=floors)
         self.pruner = PruningEngine(
             self.space,
             self.params,
             self.moments,
-            landings=[landing],
+            milestones=[feasible],
             schedule=SpanSchedule(0.0, span, self.space.num_params(), target, "linear"),
             options=PrunerOptions(types, **options),  # type: ignore[arg-type]
         )
@@ -139,8 +139,8 @@ def test_lands_on_target_with_uniform_layers(family: str) -> None:
         loop.train_step(float(step))
     pruner = loop.pruner
     assert pruner.finished
-    assert pruner.landing.reached(pruner.widths)
-    assert pruner.parameters <= pruner.landing.target
+    assert pruner.feasible.reached(pruner.widths)
+    assert pruner.parameters <= pruner.feasible.target
     live = pruner.live
     ffn = live["expert_ffn"].sum(2)[live["expert"]] if "experts" in pruner.widths.counts() else live["ffn"].sum(1)
     assert len(set(ffn.tolist())) == 1
@@ -205,7 +205,7 @@ def test_an_event_above_the_bound_falls_alone_after_a_look_of_its_own() -> None:
     looks: list[int] = []
     zero = loop.pruner.zero
 
-    def counted(events: Sequence[Cut]) -> None:
+    def counted(events: Sequence[Removal]) -> None:
         zero(events)
         looks.append(loop.refreshes)
         bundles.append((len(events), {event.type for event in events}))
@@ -287,7 +287,7 @@ def test_state_resumes_bit_for_bit(saliency: str | dict[str, str]) -> None:
         two.space,
         two.params,
         two.moments,
-        landings=old.course.landings,
+        milestones=old.course.milestones,
         schedule=old.course.schedule,
         options=old.options,
     )
@@ -380,9 +380,9 @@ def test_a_measured_bundle_stops_at_the_floor() -> None:
     loop = Loop("llama-gqa", share=0.999, types=("ffn", "stem"), config=config, floors=floors)
     scores = {name: torch.rand(loop.pruner.live.units(name).shape) for name in PRUNING_TYPES}
     ranking, widths = Ranking(scores, loop.pruner.live), loop.space.widths
-    bundles = next_bundles(ranking, widths, landing=loop.pruner.landing, bound=1.0, types=("ffn", "stem"))
+    bundles = next_bundles(ranking, widths, feasible=loop.pruner.feasible, bound=1.0, types=("ffn", "stem"))
     assert round(0.01 * loop.space.num_params() / loop.space.event_cost("ffn", widths)) == 8
-    assert len(bundles[0].cuts) == 4
+    assert len(bundles[0].removals) == 4
 
 
 @pytest.mark.parametrize("pruning_type", DEFAULT_TYPES)
@@ -392,18 +392,18 @@ def test_a_trial_measures_what_would_be_executed_and_leaves_no_bit_changed(pruni
     loop.ids = torch.arange(48).reshape(4, 12)
     before = {name: weight.detach().clone() for name, weight in loop.params.items()}
     units = loop.pruner.live.units(pruning_type)
-    cuts = [Cut(pruning_type, torch.zeros(len(units), dtype=torch.int64))]
+    removals = [Removal(pruning_type, torch.zeros(len(units), dtype=torch.int64))]
     without = loop.pruner.live.copy()
-    without.remove(cuts[0])
-    readers = list(losing_readers(loop.space, cuts, without))
+    without.remove(removals[0])
+    readers = list(losing_readers(loop.space, removals, without))
     inputs = loop.inputs([reader.name for reader in readers])
-    with trial(loop.space, loop.params, cuts, [reader.name for reader in readers]):
+    with trial(loop.space, loop.params, removals, [reader.name for reader in readers]):
         correct(loop.params, readers, inputs, SolverOptions())
-        loop.pruner.zero(cuts)
+        loop.pruner.zero(removals)
         tried, during = loop.loss(), {name: weight.detach().clone() for name, weight in loop.params.items()}
     assert all(torch.equal(weight, before[name]) for name, weight in loop.params.items())
     correct(loop.params, readers, inputs, SolverOptions())
-    loop.pruner.zero(cuts)
+    loop.pruner.zero(removals)
     assert all(torch.equal(weight, during[name]) for name, weight in loop.params.items())
     assert loop.loss() == tried
 

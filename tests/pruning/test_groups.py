@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import build, check_space, narrowed_config, of_layers, space_of
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.shards import fill
 from efficientllm.pruning.slices import group_slices
@@ -16,13 +16,13 @@ from efficientllm.pruning.widths import Widths
 from reference.groups_fp64 import group_masks
 
 
-def random_event(live: Live, pruning_type: str, seed: int) -> Cut:
+def random_event(live: Live, pruning_type: str, seed: int) -> Removal:
     """One random live unit of every live row."""
     generator = torch.Generator().manual_seed(seed)
     units = live.units(pruning_type)
     noise = torch.rand(units.shape, generator=generator).masked_fill(~units, -1.0)
     chosen = noise.argmax(1)
-    return Cut(pruning_type, torch.where(units.any(1), chosen, -1))
+    return Removal(pruning_type, torch.where(units.any(1), chosen, -1))
 
 
 def test_the_space_counts_every_parameter(family: str) -> None:

@@ -29,7 +29,7 @@ def test_span_waits_for_its_start_and_insists_after_its_end() -> None:
     assert not schedule.wants(99, 1000, 0)
     assert schedule.wants(150, 701, 0)
     assert not schedule.wants(150, 700, 0)
-    assert schedule.wants(200, 400, 0)  # the landing says when it is over
+    assert schedule.wants(200, 400, 0)  # the feasible shapes say when it is over
 
 
 def test_every_counts_batches() -> None:

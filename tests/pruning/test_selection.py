@@ -10,8 +10,8 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
-from efficientllm.pruning.groups import Cut, Space
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.feasible import FeasibleShapes
+from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
 from efficientllm.pruning.shapes import Alignment, Floors
@@ -43,7 +43,7 @@ def test_ties_go_to_the_lower_unit_and_the_first_type() -> None:
 def test_query_heads_of_a_dead_kv_head_are_out() -> None:
     live = Live.full(SPACE.widths)
     ranking = Ranking(scores(), live)
-    event = Cut("attention", torch.tensor([1, 0]))
+    event = Removal("attention", torch.tensor([1, 0]))
     ranking.upcoming("attention_query", 1)
     live.remove(event)
     ranking.take(event)
@@ -55,7 +55,7 @@ def test_calibration_changes_the_choice() -> None:
     """FFN looks cheap by its scores; measured, it costs ten times what they say."""
     table = scores()
     live = Live.full(SPACE.widths)
-    landing = Landing(
+    feasible = FeasibleShapes(
         SPACE, int(SPACE.num_params() * 0.5), types=PRUNING_TYPES, align=Alignment(), floors=Floors(hidden=6)
     )
 
@@ -63,7 +63,7 @@ def test_calibration_changes_the_choice() -> None:
         weighed = candidates(
             Ranking(table, live),
             SPACE.widths,
-            landing=landing,
+            feasible=feasible,
             calibration=calibration,
             types=PRUNING_TYPES,
         )
@@ -87,8 +87,8 @@ def head_for(
         rows, nats = len(live.units(name)), damage.get(name, 1.0) * space.event_cost(name, now)
         evenly[name] = torch.full(live.units(name).shape, nats / rows, dtype=torch.float64)
     types = ("attention", "attention_query", "ffn", "stem")
-    landing = Landing(space, target, types=types, align=align, floors=Floors())
-    return least_damaging(Ranking(evenly, live), now, landing=landing, calibration=None, types=types)
+    feasible = FeasibleShapes(space, target, types=types, align=align, floors=Floors())
+    return least_damaging(Ranking(evenly, live), now, feasible=feasible, calibration=None, types=types)
 
 
 def smollm2() -> Space:
@@ -138,9 +138,9 @@ def test_what_falls_with_a_layer_falls_once() -> None:
     table = {name: torch.ones(live.units(name).shape, dtype=torch.float64) for name in PRUNING_TYPES}
     table["depth"] *= 10.0
     goals = [Widths(1, 40, 4, 2, 44), Widths(2, 40, 4, 2, 38)]  # 10 + 8 nats, 2 * 14 nats
-    landing = Landing(SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(), floors=Floors())
-    landing.shapes = torch.tensor([place_of(each) for each in goals])
-    options = {"landing": landing, "calibration": None, "types": PRUNING_TYPES}
+    feasible = FeasibleShapes(SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(), floors=Floors())
+    feasible.shapes = torch.tensor([place_of(each) for each in goals])
+    options = {"feasible": feasible, "calibration": None, "types": PRUNING_TYPES}
     assert least_damaging(Ranking(table, live), SPACE.widths, **options) == goals[0]
     table["depth"] *= 2.1  # 21 + 8
     assert least_damaging(Ranking(table, live), SPACE.widths, **options) == goals[1]
@@ -149,9 +149,13 @@ def test_what_falls_with_a_layer_falls_once() -> None:
 def test_ties_go_to_the_larger_shape() -> None:
     live = Live.full(SPACE.widths)
     nothing = {name: torch.zeros(live.units(name).shape) for name in PRUNING_TYPES}
-    landing = Landing(SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(4, 4), floors=Floors())
-    goal = least_damaging(Ranking(nothing, live), SPACE.widths, landing=landing, calibration=None, types=PRUNING_TYPES)
-    assert SPACE.num_params(goal) == landing.sizes.max()
+    feasible = FeasibleShapes(
+        SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(4, 4), floors=Floors()
+    )
+    goal = least_damaging(
+        Ranking(nothing, live), SPACE.widths, feasible=feasible, calibration=None, types=PRUNING_TYPES
+    )
+    assert SPACE.num_params(goal) == feasible.sizes.max()
 
 
 def test_calibration_averages_and_never_turns_negative() -> None:

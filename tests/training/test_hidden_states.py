@@ -16,7 +16,7 @@ from conftest import tiny_model
 from efficientllm.checkpoint.store import load, save
 from efficientllm.config import Recipe
 from efficientllm.models.parts import logits_of
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.training.compaction import compact
 from efficientllm.training.distillation import Distillation, Lineage, LiveTeacher
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens
@@ -64,8 +64,8 @@ def teacher(family: str, seed: int = 0) -> Distillation:
 
 def lose(state: TrainState, layers: Sequence[int], channels: Sequence[int]) -> None:
     assert state.pruner is not None
-    cuts = [Cut("depth", torch.tensor([layer])) for layer in layers]
-    cuts += [Cut("stem", torch.tensor([channel])) for channel in channels]
+    cuts = [Removal("depth", torch.tensor([layer])) for layer in layers]
+    cuts += [Removal("stem", torch.tensor([channel])) for channel in channels]
     for each in cuts:
         state.pruner.live.remove(each)
     state.pruner.zero(cuts)

@@ -19,11 +19,11 @@ from efficientllm.config import PruneConfig, TrainConfig
 from efficientllm.distributed.ranks import Ranks
 from efficientllm.errors import UsageError
 from efficientllm.models.space import check_space, empty_model, space_of, widths_of
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.pruning.shapes import fitted
 from efficientllm.training.compaction import TIED_TO_SHAPE, compact
-from efficientllm.training.planning import options_and_landings
+from efficientllm.training.planning import options_and_milestones
 from efficientllm.training.snapshot import COUNTS, Snapshot, cut, fill_model, model_of
 from efficientllm.training.state import PruningPlan, TrainState, capture, restore, start
 
@@ -34,8 +34,8 @@ IDS = torch.arange(48).reshape(3, 16)
 def run_of(model: PreTrainedModel) -> tuple[TrainState, PruningPlan]:
     target = "20%" if "stem" in space_of(model.config).types else "90%"  # of which experts alone fall
     prune = PruneConfig.model_validate({"target": target, "floors": {"intermediate": 4}, "align": 1})
-    options, landings = options_and_landings(prune, space_of(model.config))
-    plan = PruningPlan(model.config, landings, EverySchedule(0, 1), options, 0.01)
+    options, milestones = options_and_milestones(prune, space_of(model.config))
+    plan = PruningPlan(model.config, milestones, EverySchedule(0, 1), options, 0.01)
     return start(model, TRAIN, plan), plan
 
 
@@ -46,7 +46,7 @@ def prune(state: TrainState, **events: int) -> None:
     for pruning_type, number in events.items():
         for _ in range(number):
             units = live.units(pruning_type)
-            event = Cut(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1))
+            event = Removal(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1))
             live.remove(event)
             state.pruner.zero([event])
 

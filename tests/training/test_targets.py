@@ -14,11 +14,11 @@ from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import Params
 from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.planning import options_and_landings
+from efficientllm.training.planning import options_and_milestones
 from efficientllm.training.targets import alignment_of, floors_of
 
 
@@ -45,7 +45,7 @@ def test_a_third_of_the_proportional_shape_rounded_down_to_the_alignment() -> No
 
 def test_a_ladder_has_the_floors_of_its_last_size() -> None:
     space = space_with(Widths(2, 96, 24, 6, 200))
-    _, (first, last) = options_and_landings(section(target="30%", ladder=["60%"], align=1), space)
+    _, (first, last) = options_and_milestones(section(target="30%", ladder=["60%"], align=1), space)
     assert [first.least(each) for each in PRUNING_TYPES] == [last.least(each) for each in PRUNING_TYPES]
 
 
@@ -82,10 +82,10 @@ def test_default_floors_put_no_target_out_of_reach(
     )
     options = {"types": tuple(prune.types), "align": alignment_of(prune, source), "cost": cost}
     try:
-        Landing(space, target, floors=Floors(**floors), **options)
+        FeasibleShapes(space, target, floors=Floors(**floors), **options)
     except ValueError:
         return
-    Landing(space, target, floors=floors_of(prune, space, cost), **options)
+    FeasibleShapes(space, target, floors=floors_of(prune, space, cost), **options)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_default_floors_put_no_target_out_of_reach(
 )
 def test_a_floor_above_the_source_is_refused(floor: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        options_and_landings(section(target="40%", floors=floor), space_with(Widths(2, 96, 24, 6, 200)))
+        options_and_milestones(section(target="40%", floors=floor), space_with(Widths(2, 96, 24, 6, 200)))

@@ -14,7 +14,7 @@ from efficientllm.jobs.prune import run
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.models.space import space_of
-from efficientllm.planning.plan import plan_of
+from efficientllm.planning.plan import estimate_of
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.run_plan import run_plan
 from efficientllm.training.validation_pace import ValidationPace, validation_pace
@@ -46,7 +46,7 @@ def test_by_default_it_takes_at_most_five_percent_of_what_the_run_spends(
     space = space_of(load_config(str(world.folder / "source")))
     plan = pruning_plan(recipe, load_config(str(world.folder / "source")))
     pace = validation_pace(recipe, space, plan)
-    final = forward_flops(space, 1, LENGTH, plan.landing.balanced() if plan else None)
+    final = forward_flops(space, 1, LENGTH, plan.feasible.balanced() if plan else None)
     least = recipe.train.steps(LENGTH) * 32 * training_flops(final)
     assert pace.flops <= 0.05 * least
     assert pace.flops > 0.01 * least or pace.rows * LENGTH == 262_144
@@ -60,10 +60,10 @@ def test_by_default_it_takes_at_most_five_percent_of_what_the_run_spends(
 
 def test_the_plan_counts_it(world: World) -> None:
     recipe = recipe_of(world, 100_000, prune={"target": "50%"})
-    plan = plan_of(run_plan(recipe, load_config(str(world.folder / "source"))), bf16=False)
+    plan = estimate_of(run_plan(recipe, load_config(str(world.folder / "source"))), bf16=False)
     pace = pace_of(world, recipe)
     assert plan.validation_flops == pace.flops < 0.05 * plan.flops
-    assert pace.said in plan.notes
+    assert pace.said in plan.advisories
 
 
 def test_the_shortest_run_still_gets_eight_rows_twice_and_is_told_what_they_cost(world: World) -> None:

@@ -130,7 +130,7 @@ def test_the_price_is_what_encoding_anew_costs(
     size = 330 - int((known.falling.costs.cumsum() <= 0.2).sum())
     assert size < 320
     monkeypatch.setattr(vocabulary, "TEXT_TOKENS", rows.numel() // 2)
-    vars(known)["landings"] = {size: ()}
+    vars(known)["milestones"] = {size: ()}
     step: Any = SimpleNamespace(rows=lambda use: SimpleNamespace(parts=[(part, True) for part in rows.split(32)]))
     rate = known.rate(state, step)
     predicted = rate * known.falling.cost(330 - size)
@@ -160,7 +160,7 @@ def _nats(model: Any, ids: list[int], end: int) -> float:
 def test_too_few_splits_are_priced_at_the_mean(toy: tuple[Vocabulary, TrainState, Tensor]) -> None:
     known, state, rows = toy
     size = 330 - int((known.falling.costs == 0.0).sum())
-    vars(known)["landings"] = {size: ()}
+    vars(known)["milestones"] = {size: ()}
     step: Any = SimpleNamespace(rows=lambda use: SimpleNamespace(parts=[(rows[:32], True)]))
     before = state.flops.calibration
     texts = [known.tokenizer.decode(row[:16].tolist()) for row in rows[:32]]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from efficientllm.config import Recipe
     from efficientllm.planning.gpus import Gpu
     from efficientllm.planning.memory import StepMemory
-    from efficientllm.planning.plan import Plan
+    from efficientllm.planning.plan import Estimate
     from efficientllm.planning.sharding import Sharding
 
 
@@ -39,7 +39,7 @@ def plan(
     from efficientllm.config import load_recipe
     from efficientllm.models.loading import load_config
     from efficientllm.planning.gpus import gpu_named
-    from efficientllm.planning.plan import plan_of
+    from efficientllm.planning.plan import estimate_of
     from efficientllm.pruning.widths import Widths
     from efficientllm.training.run_plan import run_plan
 
@@ -50,7 +50,7 @@ def plan(
     say("tracing the memory of one step; no weights are allocated")
     teacher = loaded.distill.teacher if loaded.distill else None
     taught = load_config(teacher) if teacher else None
-    found = plan_of(run_plan(loaded, config), bf16=bf16, gpu=machine is not None, teacher=taught)
+    found = estimate_of(run_plan(loaded, config), bf16=bf16, gpu=machine is not None, teacher=taught)
     for note in found.notes:
         say(note)
     spread = _sharding(loaded, found, config, machine, gpus, per_node, bf16=bf16)
@@ -81,7 +81,7 @@ def plan(
 
 
 def _sharding(
-    recipe: Recipe, plan: Plan, config: PretrainedConfig, gpu: Gpu | None, gpus: int, per_node: int, *, bf16: bool
+    recipe: Recipe, plan: Estimate, config: PretrainedConfig, gpu: Gpu | None, gpus: int, per_node: int, *, bf16: bool
 ) -> Sharding | None:
     from efficientllm.models.space import space_of
     from efficientllm.planning.sharding import sharding_of
@@ -143,12 +143,12 @@ def _hours(gpu: Gpu, hours: float, gpus: int, utilisation: float, *, bf16: bool)
     return f"{hours / gpus:,.1f}{together} at {peak}"
 
 
-def _goal(plan: Plan) -> str:
+def _goal(plan: Estimate) -> str:
     size = f"{format_count(plan.target)} parameters"
     return f"{plan.reaches} at most, about {size}" if plan.reaches else f"{size} at most"
 
 
-def _rows(plan: Plan, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
+def _rows(plan: Estimate, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
     from efficientllm.reporting.tables import flops_sentence
 
     kind = "bf16 autocast" if bf16 else "fp32"

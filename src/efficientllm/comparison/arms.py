@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from efficientllm.config import Fact, PruneConfig, Recipe, effective_recipe
+from efficientllm.config import PruneConfig, Recipe, Trait, effective_recipe
 from efficientllm.errors import UsageError
 from efficientllm.pruning.costs import Cost, Params
 from efficientllm.pruning.criteria import criterion
@@ -141,7 +141,7 @@ def _prune_section(
     arm: Arm, prune: dict[str, Any], space: Space, loop: Mapping[str, Any] | None, cost: Cost
 ) -> dict[str, Any]:
     """The user's prune section, but for what arms set anew."""
-    made = {key: value for key, value in prune.items() if key not in PruneConfig.having(Fact.ARM)}
+    made = {key: value for key, value in prune.items() if key not in PruneConfig.having(Trait.ARM)}
     made["correction"] = "none" if arm.uncorrected else prune["correction"]
     made["mode"] = "loop" if arm.base == "fixed" else arm.base
     made["saliency"] = arm.criterion or prune["saliency"]

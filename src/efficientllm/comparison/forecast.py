@@ -50,7 +50,7 @@ def expected_flops(comparison: Comparison, arm: Arm) -> float:
     loop's shape, the final shape nearest to the source's proportions stands for that."""
     plan, train = comparison.plan, comparison.recipe.train
     assert plan.pruning is not None
-    pruned = plan.pruning.landing.balanced()
+    pruned = plan.pruning.feasible.balanced()
     loop = {"result": {"widths": pruned.record(), "path": comparison.recipe.source}}
     recipe = comparison.arm_recipe(
         arm, seed=comparison.seeds[0], lr=train.lr, tokens=train.tokens, folder=comparison.folder, loop=loop

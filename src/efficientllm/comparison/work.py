@@ -91,7 +91,7 @@ class Comparison:
         self, arm: Arm, *, seed: int, lr: float, tokens: int, folder: Path, loop: Mapping[str, Any] | None
     ) -> Recipe:
         """What one arm runs (see arms.py). Raises UsageError where that is no valid recipe."""
-        cost = self.plan.pruning.landing.cost if self.plan.pruning else None
+        cost = self.plan.pruning.feasible.cost if self.plan.pruning else None
         asked: dict[str, Any] = {"seed": seed, "lr": lr, "tokens": tokens, "folder": str(folder)}
         return arm_recipe(arm, self.recipe, self.space, loop=loop, cost=cost, **asked)
 

@@ -1,7 +1,7 @@
 """Recipes: what a run is to do, read from YAML, typed, and refused in one clear sentence where something is off."""
 
 from efficientllm.config.data import DataConfig, DataSource
-from efficientllm.config.fields import Fact
+from efficientllm.config.fields import Trait
 from efficientllm.config.gone import GONE, without_gone
 from efficientllm.config.prune import FloorsConfig, PruneConfig
 from efficientllm.config.reading import dump_recipe, effective_recipe, load_recipe
@@ -16,12 +16,12 @@ __all__ = [
     "DataSource",
     "DistillConfig",
     "DistributedConfig",
-    "Fact",
     "FloorsConfig",
     "PruneConfig",
     "Recipe",
     "RunConfig",
     "TrainConfig",
+    "Trait",
     "WidthTarget",
     "dump_recipe",
     "effective_recipe",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from efficientllm.config.fields import Count, Fact, Real, Section, Share, Text, one_or_more
+from efficientllm.config.fields import Count, Real, Section, Share, Text, Trait, one_or_more
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+):([^:]*)(?::(.*))?")
 _SHARE = re.compile(r"\s*[\d.]+([eE][+-]?\d+)?\s*%?\s*")  # PyYAML reads 1e-3 as text
@@ -79,11 +79,11 @@ class DataConfig(Section):
         description="Attention stays within a document, and positions restart there; false: it crosses the documents "
         "of a row, as in most pretraining",
     )
-    cache_dir: Annotated[Text | None, Fact.FREE] = Field(
+    cache_dir: Annotated[Text | None, Trait.FREE] = Field(
         default=None,
         description="Folder for tokenised text; null: $EFFICIENTLLM_CACHE, or ~/.cache/efficientllm",
     )
-    workers: Annotated[Count | None, Fact.FREE] = Field(
+    workers: Annotated[Count | None, Trait.FREE] = Field(
         default=None, description="Processes that tokenise; null: one per core"
     )
 

@@ -39,7 +39,7 @@ _TAGS = ("<plain>", "<widths>", "<cost>", "<auto>", "<sources>")
 LEAVE_OUT_IDLE = {"idle": "left out"}
 
 
-class Fact(Enum):
+class Trait(Enum):
     """What a field's own definition says of it, in its Annotated type.
 
     FREE: it says how a run is kept, shown, fitted into memory or computed, not what it is to learn, and so may change
@@ -66,7 +66,7 @@ class Section(BaseModel):
     section: ClassVar[str] = ""
 
     @classmethod
-    def having(cls, fact: Fact) -> set[str]:
+    def having(cls, fact: Trait) -> set[str]:
         """The fields whose definition says so."""
         return {name for name, field in cls.model_fields.items() if fact in field.metadata}
 

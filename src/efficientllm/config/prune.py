@@ -11,15 +11,15 @@ from efficientllm.config.fields import (
     AutoCount,
     AutoPlace,
     Count,
-    Fact,
     Idle,
     Section,
     Share,
     Text,
+    Trait,
     one_or_more,
 )
 from efficientllm.config.gone import GONE
-from efficientllm.config.targets import CostTarget, Rung, Target, WidthTarget
+from efficientllm.config.targets import CostTarget, Milestone, Target, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.pruning.criteria import DEFAULT, criteria_of
 from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, VOCAB
@@ -75,19 +75,19 @@ class PruneConfig(Section):
     """How far, when and by what scores the model is pruned while it trains."""
 
     section: ClassVar[str] = "prune"
-    target: Annotated[Target, Fact.ARM] = Field(
+    target: Annotated[Target, Trait.ARM] = Field(
         description="Size to reach: parameters (469M), a ratio (40%), widths (a mapping), or a size in prune.cost"
     )
-    cost: Annotated[Literal["params", "active", "flops", "kv-cache", "latency"], Fact.ARM] = Field(
+    cost: Annotated[Literal["params", "active", "flops", "kv-cache", "latency"], Trait.ARM] = Field(
         default="params", description="What target, schedule and choice count: damage is weighed per unit of it"
     )
     latency_table: Annotated[Text | None, Idle(lambda prune: prune.cost != "latency", "with prune.cost {0.cost}")] = (
         Field(default=None, description="File of `efficientllm bench MODEL --table FILE`, for prune.cost latency")
     )
-    ladder: Annotated[tuple[Rung, ...] | None, BeforeValidator(_several), Fact.ARM] = Field(
+    ladder: Annotated[tuple[Milestone, ...] | None, BeforeValidator(_several), Trait.ARM] = Field(
         default=None, description="Sizes on the way, largest first; each leaves a model to use and to train on"
     )
-    mode: Annotated[Literal["loop", "one-shot", "iterative"], Fact.ARM] = Field(
+    mode: Annotated[Literal["loop", "one-shot", "iterative"], Trait.ARM] = Field(
         default="loop",
         description="loop: while training; one-shot: at once; iterative: step by step with the weights at rest",
     )
@@ -107,7 +107,7 @@ class PruneConfig(Section):
     curve: Annotated[Literal["linear", "cubic", "cosine", "exponential"], AT_REST, PACED] = Field(
         default="cubic", description="Size over tokens between start and end; cubic cuts fast first"
     )
-    saliency: Annotated[str | dict[str, str], Fact.ARM, BeforeValidator(_saliency)] = Field(
+    saliency: Annotated[str | dict[str, str], Trait.ARM, BeforeValidator(_saliency)] = Field(
         default=DEFAULT,
         description="Name of the score of a unit, or one for each type, such as {ffn: flap}; types that are not named "
         "have the default",
@@ -132,7 +132,7 @@ class PruneConfig(Section):
         description="auto: turn the residual stream into its principal components before the first step, where that "
         "changes no logits (an LM head of its own, no norms at the end of sublayers)",
     )
-    correction: Annotated[Literal["none", "second-order"], Fact.ARM] = Field(
+    correction: Annotated[Literal["none", "second-order"], Trait.ARM] = Field(
         default="second-order", description="Let what is left of a layer make up for the inputs that it loses"
     )
     align: Annotated[AutoCount, BeforeValidator(_align)] = Field(
@@ -160,7 +160,7 @@ class PruneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _target_of_ladder(cls, data: Any) -> Any:
-        """A ladder without a target ends with its last size; a last rung that is the target is not left twice."""
+        """A ladder without a target ends with its last size; a last milestone that is the target is not left twice."""
         if not isinstance(data, Mapping) or data.get("ladder") is None:
             return data
         ladder = data["ladder"]

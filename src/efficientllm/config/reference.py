@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from efficientllm.config.fields import Fact, Section
+from efficientllm.config.fields import Section, Trait
 from efficientllm.config.sections import Recipe
 
 REQUIRED = "required"
@@ -50,7 +50,7 @@ def recipe_keys(
 def free_keys() -> dict[str, set[str]]:
     """By section, the keys that may change when a run is resumed."""
     sections = [each for field in Recipe.model_fields.values() for each in _sections(field.annotation)]
-    return {each.section: free for each in sections if (free := each.having(Fact.FREE))}
+    return {each.section: free for each in sections if (free := each.having(Trait.FREE))}
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

@@ -11,12 +11,12 @@ from efficientllm.config.fields import (
     AutoCount,
     AutoInterval,
     Count,
-    Fact,
     Interval,
     Real,
     Section,
     Share,
     Text,
+    Trait,
     explain,
 )
 from efficientllm.config.prune import PruneConfig
@@ -58,16 +58,16 @@ class DistributedConfig(Section):
     """Several processes, started by torchrun; a run of one process reads nothing here."""
 
     section: ClassVar[str] = "distributed"
-    shard: Annotated[Literal["auto", "none", "full", "hybrid"], Fact.FREE] = Field(
+    shard: Annotated[Literal["auto", "none", "full", "hybrid"], Trait.FREE] = Field(
         default="auto",
         description="none: a copy of the model on every device; full: every weight cut over all of them (FSDP2); "
         "hybrid: cut within a group, groups are copies; auto: none where it fits, else full, or hybrid where several "
         "nodes have several processes each",
     )
-    replicate: Annotated[Literal["auto"] | Count, Fact.FREE] = Field(
+    replicate: Annotated[Literal["auto"] | Count, Trait.FREE] = Field(
         default="auto", description="Copies of the model with shard hybrid; auto: one a node, or 2"
     )
-    timeout: Annotated[Real, Fact.FREE] = Field(
+    timeout: Annotated[Real, Trait.FREE] = Field(
         default=600.0, gt=0, description="Seconds without a sign of life after which a rank counts as hung"
     )
 
@@ -76,14 +76,14 @@ class RunConfig(Section):
     """The run folder and how often something is written to it."""
 
     section: ClassVar[str] = "run"
-    dir: Annotated[Text, Fact.FREE, Fact.ARM] = Field(
+    dir: Annotated[Text, Trait.FREE, Trait.ARM] = Field(
         description="Run folder; the same command on an existing one resumes"
     )
-    checkpoint_every: Annotated[Interval, Fact.FREE] = Field(
+    checkpoint_every: Annotated[Interval, Trait.FREE] = Field(
         default=Position(0.1), description="Stretch between two checkpoints; after an hour one is made in any case"
     )
-    keep: Annotated[Count, Fact.FREE] = Field(default=2, description="Checkpoints that are kept")
-    validate_every: Annotated[AutoInterval, Fact.FREE] = Field(
+    keep: Annotated[Count, Trait.FREE] = Field(default=2, description="Checkpoints that are kept")
+    validate_every: Annotated[AutoInterval, Trait.FREE] = Field(
         default="auto",
         description="Stretch between two validations; auto: 5% of the run or more, so that all of them take at most 5% "
         "of its FLOPs",
@@ -93,10 +93,10 @@ class RunConfig(Section):
         description="Tokens of one validation, spread over the split; auto: as many as 5% of the run's FLOPs pay for, "
         "8 rows at least and 256Ki tokens at most",
     )
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Fact.FREE] = Field(
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Trait.FREE] = Field(
         default=("tensorboard",), description="Where metrics go beside metrics.jsonl; [] for nowhere"
     )
-    report: Annotated[bool, Fact.FREE, Fact.ARM] = Field(
+    report: Annotated[bool, Trait.FREE, Trait.ARM] = Field(
         default=True, description="Write report.html with its plots when the run is done"
     )
 

@@ -101,7 +101,7 @@ def _target_side(value: object) -> str:
     return "<cost>" if nearest and all(name in costs for name in nearest) else "<widths>"
 
 
-def _rung_side(value: object) -> str:
+def _milestone_side(value: object) -> str:
     return "<cost>" if isinstance(value, Mapping | BaseModel) else "<plain>"
 
 
@@ -119,9 +119,9 @@ Target = Annotated[
     BeforeValidator(_target),
     json_as(_dump_target),
 ]
-Rung = Annotated[
+Milestone = Annotated[
     Annotated[int | float, Tag("<plain>")] | Annotated[CostTarget, Tag("<cost>")],
-    Discriminator(_rung_side),
+    Discriminator(_milestone_side),
     BeforeValidator(_target),
     json_as(_dump_target),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from efficientllm.config.fields import Count, Device, Fact, Idle, Momentum, Natural, Place, Real, Section, Share
+from efficientllm.config.fields import Count, Device, Idle, Momentum, Natural, Place, Real, Section, Share, Trait
 from efficientllm.errors import UsageError
 from efficientllm.sizes import Position, exact_count
 
@@ -17,10 +17,10 @@ class TrainConfig(Section):
     """The training loop: how long, how fast, in what precision."""
 
     section: ClassVar[str] = "train"
-    tokens: Annotated[Count, Fact.ARM] = Field(description="Tokens of the whole run")
+    tokens: Annotated[Count, Trait.ARM] = Field(description="Tokens of the whole run")
     batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step, all devices together")
-    micro_batch: Annotated[Count, Fact.FREE] = Field(default=8, description="Rows in one forward pass on one device")
-    lr: Annotated[Real, Fact.ARM] = Field(gt=0, description="Peak learning rate of AdamW")
+    micro_batch: Annotated[Count, Trait.FREE] = Field(default=8, description="Rows in one forward pass on one device")
+    lr: Annotated[Real, Trait.ARM] = Field(gt=0, description="Peak learning rate of AdamW")
     schedule: Literal["wsd", "cosine", "constant"] = Field(
         default="wsd", description="Learning rate after warm-up: stable then decay, cosine, or constant"
     )
@@ -37,16 +37,16 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="bf16: autocast over fp32 weights; auto: bf16 on a GPU that has it, else fp32"
     )
-    device: Annotated[Device, Fact.FREE] = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
-    seed: Annotated[Natural, Fact.ARM] = Field(default=0, description="Of fresh weights and of the order of the rows")
-    compile: Annotated[bool, Fact.FREE] = Field(default=False, description="Run the model through torch.compile")
-    deterministic: Annotated[bool, Fact.FREE] = Field(
+    device: Annotated[Device, Trait.FREE] = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    seed: Annotated[Natural, Trait.ARM] = Field(default=0, description="Of fresh weights and of the order of the rows")
+    compile: Annotated[bool, Trait.FREE] = Field(default=False, description="Run the model through torch.compile")
+    deterministic: Annotated[bool, Trait.FREE] = Field(
         default=False, description="On a GPU: kernels that add up in the same order every time, slower ones"
     )
-    gradient_checkpointing: Annotated[bool, Fact.FREE] = Field(
+    gradient_checkpointing: Annotated[bool, Trait.FREE] = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower"
     )
-    loss: Annotated[Literal["auto", "plain", "chunked"], Fact.FREE] = Field(
+    loss: Annotated[Literal["auto", "plain", "chunked"], Trait.FREE] = Field(
         default="auto",
         description="chunked: never all logits of a micro-batch at once; auto: so on a GPU where they would take more "
         "than 1 GiB in fp32, else plain",

@@ -20,7 +20,7 @@ from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, EXPERT_FFN, STEM
-from efficientllm.pruning.groups import Cut, Space
+from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.shards import fill
 from efficientllm.pruning.slices import group_slices
@@ -71,7 +71,7 @@ def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: 
     rows = Live.full(space.widths).units(pruning_type).shape[0]
     units = torch.full((rows,), -1)
     units[row] = unit
-    cuts = [Cut(pruning_type, units)]
+    cuts = [Removal(pruning_type, units)]
     with trial(space, params, cuts):
         for part in group_slices(space, cuts):
             fill(params[part.name], part.dim, part.indices, part.rows)

@@ -71,10 +71,10 @@ def subject_of(path: Path) -> Subject:
             "the hub comes with `hf download ORG/NAME --local-dir FOLDER`)"
         )
     path = path.resolve()
-    if path.name == "model" and ((path.parent / "summary.json").is_file() or _is_rung(path.parent)):
+    if path.name == "model" and ((path.parent / "summary.json").is_file() or _is_milestone(path.parent)):
         path = path.parent
-    if _is_rung(path):
-        return _rung(path)
+    if _is_milestone(path):
+        return _milestone(path)
     if (path / "summary.json").is_file() and (path / "model").is_dir():
         return Subject(path / "model", path.name, path, _facts(path / "summary.json"), _results(path))
     if (path / "config.json").is_file():
@@ -85,17 +85,17 @@ def subject_of(path: Path) -> Subject:
 
 
 def _unfinished(run: Path) -> str:
-    rungs = [rung for rung in (run / "ladder").glob("*") if (rung / "model" / "config.json").is_file()]
-    if not rungs:
+    left = [size for size in (run / "ladder").glob("*") if (size / "model" / "config.json").is_file()]
+    if not left:
         return f"run {run} has not finished; let the command that began it go on to its end first"
-    latest = min(rungs, key=lambda rung: float((_json(rung / "summary.json") or {}).get("parameters", "inf")))
+    latest = min(left, key=lambda size: float((_json(size / "summary.json") or {}).get("parameters", "inf")))
     return (
         f"run {run} has not finished; export its latest size, {latest}, or let the command that began it go on to its "
         "end first"
     )
 
 
-def _is_rung(folder: Path) -> bool:
+def _is_milestone(folder: Path) -> bool:
     """Whether it lies where jobs/ladder.py leaves its sizes; a recipe may stand beside a model of any other folder."""
     return folder.parent.name == "ladder" and (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
 
@@ -117,7 +117,7 @@ def _is_source(content: Any) -> bool:
     return _has(content, "path", "parameters", "widths")
 
 
-def _rung(folder: Path) -> Subject:
+def _milestone(folder: Path) -> Subject:
     """A size that a run has left on its way; what the run's journals say up to then makes up its facts."""
     run = folder.parent.parent
     left, source = _json(folder / "summary.json"), _json(run / "source.json")

@@ -93,8 +93,8 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
     }
     if job.recipe.prune and job.recipe.prune.vocabulary:
         facts["vocabulary"] = job.plan.source.vocab_size
-    if job.pruning and job.pruning.landing.cost.name != "params":
-        facts["cost"] = job.pruning.landing.cost.key
+    if job.pruning and job.pruning.feasible.cost.name != "params":
+        facts["cost"] = job.pruning.feasible.cost.key
     job.ranks.from_first(lambda: write_json(job.folder.source, facts))
     say(f"source: {format_count(facts['parameters'])} parameters, {state.space.widths}, validation loss {loss:.4f}")
     return facts
@@ -159,7 +159,7 @@ def _check_source(job: Job, source: dict[str, Any], folder: RunFolder) -> None:
         raise UsageError(
             f"{name} is not the text that run folder {folder.path} began with; restore it, or choose another run.dir"
         )
-    cost = job.pruning.landing.cost if job.pruning else None
+    cost = job.pruning.feasible.cost if job.pruning else None
     begun = source.get("cost", "params")
     if cost and begun != cost.key:
         tables = begun.startswith(cost.name) and cost.name == "latency"

@@ -223,8 +223,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
     check_trackers(recipe.run.trackers)
     config = load_config(recipe.source)
     plan = run_plan(recipe, config)
-    for note in plan.notes:
-        say(note)
+    for advisory in plan.advisories:
+        say(advisory)
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.source)
     _check_teacher(recipe, config, tokenizer)
     length, rows = plan.length, plan.batch_rows

@@ -23,7 +23,7 @@ from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.validate import validate
 from efficientllm.pruning.contract import ORIGIN
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.reporting.journal import without_nonfinite
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.sizes import format_amount, format_count
@@ -32,10 +32,10 @@ from efficientllm.training.state import TrainState, capture, whole_model
 RECIPE = "recipe.yaml"
 
 
-def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) -> None:
+def leave_milestone(job: Job, state: TrainState, milestone: int, progress: RunProgress) -> None:
     """Leaves the model at this moment, which has just been cut to a size of the ladder."""
     assert job.pruning is not None
-    folder = job.folder.path / "ladder" / _name(job.pruning.landings[rung])
+    folder = job.folder.path / "ladder" / _name(job.pruning.milestones[milestone])
     left = job.ranks.from_first(lambda: job.folder.read_json(folder / "summary.json"))
     if left is not None and left["step"] == state.step:
         return  # a run that was killed and resumed comes by again, with the same weights
@@ -75,16 +75,16 @@ def leave_rung(job: Job, state: TrainState, rung: int, progress: RunProgress) ->
     )
 
 
-def _name(landing: Landing) -> str:
-    """Of a rung's folder: 469M, or flops-1.2M, kv-cache-2048, latency-12.3ms."""
-    if landing.cost.name == "params":
-        return format_count(int(landing.target))
-    size = format_amount(landing.target, landing.cost.unit).removesuffix(f" {landing.cost.unit}")
-    return f"{landing.cost.name}-{size.replace(' ', '')}"
+def _name(feasible: FeasibleShapes) -> str:
+    """Of a milestone's folder: 469M, or flops-1.2M, kv-cache-2048, latency-12.3ms."""
+    if feasible.cost.name == "params":
+        return format_count(int(feasible.target))
+    size = format_amount(feasible.target, feasible.cost.unit).removesuffix(f" {feasible.cost.unit}")
+    return f"{feasible.cost.name}-{size.replace(' ', '')}"
 
 
 def _continuation(job: Job, folder: Path, snapshot: str) -> Recipe:
-    """The recipe that goes on from a rung's snapshot."""
+    """The recipe that goes on from a milestone's snapshot."""
     distill = job.recipe.distill
     if distill and distill.teacher is None:
         distill = distill.model_copy(update={"teacher": job.recipe.source})

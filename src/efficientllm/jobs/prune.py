@@ -16,7 +16,7 @@ from efficientllm.jobs.determinism import deterministic
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.job import Job, prepare, teacher_of
-from efficientllm.jobs.ladder import leave_rung
+from efficientllm.jobs.ladder import leave_milestone
 from efficientllm.jobs.records import compaction_record, event_records, metrics_record
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate
@@ -104,10 +104,10 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
                 records = _steps(job, state, teacher, vocabulary)
             if record.compaction:
                 progress.note(compaction_line(record))
-            rung = record.prune.rung if record.prune else None
-            if rung is not None:
+            milestone = record.prune.milestone if record.prune else None
+            if milestone is not None:
                 check_finite(state)
-                leave_rung(job, state, rung, progress)
+                leave_milestone(job, state, milestone, progress)
             if state.skipped_in_a_row:
                 progress.note(f"step {state.step} was skipped: its loss or gradient is not finite")
             if record.prune and not warned and (said := trouble(record.prune)):
@@ -119,7 +119,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
             # All processes agree on it once a step: a signal that comes later is acted on after the next step.
             stopping, late = stop_or_save(job, stop, time.monotonic() - saved_at > AT_LATEST)
             saving = last or late or crossed(checkpoint_every, before, state.tokens)
-            saving = saving or rung is not None or stopping is not None
+            saving = saving or milestone is not None or stopping is not None
             write_records(job, state, record, before, loss, always=saving)
             tokens_per_second = (state.tokens - before) / record.seconds
             progress.update(

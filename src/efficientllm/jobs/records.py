@@ -63,7 +63,7 @@ def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, A
 
 def _price(state: TrainState, applied: AppliedEvent) -> dict[str, Any]:
     """What the event has saved, where the run counts something else than parameters."""
-    cost = state.pruner.landing.cost if state.pruner else None
+    cost = state.pruner.feasible.cost if state.pruner else None
     return {} if cost is None or cost.name == "params" else {"cost": cost.name, "saved": applied.saved}
 
 

@@ -28,14 +28,14 @@ DRAW_BYTES = 6  # an entry of the vocabulary and its log-probability (training/t
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """target: parameters at most; where prune.cost counts something else, those of `proportional`, and `reaches` is the
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
     flops_by_part: the same as in a run's summary; pruning_flops: those of looks, calibration and correction;
     validation_flops come on top. checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is
-    written; draws: of a teacher, kept. notes: what the run will say before it starts."""
+    written; draws: of a teacher, kept. notes: the run's advisories."""
 
     parameters: int
     target: int
@@ -61,7 +61,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: PretrainedConfig | None = None) -> Plan:
+def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: PretrainedConfig | None = None) -> Estimate:
     """bf16, gpu: how and on what it will be trained. teacher: another than the source."""
     recipe, config, space = plan.recipe, plan.source, plan.space
     sheds = recipe.prune is not None and recipe.prune.vocabulary
@@ -75,7 +75,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
     done = _simulated(forecast, _step_flops(forecast, teaching))
     done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
     parameters = int(space.num_params())
-    return Plan(
+    return Estimate(
         parameters,
         target,
         reaches,
@@ -101,7 +101,7 @@ def plan_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretrained
         checkpoints=recipe.run.keep + 1,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
         draws=DRAW_BYTES * (recipe.distill.samples or 0) * recipe.train.tokens if recipe.distill else 0,
-        notes=(*plan.notes, *([counted] if sheds else [])),
+        notes=(*plan.advisories, *([counted] if sheds else [])),
     )
 
 
@@ -109,15 +109,15 @@ def _goal(space: Space, plan: PruningPlan | None) -> tuple[int, Widths, str]:
     """(parameters, widths, target in another cost) of the result."""
     if plan is None:
         return int(space.num_params()), space.widths, ""
-    landing = plan.landing
-    if landing.cost.name == "params":
-        target = int(landing.target)
+    feasible = plan.feasible
+    if feasible.cost.name == "params":
+        target = int(feasible.target)
         try:
             return target, proportional_widths(space, target), ""
         except ValueError:  # with all layers; where those may fall too, the run still finds a shape
-            return target, landing.balanced(), ""
-    shape = landing.balanced()
-    return int(space.num_params(shape)), shape, format_amount(landing.target, landing.cost.unit)
+            return target, feasible.balanced(), ""
+    shape = feasible.balanced()
+    return int(space.num_params(shape)), shape, format_amount(feasible.target, feasible.cost.unit)
 
 
 def _phases(plan: RunPlan, events: int) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ class Simulation:
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
         self._types = [name for name in space.types if name in plan.options.types]
-        self._course = Course(plan.landings, plan.schedule)
+        self._course = Course(plan.milestones, plan.schedule)
         self._guide, self._sites = ByShape(self._types), read_tensors(space)
 
     def run(self) -> Simulated:
@@ -80,9 +80,9 @@ class Simulation:
 
     def _prune(self, done: Simulated, position: int) -> None:
         """What PruningEngine.step does at a position, and the compaction after it."""
-        options, bundles, rung = self._plan.options, 0, done.at.rung
+        options, bundles, milestone = self._plan.options, 0, done.at.milestone
         ready = not (self._plan.at_rest or self._compiles)  # inputs that the step's own pass has kept
-        while done.at.rung == rung and self._course.due(done.at, position):
+        while done.at.milestone == milestone and self._course.due(done.at, position):
             seen = self._refresh(done, options.gathers if not bundles else 1, ready=ready)
             if options.correction and not seen:
                 done.flops.correction += 0 if ready else self._inputs(done)
@@ -97,7 +97,7 @@ class Simulation:
                 done.flops.correction += self._solves(done.allocated, before.widths, done.at.widths, seen)
             bundles += 1
         done.over = self._course.finished(done.at)
-        self._compact(done, exactly=done.at.rung > rung or done.over)
+        self._compact(done, exactly=done.at.milestone > milestone or done.over)
 
     def _refresh(self, done: Simulated, gathers: int, *, ready: bool) -> int:
         """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""
@@ -119,12 +119,12 @@ class Simulation:
 
     def _calibrate(self, done: Simulated, seen: int) -> None:
         """Types that are due, each settled with its SETTLES-th measurement."""
-        landing, options, live = self._course.landing(done.at), self._plan.options, done.at.widths
+        feasible, options, live = self._course.feasible(done.at), self._plan.options, done.at.widths
         parameters = self._course.parameters(live)
         types = [
             name
             for name in self._types
-            if landing.may_fall(name, live) and done.calibration.due(name, parameters, options.bound)
+            if feasible.may_fall(name, live) and done.calibration.due(name, parameters, options.bound)
         ]
         forward = forward_flops(self._space, self._rows.measure, self._length, done.allocated)
         done.flops.calibration += (1 + len(types)) * forward.total if types else 0
@@ -134,7 +134,7 @@ class Simulation:
             if done.measured[name] < SETTLES:
                 done.calibration.moved.pop(name, None)
             if options.correction:
-                number = trial_events(self._space, name, live, least=landing.least(name), bound=options.bound)
+                number = trial_events(self._space, name, live, least=feasible.least(name), bound=options.bound)
                 after = live.after(name, number)
                 done.flops.calibration += self._solves(done.allocated, live, after, seen)
 

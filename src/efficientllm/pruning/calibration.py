@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from efficientllm.pruning.groups import Cut, Space
+from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.shards import local, local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.pruning.widths import Widths
@@ -33,7 +33,7 @@ class Bundle:
     """The next events of one type, large enough to stand above numerical noise. predicted: their saliency, in nats."""
 
     type: str
-    cuts: list[Cut]
+    removals: list[Removal]
     predicted: float
 
 
@@ -91,13 +91,13 @@ class Calibration:
 
 @contextmanager
 def trial(
-    space: Space, params: Mapping[str, Tensor], cuts: Sequence[Cut], corrected: Sequence[str] = ()
+    space: Space, params: Mapping[str, Tensor], removals: Sequence[Removal], corrected: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Every bit that the body changes is put back: of the cuts' groups, and of the weights that it corrects, copies of
-    which wait on the CPU."""
+    """Every bit that the body changes is put back: of the groups that fall, and of the weights that it corrects, copies
+    of which wait on the CPU."""
     whole = {name: local(params[name]).to("cpu", copy=True) for name in corrected}
     parts = []
-    for part in group_slices(space, cuts):
+    for part in group_slices(space, removals):
         if part.name not in whole:
             place = local_place(params[part.name], part.dim, part.indices, part.rows)
             parts.append((part.name, place, local(params[part.name])[place]))

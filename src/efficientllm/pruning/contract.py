@@ -16,12 +16,12 @@ from efficientllm.pruning.widths import Widths
 
 if TYPE_CHECKING:  # these two know of the engine's options
     from efficientllm.pruning.decision import Standing
-    from efficientllm.pruning.landing import Landing
+    from efficientllm.pruning.feasible import FeasibleShapes
 
 Moments = Callable[[str], Mapping[str, Tensor]]
 # Says how many rows of the vocabulary are to be left before anything else falls; None: it stays as it is. It is told
-# the least damage on the way to some shape of a landing (nats, inf where none is within reach), and where the run is.
-Shedding = Callable[[Callable[["Landing"], float], "Standing"], int | None]
+# the least damage on the way to some feasible shape (nats, inf where none is within reach), and where the run is.
+Shedding = Callable[[Callable[["FeasibleShapes"], float], "Standing"], int | None]
 LIVE, SCORES = "live.", "saliency."  # what the names of an engine's tensors begin with
 ORIGIN, TOKENS = "origin.", "tokens."  # and of those that say which of the source's units, and tokens, are left
 PREFIXES = (LIVE, SCORES, ORIGIN, TOKENS)
@@ -94,8 +94,8 @@ class AppliedEvent:
 
 @dataclass
 class PruneReport:
-    """What one step() did. rung: index of the ladder's size that was reached, where one was. vocabulary: rows that are
-    to be left of it, for the loop to see to; nothing else falls before. flops: of the matrix products in scores and
+    """What one step() did. milestone: index of the ladder's size that was reached, if any. vocabulary: rows that are to
+    be left of it, for the loop to see to; nothing else falls before. flops: of the matrix products in scores and
     solves; passes through the model are the probe's to count.
 
     refreshes: looks that were taken for a bundle. calibrations: how often types were measured, measured: bundles in
@@ -107,7 +107,7 @@ class PruneReport:
     """
 
     events: list[AppliedEvent] = field(default_factory=list)
-    rung: int | None = None
+    milestone: int | None = None
     vocabulary: int | None = None
     damages: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)

@@ -1,9 +1,9 @@
 """What a shape costs: parameters (all, active), KV-cache bytes, latency. Pruning buys much of it for little damage.
 
 A cost is a pure function of the widths and never falls when a width grows (but for rounding in the last bits; along
-the FFN's width, which landing.py searches, not even by that). The one cost of a run serves everything
+the FFN's width, which feasible.py searches, not even by that). The one cost of a run serves everything
 that weighs or counts: an event's damage is divided by it (selection.py), the final shapes lie under a target in it
-(landing.py), and the schedule says how much of it may be left (schedule.py). FLOPs per token are in models/flops.py.
+(feasible.py), and the schedule says how much of it may be left (schedule.py). FLOPs per token are in models/flops.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from efficientllm.pruning.widths import Widths
 KEY_BYTES = 2  # of a key or value: 16 bits, as runtimes keep them
 # Axes of a latency table, in the order of its dimensions.
 TABLE_AXES = ("layers", "hidden", "kv_heads", "queries_per_kv", "intermediate")
-# In the order in which shapes are listed: what has the most units last (landing.py searches along it).
+# In the order in which shapes are listed: what has the most units last (feasible.py searches along it).
 _AXES = (*TABLE_AXES[:-1], "experts", "intermediate", "expert_intermediate")
 
 
@@ -149,7 +149,7 @@ class TableCost:
         return below, above, (widths - table[below]).double() / span
 
     def _between(self, where: Sequence[tuple[Tensor, Tensor, Tensor]], corner: tuple[Tensor, ...]) -> Tensor:
-        """Axis by axis, the FFN's last: along that one values never fall by even a bit, since landing.py searches
+        """Axis by axis, the FFN's last: along that one values never fall by even a bit, since feasible.py searches
         among them. corner: indices along the axes behind this one."""
         axis = len(TABLE_AXES) - 1 - len(corner)
         below, above, share = where[axis]

@@ -17,8 +17,8 @@ from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
-from efficientllm.pruning.groups import Cut, Event, Slice, Space
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.feasible import FeasibleShapes
+from efficientllm.pruning.groups import Event, Removal, Slice, Space
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.looks import Looks, scores_are_known
 from efficientllm.pruning.readers import Reader, losing_readers, reader_specs
@@ -36,7 +36,7 @@ class PruningEngine:
     params: the model's weights by name, whole or sharded (DTensor), updated in place. moments: optimizer state tensors
     of a weight by key, each with the weight's shape (empty before the first update). `space.widths` are the allocated
     widths, in which units are counted; `live` says which of them are left. After a compaction a new engine is made for
-    the new tensors and given the old one's state, sliced. landings: the ladder's shapes, largest first, the target's
+    the new tensors and given the old one's state, sliced. milestones: the ladder's shapes, largest first, the target's
     last. reduction: how processes that train one model bring their parts together; each decides, and all alike.
     """
 
@@ -46,18 +46,18 @@ class PruningEngine:
         params: Mapping[str, Tensor],
         moments: Moments,
         *,
-        landings: Sequence[Landing],
+        milestones: Sequence[FeasibleShapes],
         schedule: Schedule,
         options: PrunerOptions,
         reduction: World = ALONE,
     ) -> None:
         self.space, self.params, self.moments, self._reduction = space, params, moments, reduction
-        self.course, self.options = Course(landings, schedule), options
+        self.course, self.options = Course(milestones, schedule), options
         self.live = Live.full(space.widths)
         criteria = criteria_of(options.saliency, options.types)
         self.looks = Looks(space, params, reduction, criteria=criteria, seed=options.seed)
         self.calibration, self.tokens = Calibration(), Tokens()
-        self.events = self.rung = 0
+        self.events = self.milestone = 0
         self._device = next(iter(params.values())).device
         self.held = self._slices_to_hold()
 
@@ -73,7 +73,7 @@ class PruningEngine:
 
     @property
     def standing(self) -> Standing:
-        return Standing(self.widths, self.events, self.rung)
+        return Standing(self.widths, self.events, self.milestone)
 
     @property
     def size(self) -> float:
@@ -81,9 +81,9 @@ class PruningEngine:
         return self.course.size(self.standing)
 
     @property
-    def landing(self) -> Landing:
-        """Where the model lands next: a rung of the ladder, or at last the target."""
-        return self.course.landing(self.standing)
+    def feasible(self) -> FeasibleShapes:
+        """The shapes that it heads for: those of a size of the ladder, or at last of the target."""
+        return self.course.feasible(self.standing)
 
     @property
     def finished(self) -> bool:
@@ -114,7 +114,7 @@ class PruningEngine:
         """
         report = PruneReport()
         self.looks.begin()
-        while self.due(position) and report.rung is None:
+        while self.due(position) and report.milestone is None:
             names = self.reads()
             gathers = 1 if report.events else self.options.gathers
             inputs = self.looks.before_bundle(probe, names, gathers, report)
@@ -156,20 +156,20 @@ class PruningEngine:
             return [spec.name for spec in readers]
         if not self.options.correction:
             return []
-        falling = {of_type(name).name for name in self.options.types if self.landing.may_fall(name, self.widths)}
+        falling = {of_type(name).name for name in self.options.types if self.feasible.may_fall(name, self.widths)}
         falling -= {LAYERS, EXPERT}  # they take no inputs from what stays
         return [spec.name for spec in readers if falling & set(DIMENSIONS[str(spec.inputs)].chain)]
 
     def _act(self, bundle: Sequence[Decided[Event]], inputs: Mapping[str, Tensor] | None, report: PruneReport) -> None:
         """Carries out what has been decided: what is left is corrected, the rest zeroed."""
-        events = [each.cut for each in bundle]
+        events = [each.removal for each in bundle]
         for event in events:
             self.live.remove(event)
         report.events += [
-            AppliedEvent(each.cut, each.parameters, each.after.widths, each.removed, each.saved) for each in bundle
+            AppliedEvent(each.removal, each.parameters, each.after.widths, each.removed, each.saved) for each in bundle
         ]
-        left, self.events, self.rung = self.rung, bundle[-1].after.events, bundle[-1].after.rung
-        report.rung = left if self.rung > left else None
+        left, self.events, self.milestone = self.milestone, bundle[-1].after.events, bundle[-1].after.milestone
+        report.milestone = left if self.milestone > left else None
         if self.options.correction and inputs is not None:
             readers = list(losing_readers(self.space, events, self.live))
             done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
@@ -177,14 +177,14 @@ class PruningEngine:
             report.flops.correction += done.flops
         self.zero(events)
 
-    def zero(self, events: Sequence[Cut]) -> None:
+    def zero(self, events: Sequence[Removal]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
         self._zero(events, moments=True)
         if any(of_type(event.type).held for event in events):
             self.held = self._slices_to_hold()
 
-    def _zero(self, cuts: Sequence[Cut], *, moments: bool) -> None:
-        for part in group_slices(self.space, cuts):
+    def _zero(self, removals: Sequence[Removal], *, moments: bool) -> None:
+        for part in group_slices(self.space, removals):
             for tensor in (self.params[part.name], *(self.moments(part.name).values() if moments else ())):
                 fill(tensor, part.dim, part.indices, part.rows)
 
@@ -198,7 +198,7 @@ class PruningEngine:
         one set of rows, so that their differences are paired. Those that are not finite are left out."""
         parameters, bound = self.parameters, self.options.bound
         types = [name for name in self.options.types if self.calibration.due(name, parameters, bound)]
-        bundles = next_bundles(ranking, self.widths, landing=self.landing, bound=bound, types=types)
+        bundles = next_bundles(ranking, self.widths, feasible=self.feasible, bound=bound, types=types)
         if not bundles:
             return
         loss = probe.measure()
@@ -219,21 +219,21 @@ class PruningEngine:
         readers: list[Reader] = []
         if self.options.correction and inputs is not None:
             without = self.live.copy()
-            for cut in bundle.cuts:
-                without.remove(cut)
-            readers = list(losing_readers(self.space, bundle.cuts, without))
-        with trial(self.space, self.params, bundle.cuts, [reader.name for reader in readers]):
+            for removal in bundle.removals:
+                without.remove(removal)
+            readers = list(losing_readers(self.space, bundle.removals, without))
+        with trial(self.space, self.params, bundle.removals, [reader.name for reader in readers]):
             if self.options.correction and inputs is not None and readers:
                 done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
                 report.flops.calibration += done.flops
-            self._zero(bundle.cuts, moments=False)
+            self._zero(bundle.removals, moments=False)
             return loss()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
         tensors, facts = self.looks.state()
         tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()} | self.tokens.tensors()
-        facts |= {"events": self.events, "rung": self.rung, "calibration": asdict(self.calibration)}
+        facts |= {"events": self.events, "rung": self.milestone, "calibration": asdict(self.calibration)}
         return tensors, facts | self.tokens.facts()
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -241,7 +241,7 @@ class PruningEngine:
         `space.widths`."""
         masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
         self.live = Live.saved(masks, self.space.widths)
-        self.events, self.rung = facts["events"], facts["rung"]
+        self.events, self.milestone = facts["events"], facts["rung"]
         self.tokens = Tokens.of(tensors, facts)
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)

@@ -180,7 +180,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Removal:
     """What falls in one pruning act: a type and one unit of each of its live rows.
 
     units: int64 (rows,), the unit taken in each row, -1 where the row is dead already (its KV head is gone).
@@ -191,7 +191,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Event(Cut):
+class Event(Removal):
     """A cut, weighed. saliency: predicted loss increase in nats, calibrated. cost: the price that it is weighed by,
     what it saves in the run's cost (of a measured one the mean along its type's way, selection.py)."""
 

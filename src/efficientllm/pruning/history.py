@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.surgery import choose_kept, cut_live
 from efficientllm.pruning.widths import Widths
@@ -38,7 +38,7 @@ def fallen_at(
                 names = cut_live(Live(names), kept).tensors()
                 continue
             before = {key: mask.clone() for key, mask in live.tensors().items()}
-            live.remove(Cut(line["type"], torch.tensor(line["units"])))
+            live.remove(Removal(line["type"], torch.tensor(line["units"])))
             for key, mask in live.tensors().items():
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS, of_type
-from efficientllm.pruning.groups import Cut
+from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.widths import Widths
 
 
@@ -74,7 +74,7 @@ class Live:
         units = (mask[layer] if dimension.within else mask).flatten()
         return units.repeat_interleave(head_dim) if dimension.per_head else units
 
-    def remove(self, event: Cut) -> None:
+    def remove(self, event: Removal) -> None:
         """Marks the units of a cut as dead. Raises ValueError if one of them was dead before."""
         units = self.units(event.type)
         rows = (event.units >= 0).nonzero().flatten()

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS
-from efficientllm.pruning.groups import Axis, Cut, ParamSpec, Space, labels
+from efficientllm.pruning.groups import Axis, ParamSpec, Removal, Space, labels
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.saliency import AxisSums
 from efficientllm.pruning.shards import ALONE, World, first_row, local
@@ -72,7 +72,7 @@ class Reader:
         return weight[place] if 0 <= place < len(weight) else weight[0, :0]
 
 
-def losing_readers(space: Space, events: Sequence[Cut], live: Live) -> Iterator[Reader]:
+def losing_readers(space: Space, events: Sequence[Removal], live: Live) -> Iterator[Reader]:
     """Every linear layer that loses inputs to the events. `live` is the mask without them.
 
     FFN channels: down_proj, of experts each one's own. Heads and KV groups: o_proj. Stem: q, k, v, gate, up of every

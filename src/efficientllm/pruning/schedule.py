@@ -46,7 +46,7 @@ class SpanSchedule:
         if position < self.start:
             return False
         if position >= self.end:
-            return True  # the landing, not the curve, says when it is over
+            return True  # the feasible shapes, not the curve, say when it is over
         x = (position - self.start) / (self.end - self.start)
         return size > scheduled_size(x, self.source, self.final, self.curve)
 

@@ -26,8 +26,8 @@ from efficientllm.pruning.dimensions import (
     STEM,
     of_type,
 )
-from efficientllm.pruning.groups import Cut, Event
-from efficientllm.pruning.landing import Landing
+from efficientllm.pruning.feasible import FeasibleShapes
+from efficientllm.pruning.groups import Event, Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.widths import Widths
 
@@ -64,7 +64,7 @@ class Ranking:
         first = self._taken.get(pruning_type, 0)
         return torch.cat([saliency.new_zeros(1), saliency[first : first + events].cumsum(0)])
 
-    def take(self, event: Cut) -> None:
+    def take(self, event: Removal) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
         self._taken[event.type] = self._taken.get(event.type, 0) + 1
         own = of_type(event.type)
@@ -74,22 +74,22 @@ class Ranking:
 
 
 def damages_ahead(
-    ranking: Ranking, widths: Widths, *, landing: Landing, calibration: Calibration | None, types: Sequence[str]
+    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, calibration: Calibration | None, types: Sequence[str]
 ) -> Tensor:
-    """The calibrated saliency that falls on the way to each shape of a landing, fp64 (shapes,); inf out of reach.
+    """The calibrated saliency that falls on the way to each feasible shape, fp64 (shapes,); inf out of reach.
 
     A shape far under the target pays for all that it gives up, and one whose width is on its way to that shape's
     aligned stop only for what is left of the way. What falls with a layer or a KV head falls once: the units of the
     types within them count for the share of layers and KV heads that stays.
     """
-    ways = torch.tensor(place_of(widths)) - landing.shapes
+    ways = torch.tensor(place_of(widths)) - feasible.shapes
     along_axes, damage = types_along(axes_of(widths)), {}
     for pruning_type, way in zip(along_axes, ways.clamp(min=0).T, strict=True):
         ratio = calibration.ratio(pruning_type) if calibration is not None else 1.0
         along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
         damage[pruning_type] = ratio * along[way]
-    left = dict(zip(along_axes, (landing.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
-    total = torch.zeros(len(landing.shapes), dtype=torch.float64)
+    left = dict(zip(along_axes, (feasible.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
+    total = torch.zeros(len(feasible.shapes), dtype=torch.float64)
     for pruning_type, own in damage.items():
         outer = [left[DIMENSIONS[name].type] for name in of_type(pruning_type).outer]
         total += own * torch.stack(outer).prod(0) if outer else own
@@ -98,13 +98,13 @@ def damages_ahead(
 
 
 def least_damaging(
-    ranking: Ranking, widths: Widths, *, landing: Landing, calibration: Calibration | None, types: Sequence[str]
+    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, calibration: Calibration | None, types: Sequence[str]
 ) -> Widths:
     """Of the feasible shapes within reach the one on the way to which the least calibrated saliency falls; ties go to
     the largest."""
-    total = damages_ahead(ranking, widths, landing=landing, calibration=calibration, types=types)
-    assert bool((total < torch.inf).any()), "a feasible shape stays within reach (Landing)"
-    return shape_at(landing.shapes[total.argmin()].tolist(), axes_of(widths))
+    total = damages_ahead(ranking, widths, feasible=feasible, calibration=calibration, types=types)
+    assert bool((total < torch.inf).any()), "a feasible shape stays within reach (feasible.py)"
+    return shape_at(feasible.shapes[total.argmin()].tolist(), axes_of(widths))
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,18 @@ def candidates(
     ranking: Ranking,
     widths: Widths,
     *,
-    landing: Landing,
+    feasible: FeasibleShapes,
     calibration: Calibration | None,
     types: Sequence[str],
 ) -> list[Candidate]:
     """The next event of every type that has more than one unit a row left. `widths` are the live ones.
 
-    The price of one is what the landing's cost falls by on the type's whole way to the shape that the run heads for,
+    The price of one is what the run's cost falls by on the type's whole way to the shape that the run heads for,
     shared evenly among the events there: of a cost that is affine in every width, such as parameters, what the event
     itself saves; of a measured one more than the noise between two neighbours.
     """
-    goal = least_damaging(ranking, widths, landing=landing, calibration=calibration, types=types)
-    weighed, now = [], landing.cost(widths)
+    goal = least_damaging(ranking, widths, feasible=feasible, calibration=calibration, types=types)
+    weighed, now = [], feasible.cost(widths)
     for pruning_type in widths.types():
         if pruning_type not in types or widths.count(pruning_type) <= 1:
             continue
@@ -140,23 +140,23 @@ def candidates(
         if calibration is not None:
             saliency *= calibration.ratio(pruning_type)
         way = widths.count(pruning_type) - goal.count(pruning_type)
-        price = (now - landing.cost(widths.after(pruning_type, way))) / way if way else 0.0
+        price = (now - feasible.cost(widths.after(pruning_type, way))) / way if way else 0.0
         event = Event(pruning_type, units[0], saliency, price)
-        weighed.append(Candidate(event, way > 0, landing.space.event_cost(pruning_type, widths)))
+        weighed.append(Candidate(event, way > 0, feasible.space.event_cost(pruning_type, widths)))
     return weighed
 
 
 def next_bundles(
-    ranking: Ranking, widths: Widths, *, landing: Landing, bound: float, types: Sequence[str]
+    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, bound: float, types: Sequence[str]
 ) -> list[Bundle]:
     """Of every type that may fall now the events that calibration measures (calibration.py: trial_events)."""
-    space, bundles = landing.space, []
+    space, bundles = feasible.space, []
     for pruning_type in types:
-        if not landing.may_fall(pruning_type, widths):
+        if not feasible.may_fall(pruning_type, widths):
             continue
-        number = trial_events(space, pruning_type, widths, least=landing.least(pruning_type), bound=bound)
+        number = trial_events(space, pruning_type, widths, least=feasible.least(pruning_type), bound=bound)
         units, predicted = ranking.upcoming(pruning_type, number)
-        bundles.append(Bundle(pruning_type, [Cut(pruning_type, row) for row in units], predicted))
+        bundles.append(Bundle(pruning_type, [Removal(pruning_type, row) for row in units], predicted))
     return bundles
 
 

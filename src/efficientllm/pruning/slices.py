@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from efficientllm.pruning.dimensions import DIMENSIONS, LAYERS
-from efficientllm.pruning.groups import Cut, Slice, Space, labels
+from efficientllm.pruning.groups import Removal, Slice, Space, labels
 from efficientllm.pruning.live import Live
 
 
-def group_slices(space: Space, events: Sequence[Cut]) -> Iterator[Slice]:
+def group_slices(space: Space, events: Sequence[Removal]) -> Iterator[Slice]:
     """Every slice that falls with the cuts, merged to one per weight, dimension and type.
 
     `space.widths` are the allocated widths, in which the units are counted.
@@ -57,5 +57,5 @@ def dead_slices(space: Space, live: Live) -> Iterator[Slice]:
             outer = live[within].flatten()[:, None] if within else torch.ones(1, 1, dtype=torch.bool)
             dead, only = ~live.units(dimension.type) & outer, Live.full(space.widths)  # bool (rows, units)
             for unit in dead.any(0).nonzero().flatten().tolist():
-                only.remove(Cut(dimension.type, torch.where(dead[:, unit], unit, -1)))
+                only.remove(Removal(dimension.type, torch.where(dead[:, unit], unit, -1)))
             yield from _dead(space, only, dimension.name)

@@ -35,8 +35,8 @@ def narrower(
     live: Widths, allocated: Widths, plan: PruningPlan, count: Callable[[Widths], float], *, exactly: bool
 ) -> Widths | None:
     """Widths that allocated ones are to be cut to, or None. count: parameters of a model of some widths."""
-    widths = live if exactly else plan.landing.align.round_up(live, allocated)
-    widths = fitted(plan.landing.space, widths, allocated)
+    widths = live if exactly else plan.feasible.align.round_up(live, allocated)
+    widths = fitted(plan.feasible.space, widths, allocated)
     if widths == allocated:
         return None
     return widths if exactly or 1.0 - count(widths) / count(allocated) >= plan.compact_at else None

@@ -62,7 +62,7 @@ class LookRows:
             return min(rows, max(processes, -(-tokens // length)))
 
         calibration = min(max(rows * length // 8, LOOK_TOKENS), 8192)
-        correction = correction_tokens(plan.landing.space)
+        correction = correction_tokens(plan.feasible.space)
         return cls(within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)), within(calibration), within(correction))
 
     def every(self, rows: int) -> int:

@@ -107,7 +107,7 @@ def _prune(
         return None
     assert plan is not None
     report = prune(state, state.tokens, step, shedding)
-    return report, _compact_if_due(state, train, plan, exactly=report.rung is not None)
+    return report, _compact_if_due(state, train, plan, exactly=report.milestone is not None)
 
 
 def _take(state: TrainState, train: TrainConfig, tokens: int, norm: float | None) -> float:
@@ -149,7 +149,7 @@ def _count_health(state: TrainState, loss: float, norm: float) -> bool:
 
 
 def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan, *, exactly: bool) -> Compaction | None:
-    """exactly: to the live widths, which a rung of the ladder has just aligned."""
+    """exactly: to the live widths, which a milestone of the ladder has just aligned."""
     widths = compaction_widths(state, plan, exactly=exactly)
     if widths is None:
         return None

@@ -16,8 +16,8 @@ from efficientllm.pruning.costs import ActiveParams, Cost, KVCache, Params, coun
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.dimensions import ATTENTION
 from efficientllm.pruning.engine import PrunerOptions
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
 from efficientllm.training.looks import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
@@ -25,8 +25,8 @@ from efficientllm.training.targets import (
     alignment_of,
     floors_of,
     least_of,
+    milestones_of,
     named_floors,
-    rungs_of,
     target_of,
     types_asked,
 )
@@ -45,13 +45,13 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
         return None
     space = space_of(source)
     try:
-        options, landings = decided(prune, source, recipe.data.sequence_length, seed=recipe.train.seed)
+        options, milestones = decided(prune, source, recipe.data.sequence_length, seed=recipe.train.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return PruningPlan(
         source,
-        landings,
-        schedule_of(recipe, prune, space, landings[-1]),
+        milestones,
+        schedule_of(recipe, prune, space, milestones[-1]),
         options,
         compact_at=COMPACT_AT,
         begins=recipe.pruning_starts,
@@ -61,12 +61,12 @@ def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None
 
 def decided(
     prune: PruneConfig, source: PretrainedConfig, sequence_length: int, *, seed: int = 0
-) -> tuple[PrunerOptions, tuple[Landing, ...]]:
+) -> tuple[PrunerOptions, tuple[FeasibleShapes, ...]]:
     """How the engine decides on this source, and where it lands. Raises UsageError or ValueError for what cannot be
     had."""
     _refuse_odd_experts(prune, source)
     cost = cost_of(prune, source, sequence_length)
-    return options_and_landings(prune, space_of(source), seed=seed, cost=cost)
+    return options_and_milestones(prune, space_of(source), seed=seed, cost=cost)
 
 
 def _refuse_odd_experts(prune: PruneConfig, source: PretrainedConfig) -> None:
@@ -85,10 +85,10 @@ def _refuse_odd_experts(prune: PruneConfig, source: PretrainedConfig) -> None:
             )
 
 
-def options_and_landings(
+def options_and_milestones(
     prune: PruneConfig, space: Space, *, seed: int = 0, cost: Cost | None = None
-) -> tuple[PrunerOptions, tuple[Landing, ...]]:
-    """How the engine decides, and where it lands: on the ladder's rungs, then on the target. cost: default Params.
+) -> tuple[PrunerOptions, tuple[FeasibleShapes, ...]]:
+    """How the engine decides, and where it may end: at the ladder's sizes, then at the target. cost: default Params.
 
     Raises ValueError for what cannot be had.
     """
@@ -109,10 +109,10 @@ def options_and_landings(
         raise ValueError(
             "prune.types has vocab, whose damage is in nats, but the other types' is not: leave prune.selection at auto"
         )
-    targets = [*rungs_of(prune, space, cost), target_of(prune, space, cost)]
+    targets = [*milestones_of(prune, space, cost), target_of(prune, space, cost)]
     floors = floors_of(prune, space, cost)
-    landings = [
-        Landing(
+    milestones = [
+        FeasibleShapes(
             space,
             target,
             types=options.types,
@@ -122,9 +122,9 @@ def options_and_landings(
         )
         for target in targets
     ]
-    for landing, following in zip(landings[-2::-1], landings[:0:-1], strict=True):
-        landing.before(following)
-    return options, tuple(landings)
+    for feasible, following in zip(milestones[-2::-1], milestones[:0:-1], strict=True):
+        feasible.before(following)
+    return options, tuple(milestones)
 
 
 def _gathers(prune: PruneConfig) -> int:
@@ -184,21 +184,21 @@ def types_of(prune: PruneConfig, space: Space, cost: Cost) -> tuple[str, ...]:
     return counted
 
 
-def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, landing: Landing) -> Schedule:
+def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, feasible: FeasibleShapes) -> Schedule:
     """When to prune, in tokens. With the weights at rest: all at once, where the loop's span begins."""
     train = recipe.train
     start = recipe.pruning_starts
     batch = train.batch_rows(recipe.data.sequence_length) * recipe.data.sequence_length
-    source, target = landing.cost(space.widths), landing.target
-    rungs = len(prune.ladder or ())  # each takes a step of its own
+    source, target = feasible.cost(space.widths), feasible.target
+    sizes = len(prune.ladder or ())  # each takes a step of its own
     if prune.mode != "loop":
-        _within(start + (1 + rungs) * batch, train.tokens, f"prune.mode {prune.mode} needs a batch after prune.start")
+        _within(start + (1 + sizes) * batch, train.tokens, f"prune.mode {prune.mode} needs a batch after prune.start")
         return SpanSchedule(start, start, source, target)
     if prune.every is not None:
         return EverySchedule(start, prune.every * batch)
     end = recipe.pruning_ends
-    if rungs:
-        _within(end + rungs * batch, train.tokens, f"prune.ladder needs {rungs} batches after prune.end")
+    if sizes:
+        _within(end + sizes * batch, train.tokens, f"prune.ladder needs {sizes} batches after prune.end")
     return SpanSchedule(start, end, source, target, prune.curve)
 
 

@@ -13,8 +13,8 @@ from efficientllm.models.experts import balance_of
 from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import Space
+from efficientllm.training.advisories import advisories_of
 from efficientllm.training.looks import CORRECTION_TOKENS
-from efficientllm.training.notes import notes_of
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.validation_pace import ValidationPace, validation_pace
@@ -25,8 +25,8 @@ class RunPlan:
     """A recipe at rest: all that follows from it and from the config of its source, before a file of either is read.
 
     source: the source's config; space: its shape. length: tokens of a row. batch_rows: rows of a step, all processes
-    together; steps: of the whole run. pruning: None where nothing is pruned. notes: what a run says of it before it
-    starts, a line each. turned_by: rows whose principal components the stem is turned into before the first step; 0
+    together; steps: of the whole run. pruning: None where nothing is pruned. advisories: what a run says of it before
+    it starts, a line each. turned_by: rows whose principal components the stem is turned into before the first step; 0
     where it stays as it is.
     """
 
@@ -38,7 +38,7 @@ class RunPlan:
     steps: int
     pruning: PruningPlan | None
     pace: ValidationPace
-    notes: tuple[str, ...]
+    advisories: tuple[str, ...]
     turned_by: int = 0
 
     @property
@@ -75,7 +75,7 @@ def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
         recipe.train.steps(length),
         pruning,
         pace,
-        (*notes_of(recipe, pruning), *([pace.said] if pace.said else [])),
+        (*advisories_of(recipe, pruning), *([pace.said] if pace.said else [])),
         _turned_by(recipe, source, space),
     )
 

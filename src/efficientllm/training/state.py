@@ -22,8 +22,8 @@ from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
 from efficientllm.pruning.contract import ORIGIN, Probe, PruneReport, Shedding
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
@@ -41,13 +41,13 @@ class PruningPlan:
     """What does not change over a run: where it may end, when it prunes, how it decides, when it compacts.
 
     source: the source model's config; every narrower one is derived from it. compact_at: share of the allocated
-    parameters that a compaction must free to be worth it. landings: the ladder's rungs, then the target.
-    begins: the token at which pruning does. at_rest: all events of a landing at once,
+    parameters that a compaction must free to be worth it. milestones: shapes of the ladder's sizes, then of the target.
+    begins: the token at which pruning does. at_rest: all events of a milestone at once,
     before a step, the weights at rest (one-shot, iterative).
     """
 
     source: PretrainedConfig
-    landings: tuple[Landing, ...]
+    milestones: tuple[FeasibleShapes, ...]
     schedule: Schedule
     options: PrunerOptions
     compact_at: float
@@ -55,9 +55,9 @@ class PruningPlan:
     at_rest: bool = False
 
     @property
-    def landing(self) -> Landing:
+    def feasible(self) -> FeasibleShapes:
         """The last one: the target's."""
-        return self.landings[-1]
+        return self.milestones[-1]
 
 
 @dataclass
@@ -135,7 +135,7 @@ def assemble(
             space,
             params,
             lambda name: shaped_moments(optimizer, params[name]),
-            landings=plan.landings,
+            milestones=plan.milestones,
             schedule=plan.schedule,
             options=plan.options,
             reduction=ranks,

@@ -10,8 +10,8 @@ from efficientllm.config.prune import FloorsConfig
 from efficientllm.models.experts import EXPERT_STEP
 from efficientllm.pruning.costs import TABLE_AXES, Cost, TableCost
 from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, of_type
+from efficientllm.pruning.feasible import amount
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import amount
 from efficientllm.pruning.shapes import Alignment, Floors, proportional_widths, third_of
 from efficientllm.pruning.widths import Widths
 
@@ -24,7 +24,7 @@ def target_of(prune: PruneConfig, space: Space, cost: Cost) -> float | Widths:
     return _size(target, space, cost)
 
 
-def rungs_of(prune: PruneConfig, space: Space, cost: Cost) -> list[float]:
+def milestones_of(prune: PruneConfig, space: Space, cost: Cost) -> list[float]:
     """The ladder's sizes in what the cost counts. Raises ValueError for one that is out of order."""
     sizes = [_size(size, space, cost) for size in prune.ladder or ()]
     target = target_of(prune, space, cost)

@@ -36,13 +36,13 @@ def validation_pace(recipe: Recipe, space: Space, plan: PruningPlan | None) -> V
     run, length = recipe.run, recipe.data.sequence_length
     steps, batch_rows = recipe.train.steps(length), recipe.train.batch_rows(length)
     total = steps * batch_rows * length
-    final = forward_flops(space, 1, length, plan.landing.balanced() if plan else None)
+    final = forward_flops(space, 1, length, plan.feasible.balanced() if plan else None)
     training = steps * batch_rows * training_flops(final)
-    rungs = len(plan.landings) - 1 if plan else 0  # each leaves a model that is validated
+    sizes = len(plan.milestones) - 1 if plan else 0  # each leaves a model that is validated
 
     def row_flops(times: int) -> int:
         """Of a row, for the source and so many times in the run."""
-        return forward_flops(space, 1, length).total + (times + rungs) * final.total
+        return forward_flops(space, 1, length).total + (times + sizes) * final.total
 
     def affordable(times: int) -> int:
         return int(SHARE * training / row_flops(times))

@@ -28,8 +28,8 @@ from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logit
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
 from efficientllm.pruning.decision import Standing
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, token_ids
 from efficientllm.training.planning import pruning_plan
@@ -74,29 +74,31 @@ class Vocabulary:
         return Merges(self.tokenizer, self.held).falling(self.counts())
 
     @cached_property
-    def landings(self) -> dict[int, tuple[Landing, ...]]:
+    def milestones(self) -> dict[int, tuple[FeasibleShapes, ...]]:
         """Where the run may end with each size of the vocabulary that leaves it something to prune."""
         may_fall = int((self.falling.costs.cumsum() <= MOST_GROWTH).sum())
         least = max(self.config.vocab_size - may_fall, math.ceil(LEAST_LEFT * self.source_rows))
-        return landings_by_size(self.recipe, self.config, least, self.source_rows)
+        return milestones_by_size(self.recipe, self.config, least, self.source_rows)
 
     def kept(self, rows: int) -> Tensor:
         """Ids that stay where so many rows do, int64 in rising order."""
         fallen = self.falling.ids[: self.config.vocab_size - rows]
         return torch.from_numpy(np.setdiff1d(np.arange(self.config.vocab_size), fallen))
 
-    def choose(self, state: TrainState, step: Step, ahead: Callable[[Landing], float], at: Standing) -> int | None:
+    def choose(
+        self, state: TrainState, step: Step, ahead: Callable[[FeasibleShapes], float], at: Standing
+    ) -> int | None:
         """What pruning.contract.Shedding asks for. step: whose rows to come encodings are compared on. A collective."""
         assert state.pruner is not None
         within = {
-            size: landings[at.rung]
-            for size, landings in self.landings.items()
-            if landings[at.rung].cost(at.widths) > landings[at.rung].target
+            size: milestones[at.milestone]
+            for size, milestones in self.milestones.items()
+            if milestones[at.milestone].cost(at.widths) > milestones[at.milestone].target
         }
         rate = self.rate(state, step) if within else 0.0
-        best, chosen = ahead(state.pruner.landing), None
-        for size, landing in within.items():
-            total = ahead(landing) + rate * self.falling.cost(self.config.vocab_size - size)
+        best, chosen = ahead(state.pruner.feasible), None
+        for size, feasible in within.items():
+            total = ahead(feasible) + rate * self.falling.cost(self.config.vocab_size - size)
             if total < best:
                 best, chosen = total, size
         return chosen
@@ -112,7 +114,7 @@ class Vocabulary:
             read += int(state.ranks.over_batch(torch.tensor(own)))
         texts = [self._texts(part) if counts else [""] for part, counts in parts]
         nats, tokens = self._nats(state, texts, self.config.vocab_size)
-        nats_cut, tokens_cut = self._nats(state, texts, min(self.landings))
+        nats_cut, tokens_cut = self._nats(state, texts, min(self.milestones))
         more = tokens_cut - tokens
         return max(0.0, (nats_cut - nats) / more) if more >= FEWEST_SPLITS else nats / max(1.0, tokens)
 
@@ -167,18 +169,18 @@ def with_amounts(recipe: Recipe, pruning: PruningPlan) -> Recipe:
     """The recipe with its sizes as the amounts that they are in a plan of it: a share of what is left of the source
     would be another size."""
     assert recipe.prune is not None
-    sizes: list[Any] = [int(landing.target) for landing in pruning.landings]
+    sizes: list[Any] = [int(feasible.target) for feasible in pruning.milestones]
     if recipe.prune.cost != "params":
         key = recipe.prune.cost.replace("-", "_")
-        sizes = [CostTarget.model_validate({key: int(landing.target)}) for landing in pruning.landings]
+        sizes = [CostTarget.model_validate({key: int(feasible.target)}) for feasible in pruning.milestones]
     *ladder, target = sizes
     prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None})
     return recipe.model_copy(update={"prune": prune})
 
 
-def landings_by_size(
+def milestones_by_size(
     recipe: Recipe, config: PretrainedConfig, least: int, source_rows: int
-) -> dict[int, tuple[Landing, ...]]:
+) -> dict[int, tuple[FeasibleShapes, ...]]:
     """Where a run may end with each size of the vocabulary, the largest first; without those that leave no shape."""
     found = {}
     for size in sizes_below(space_of(config), config.vocab_size, least, source_rows):
@@ -187,7 +189,7 @@ def landings_by_size(
         except UsageError:  # the target is no longer below what is left
             continue
         assert narrower is not None
-        found[size] = narrower.landings
+        found[size] = narrower.milestones
     return found
 
 
@@ -198,7 +200,7 @@ def with_tokens(plan: RunPlan, kept: Tensor) -> RunPlan:
     pruning = pruning_plan(with_amounts(plan.recipe, plan.pruning), config)
     assert pruning is not None
     pruning = replace(pruning, schedule=plan.pruning.schedule)
-    return replace(plan, source=config, space=pruning.landing.space, pruning=pruning)
+    return replace(plan, source=config, space=pruning.feasible.space, pruning=pruning)
 
 
 def expected(plan: RunPlan) -> tuple[RunPlan, int]:
@@ -206,8 +208,8 @@ def expected(plan: RunPlan) -> tuple[RunPlan, int]:
     largest share of its narrowest width, the vocabulary among these; and that size."""
     assert plan.pruning is not None
     rows, shares, recipe = plan.source.vocab_size, dict[int, float](), with_amounts(plan.recipe, plan.pruning)
-    for size, landings in landings_by_size(recipe, plan.source, math.ceil(LEAST_LEFT * rows), rows).items():
-        counts, source = landings[-1].balanced().counts(), plan.space.widths.counts()
+    for size, milestones in milestones_by_size(recipe, plan.source, math.ceil(LEAST_LEFT * rows), rows).items():
+        counts, source = milestones[-1].balanced().counts(), plan.space.widths.counts()
         shares[size] = min(size / rows, *(counts[name] / source[name] for name in counts))
     best = max(shares, key=lambda size: shares[size], default=rows)
     return (with_tokens(plan, torch.arange(best)) if best < rows else plan), best

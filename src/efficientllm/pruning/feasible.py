@@ -33,7 +33,7 @@ def _multiples(low: int, high: int, step: int) -> Tensor:
     return torch.tensor(sorted(values))
 
 
-class Landing:
+class FeasibleShapes:
     """All shapes in which a run may end that is to cost at most `target` (parameters, or what `cost` counts).
 
     They are the aligned shapes that are *maximal* under the target: none of their widths can grow by its next step
@@ -176,7 +176,7 @@ class Landing:
         least = self._least_ffn[tuple(places.clamp(min=0))]
         return (places >= 0).all(0) & (least <= shapes[:, -1])
 
-    def before(self, following: Landing) -> None:
+    def before(self, following: FeasibleShapes) -> None:
         """Keeps only shapes above the target of `following` from which one of its own is within reach. Raises
         ValueError where none is left."""
         leads_on = (self.sizes > following.target) & following._within_reach(self.shapes)
@@ -217,12 +217,12 @@ class Landing:
         return widths.count(pruning_type) > self.least(pruning_type) and self.reachable(widths.after(pruning_type))
 
 
-def rung_after(landings: Sequence[Landing], rung: int, widths: Widths) -> int:
-    """The landing that a run at these widths heads for, when it headed for `rung` before: one is left behind once its
-    shape is reached, the last never."""
-    return rung + 1 if rung < len(landings) - 1 and landings[rung].reached(widths) else rung
+def milestone_after(milestones: Sequence[FeasibleShapes], milestone: int, widths: Widths) -> int:
+    """The milestone that a run at these widths heads for, when it headed for this one before: one is left behind once a
+    shape of it is reached, the last never."""
+    return milestone + 1 if milestone < len(milestones) - 1 and milestones[milestone].reached(widths) else milestone
 
 
-def landed(landings: Sequence[Landing], rung: int, widths: Widths) -> bool:
+def arrived(milestones: Sequence[FeasibleShapes], milestone: int, widths: Widths) -> bool:
     """Whether a run at these widths is where it was to end."""
-    return rung == len(landings) - 1 and landings[rung].reached(widths)
+    return milestone == len(milestones) - 1 and milestones[milestone].reached(widths)

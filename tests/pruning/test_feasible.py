@@ -12,8 +12,8 @@ from conftest import tiny_config
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import shape_at
 from efficientllm.pruning.dimensions import PRUNING_TYPES
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import ParamSpec, Space
-from efficientllm.pruning.landing import Landing
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 
@@ -42,23 +42,23 @@ def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed:
     space = space_with(source)
     target = int(space.num_params() * share)
 
-    def landing_at(goal: int) -> Landing:
+    def shapes_at(goal: int) -> FeasibleShapes:
         floors = Floors(hidden=8, intermediate=32)
-        return Landing(space, goal, types=PRUNING_TYPES, align=Alignment(step, step), floors=floors)
+        return FeasibleShapes(space, goal, types=PRUNING_TYPES, align=Alignment(step, step), floors=floors)
 
     if target < space.num_params(Widths(1, 8, 1, 1, 32)):
         with pytest.raises(ValueError, match="aim higher"):
-            landing_at(target)
+            shapes_at(target)
         return
-    landing = landing_at(target)
+    feasible = shapes_at(target)
     order = random.Random(seed)
     now = source
-    while not landing.reached(now):
-        allowed = [each for each in PRUNING_TYPES if now.count(each) > 1 and landing.reachable(now.after(each))]
+    while not feasible.reached(now):
+        allowed = [each for each in PRUNING_TYPES if now.count(each) > 1 and feasible.reachable(now.after(each))]
         assert allowed, f"stuck at {now}"
         now = now.after(order.choice(allowed))
     parameters = space.num_params(now)
-    assert parameters <= landing.target
+    assert parameters <= feasible.target
     for name in ("hidden", "intermediate"):
         width, have = getattr(now, name), getattr(source, name)
         next_width = min(width // step * step + step, have)
@@ -73,10 +73,12 @@ def test_every_allowed_path_lands(source: Widths, share: float, step: int, seed:
 def test_widths_as_target_are_met_exactly() -> None:
     source = Widths(2, 64, 8, 4, 100)
     goal = Widths(2, 50, 4, 2, 77)
-    landing = Landing(space_with(source), goal, types=PRUNING_TYPES, align=Alignment(8, 8), floors=Floors(hidden=8))
+    feasible = FeasibleShapes(
+        space_with(source), goal, types=PRUNING_TYPES, align=Alignment(8, 8), floors=Floors(hidden=8)
+    )
     now = source
-    while not landing.reached(now):
-        now = now.after(next(each for each in PRUNING_TYPES if landing.reachable(now.after(each))))
+    while not feasible.reached(now):
+        now = now.after(next(each for each in PRUNING_TYPES if feasible.reachable(now.after(each))))
     assert now == goal
 
 
@@ -92,7 +94,7 @@ def test_widths_as_target_are_met_exactly() -> None:
 )
 def test_targets_that_cannot_be_had(target: int | Widths, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Landing(
+        FeasibleShapes(
             space_with(Widths(2, 64, 8, 4, 100)),
             target,
             types=PRUNING_TYPES,
@@ -107,7 +109,7 @@ def test_shapes_that_the_family_takes_are_all_open_that_are_maximal(family: str,
         tiny_config(family, hidden_size=24, intermediate_size=12, num_attention_heads=6, num_hidden_layers=1)
     )
     goal, types = int(space.num_params() * share), ("attention", "attention_query", "ffn", "stem")
-    landing = Landing(space, goal, types=types, align=Alignment(), floors=Floors(hidden=4))
+    feasible = FeasibleShapes(space, goal, types=types, align=Alignment(), floors=Floors(hidden=4))
     all_shapes = [
         Widths(1, hidden, kv * queries, kv, ffn)
         for hidden in range(4, 25) for kv in (1, 2) for queries in (1, 2, 3) for ffn in range(1, 13)
@@ -118,18 +120,20 @@ def test_shapes_that_the_family_takes_are_all_open_that_are_maximal(family: str,
         return one != other and all(one[name] <= other[name] for name in one.counts())
 
     maximal = {each for each in fit if not any(inside(each, other) for other in fit)}
-    assert {shape_at(shape) for shape in landing.shapes.tolist()} == maximal
+    assert {shape_at(shape) for shape in feasible.shapes.tolist()} == maximal
     with pytest.raises(ValueError, match="target hidden 23 is not a multiple of its 6 heads, as this family needs"):
-        Landing(space, space.widths.changed(hidden=23), types=types, align=Alignment(), floors=Floors())
+        FeasibleShapes(space, space.widths.changed(hidden=23), types=types, align=Alignment(), floors=Floors())
 
 
 def test_a_type_left_out_stays_as_it_is() -> None:
     space = space_with(Widths(2, 64, 8, 4, 100))
     with pytest.raises(ValueError, match="needs pruning type 'stem'"):
-        Landing(space, Widths(2, 32, 8, 4, 100), types=("ffn",), align=Alignment(), floors=Floors(hidden=8))
-    landing = Landing(space, int(space.num_params() * 0.8), types=("ffn",), align=Alignment(), floors=Floors(hidden=8))
-    assert not landing.reachable(space.widths.after("stem"))
-    assert landing.reachable(space.widths.after("ffn"))
+        FeasibleShapes(space, Widths(2, 32, 8, 4, 100), types=("ffn",), align=Alignment(), floors=Floors(hidden=8))
+    feasible = FeasibleShapes(
+        space, int(space.num_params() * 0.8), types=("ffn",), align=Alignment(), floors=Floors(hidden=8)
+    )
+    assert not feasible.reachable(space.widths.after("stem"))
+    assert feasible.reachable(space.widths.after("ffn"))
 
 
 def test_automatic_alignment_keeps_enough_steps() -> None:

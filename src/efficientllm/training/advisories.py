@@ -10,14 +10,14 @@ from efficientllm.models.latency_table import load_table
 from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import rope_kind, rope_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
+from efficientllm.pruning.feasible import amount
 from efficientllm.pruning.groups import MULTIPLE
-from efficientllm.pruning.landing import amount
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import types_asked
 
 
-def notes_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
+def advisories_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     """One line each; none where nothing is pruned."""
     if recipe.prune is None or plan is None:
         return ()
@@ -40,12 +40,12 @@ def _latency(prune: PruneConfig) -> Iterator[str]:
 
 def _types(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
     """Types of the recipe that the cost does not count, and so keep the source's width."""
-    source = plan.landing.space.widths
-    asked = types_asked(prune, plan.landing.space)
+    source = plan.feasible.space.widths
+    asked = types_asked(prune, plan.feasible.space)
     out = [name for name in asked if name not in plan.options.types and source.count(name) > 1]
     if out:
         yield f"prune.cost {prune.cost} does not count {', '.join(out)}: the result keeps the source's width there"
-    for why, names in groupby(plan.landing.space.fixed.items(), key=lambda each: each[1]):
+    for why, names in groupby(plan.feasible.space.fixed.items(), key=lambda each: each[1]):
         yield f"{', '.join(name for name, _ in names)} cannot fall: {why}"
 
 
@@ -55,21 +55,21 @@ def _source(plan: PruningPlan) -> Iterator[str]:
     if kind != "default":
         factor = f", factor {rope['factor']:g}" if "factor" in rope else ""
         yield f"the source's rotary positions are scaled ({kind}{factor}); the result keeps that"
-    rule = plan.landing.space.hidden_rule
+    rule = plan.feasible.space.hidden_rule
     if rule is not None:
         bound = "a multiple of its heads" if rule == MULTIPLE else f"{rule} to {int(rule) + 1} times its heads"
         yield f"a {plan.source.model_type} model is saved only with a hidden size that is {bound}: others are not open"
 
 
 def _shapes(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
-    """How much each landing leaves to damage to choose; nothing where the recipe has chosen the shape."""
+    """How much each milestone leaves to damage to choose; nothing where the recipe has chosen the shape."""
     if isinstance(prune.target, WidthTarget):
         return
-    for landing in plan.landings:
-        number, unit = len(landing.sizes), landing.cost.unit
-        largest, smallest = amount(landing.sizes[0].item()), amount(landing.sizes[-1].item())
+    for feasible in plan.milestones:
+        number, unit = len(feasible.sizes), feasible.cost.unit
+        largest, smallest = amount(feasible.sizes[0].item()), amount(feasible.sizes[-1].item())
         choice = f"{number} shapes are feasible, of {smallest} to" if number > 1 else "one shape is feasible, of"
-        yield f"at {amount(landing.target)} {unit}: {choice} {largest} {unit}"
+        yield f"at {amount(feasible.target)} {unit}: {choice} {largest} {unit}"
 
 
 def _pace(recipe: Recipe, plan: PruningPlan) -> Iterator[str]:
@@ -77,8 +77,8 @@ def _pace(recipe: Recipe, plan: PruningPlan) -> Iterator[str]:
     these are depends on the types that saliency will choose; counted is the way to a balanced shape."""
     if not isinstance(plan.schedule, EverySchedule):
         return
-    at_once, guide = Course(plan.landings, SpanSchedule(0.0, 0.0, 0.0, 0.0)), ByShape(plan.options.types)
-    at = Standing(plan.landing.space.widths)
+    at_once, guide = Course(plan.milestones, SpanSchedule(0.0, 0.0, 0.0, 0.0)), ByShape(plan.options.types)
+    at = Standing(plan.feasible.space.widths)
     while not at_once.finished(at):
         at = at_once.bundle(at, 0.0, guide, bound=1.0)[-1].after
     assert recipe.prune is not None
