@@ -215,3 +215,28 @@ def test_samples_are_in_each_model_s_own_tokens(rare: World, shed: Path) -> None
     written = samples(load_recipe(shed / "config.yaml", dumped=True), RunFolder(shed))
     assert len(written) == 3
     assert all(each["prompt"] and each["result"] for each in written)
+
+
+@pytest.mark.parametrize(
+    ("family", "prune"),
+    [
+        ("llama-gqa", {"target": {"flops": "70%"}, "cost": "flops"}),
+        ("qwen3-moe-gqa", {"target": "70%", "align": 8, "floors": {"intermediate": None}}),
+    ],
+)
+def test_another_cost_and_experts(rare: World, family: str, prune: dict[str, object]) -> None:
+    """An LM head of its own counts twice, in parameters; the default types are those of the source."""
+    source = rare.folder / family
+    build(tiny_config(family, vocab_size=640, tie_word_embeddings=False)).save_pretrained(source)
+    for file in (rare.folder / "source").glob("tokenizer*"):
+        shutil.copy(file, source / file.name)
+    recipe = rare.recipe(family, source=str(source), train=LONG, prune=PRUNE | prune)
+    path = rare.folder / f"{family}.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call("prune", path) == 0
+    run = rare.folder / "runs" / family
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["target_reached"]
+    assert summary["result"]["vocabulary"] < 640
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(run / "model"))
