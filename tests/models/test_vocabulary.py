@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -109,6 +110,25 @@ def test_settings_stay_and_ids_move_along() -> None:
     config = {"eos_token_id": [whole.eos_token_id, 0], "pad_token_id": 300, "bos_token_id": None, "vocab_size": 342}
     ids = renumbered(config, kept)
     assert ids == {"eos_token_id": [257, 0], "pad_token_id": None, "bos_token_id": None, "vocab_size": 342}
+
+
+def test_every_chat_template_stays() -> None:
+    whole = copy.deepcopy(byte_level())
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    whole.chat_template = templates
+    assert cut_tokenizer(whole, torch.arange(len(whole))).chat_template == templates
+
+
+def test_added_tokens_beyond_the_model_s_rows_are_left_out() -> None:
+    """As an image's is in Gemma 3, and a pad token in many a fine-tune."""
+    whole, rows = copy.deepcopy(byte_level()), len(byte_level())
+    whole.add_tokens([AddedToken("<|image|>", special=True)])
+    kept = torch.arange(rows)[torch.arange(rows) != int(falling_of("byte-level").ids[0])]
+    cut = cut_tokenizer(whole, kept)
+    assert len(cut) == len(kept)
+    assert "<|image|>" not in cut.get_vocab()
+    assert cut.decode(ids_of(cut, TEXT)) == TEXT
+    assert torch.equal(token_bytes(whole, rows), token_bytes(byte_level(), rows))
 
 
 def test_costs_are_the_tokens_more_that_the_text_is_made_of() -> None:

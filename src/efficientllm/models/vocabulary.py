@@ -120,12 +120,13 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Tensor) -> PreTraine
         content = json.loads(file.read_text(encoding="utf-8"))
         _cut(content, number)
         for path in folder.iterdir():  # other forms of the whole vocabulary: vocab.json, merges.txt, tokenizer.model
-            if path.suffix != ".jinja" and path not in (file, settings):
+            if path.is_file() and path.suffix != ".jinja" and path not in (file, settings):  # folders are of templates
                 path.unlink()
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         options = json.loads(settings.read_text(encoding="utf-8"))
         if added := options.pop("added_tokens_decoder", None):
-            options["added_tokens_decoder"] = {str(number[int(old)]): each for old, each in added.items()}
+            there = {old: each for old, each in added.items() if int(old) in number}
+            options["added_tokens_decoder"] = {str(number[int(old)]): each for old, each in there.items()}
         settings.write_text(json.dumps(options, ensure_ascii=False), encoding="utf-8")
         cut = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     cut.name_or_path = tokenizer.name_or_path
@@ -136,10 +137,12 @@ def _cut(content: dict[str, Any], number: Mapping[int, int]) -> None:
     model = content["model"]
     model["vocab"] = {token: number[old] for token, old in model["vocab"].items() if old in number}
     model["merges"] = [merge for merge in model["merges"] if "".join(_pair(merge)) in model["vocab"]]
+    # Added tokens never fall, but some have no row in the model: an image's, or a pad token of training alone.
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] in number]
     for token in content["added_tokens"]:
         token["id"] = number[token["id"]]
-    if content.get("padding"):
-        content["padding"]["pad_id"] = number[content["padding"]["pad_id"]]
+    if padding := content.get("padding"):
+        content["padding"] = padding | {"pad_id": number[padding["pad_id"]]} if padding["pad_id"] in number else None
     _renumber(content.get("post_processor"), number)
 
 
@@ -156,16 +159,20 @@ def _renumber(step: Any, number: Mapping[int, int]) -> None:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
-    """UTF-8 bytes of the text that each id stands for, int64 (rows,); 0 of special tokens, which are no text."""
+    """UTF-8 bytes of the text that each id stands for, int64 (rows,); 0 of special tokens, which are no text. Tokens
+    beyond the model's rows are left out."""
     content, sizes = _content(tokenizer), torch.zeros(rows, dtype=torch.int64)
     by_bytes = '"ByteLevel"' in json.dumps(content["decoder"])
     for token, place in content["model"]["vocab"].items():
+        if place >= rows:
+            continue
         if by_bytes:  # a character a byte
             sizes[place] = len(token)
         else:
             sizes[place] = 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
     for added in content["added_tokens"]:
-        sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        if added["id"] < rows:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
     return sizes
 
 
