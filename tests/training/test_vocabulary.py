@@ -18,10 +18,12 @@ from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import cut_tokenizer
 from efficientllm.pruning.tokens import KEPT, Tokens
 from efficientllm.training import vocabulary
-from efficientllm.training.gradient import Precision
+from efficientllm.training.gradient import Precision, next_tokens
+from efficientllm.training.loop import _spares_a_step
+from efficientllm.training.run_plan import run_plan
 from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of, snapshot_of
 from efficientllm.training.state import TrainState
-from efficientllm.training.vocabulary import Vocabulary, sizes_below
+from efficientllm.training.vocabulary import Vocabulary, expected, sizes_below, with_tokens
 
 
 def trained(family: str, **changes: object) -> tuple[Any, Snapshot]:
@@ -83,6 +85,58 @@ def test_it_is_asked_at_first_and_whenever_a_fifth_has_fallen() -> None:
     assert [tokens.ask(size) for size in (100, 99, 81, 80, 79, 64)] == [True, False, False, True, False, True]
     saved = Tokens.of({KEPT: torch.arange(3)}, tokens.facts())
     assert (saved.asked_at, saved.tensors()[KEPT].tolist()) == (64, [0, 1, 2])
+
+
+@pytest.mark.parametrize("prune", [{"target": 0.4}, {"target": {"flops": "60%"}, "cost": "flops"}])
+def test_sizes_and_floors_stay_those_of_the_whole_source(prune: dict[str, object]) -> None:
+    """Also of a milestone, and after a second fall; a share of what is left would be another size."""
+    types = ["attention", "attention_query", "ffn", "stem", "vocab"]
+    milestone = {"flops": "80%"} if "cost" in prune else 0.8
+    recipe = Recipe.model_validate(
+        {
+            "source": "x",
+            "data": {"train": "x", "validation": "x", "sequence_length": 32},
+            "train": {"tokens": 24 * 256, "batch_tokens": 256, "lr": 1e-2},
+            "prune": prune | {"types": types, "ladder": [milestone], "end": "50%"},
+            "run": {"dir": "x"},
+        }
+    )
+    plan = run_plan(recipe, tiny_model("llama-gqa", vocab_size=256, tie_word_embeddings=True).config)
+    once = with_tokens(plan, torch.arange(224))
+    forecast, rows = expected(plan)
+    assert rows < 256
+    assert plan.pruning
+    for other in (once, with_tokens(once, torch.arange(200)), forecast):
+        assert other.pruning
+        assert other.source.vocab_size < 256
+        assert [each.target for each in other.pruning.milestones] == [each.target for each in plan.pruning.milestones]
+        assert other.pruning.feasible.floors == plan.pruning.feasible.floors
+        assert other.pruning.schedule == plan.pruning.schedule
+
+
+def test_missing_tokens_have_no_logit_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("gemma2-gqa-tied").eval()  # its logits are capped
+    lines, lost = torch.randint(40, (2, 9, 2)), torch.arange(61) >= 40
+    hidden = model.model(input_ids=lines[..., 0]).last_hidden_state
+    logits = model(input_ids=lines[..., 0]).logits[..., :40].flatten(0, 1)
+    labels = next_tokens(lines).flatten()
+    assert len(hidden.flatten(0, 1)) == len(labels)
+    wanted = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    for chunk in (5, 1024):
+        monkeypatch.setattr(vocabulary, "CHUNK_TOKENS", chunk)
+        with torch.no_grad():
+            loss = vocabulary._loss(model, lines, lost, Precision("cpu", bf16=False))
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_nothing_is_left_to_a_step_that_does_not_come() -> None:
+    """A milestone and the target take a step each."""
+    plan: Any = SimpleNamespace(milestones=(1, 2))
+    spares = []
+    for step, milestone in ((2, 0), (3, 0), (3, 1), (4, 1)):
+        state: Any = SimpleNamespace(step=step, pruner=SimpleNamespace(milestone=milestone))
+        spares.append(_spares_a_step(state, plan, 5))
+    assert spares == [True, False, True, False]
 
 
 WORDS = ["the thread", "that was", "brought", "by strength", "seldom", "breaks", "threads of", "thought"]

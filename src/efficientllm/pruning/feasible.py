@@ -56,7 +56,7 @@ class FeasibleShapes:
         floors: Floors,
         cost: Cost | None = None,
     ) -> None:
-        self.space, self.align = space, align
+        self.space, self.align, self.floors = space, align, floors
         self.cost: Cost = cost or Params(space)
         source = space.widths
         self._names = axes_of(source)

@@ -82,7 +82,9 @@ def train_steps(
     while state.step < steps:
         began = time.perf_counter()
         step = Step(state, batches, train, plan, precision, distillation, batch_rows)
-        shedding = partial(vocabulary.choose, state, step) if vocabulary else None
+        shedding = (
+            partial(vocabulary.choose, state, step) if vocabulary and _spares_a_step(state, plan, steps) else None
+        )
         pruned = _prune(state, train, plan, step, shedding) if plan and plan.at_rest else None
         loss = float(step.own())
         if state.pruner:
@@ -97,6 +99,13 @@ def train_steps(
             pruned = _prune(state, train, plan, step, shedding)
         report, compaction = pruned or (None, None)
         yield StepRecord(loss, lr, norm, time.perf_counter() - began, report, compaction)
+
+
+def _spares_a_step(state: TrainState, plan: PruningPlan | None, steps: int) -> bool:
+    """Whether this step may leave all that is due to the ones after it, which reach a milestone each."""
+    if state.pruner is None or plan is None:
+        return False
+    return steps - state.step - 1 >= len(plan.milestones) - state.pruner.milestone
 
 
 def _prune(

@@ -192,7 +192,8 @@ def schedule_of(recipe: Recipe, prune: PruneConfig, space: Space, feasible: Feas
     source, target = feasible.cost(space.widths), feasible.target
     sizes = len(prune.ladder or ())  # each takes a step of its own
     if prune.mode != "loop":
-        _within(start + (1 + sizes) * batch, train.tokens, f"prune.mode {prune.mode} needs a batch after prune.start")
+        batches, needed = 1 + sizes + prune.vocabulary, "two batches" if prune.vocabulary else "a batch"
+        _within(start + batches * batch, train.tokens, f"prune.mode {prune.mode} needs {needed} after prune.start")
         return SpanSchedule(start, start, source, target)
     if prune.every is not None:
         return EverySchedule(start, prune.every * batch)

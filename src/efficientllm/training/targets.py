@@ -115,6 +115,11 @@ def floors_of(prune: PruneConfig, space: Space, cost: Cost) -> Floors:
     return floors if cost(narrowest) <= target else lowest
 
 
+def section_of(floors: Floors, source: Widths) -> FloorsConfig:
+    """Floors as a recipe names them, of the widths that the source has."""
+    return FloorsConfig(**{_KEYS.get(width, width): getattr(floors, width) for width in source.counts()})
+
+
 def _asked(prune: PruneConfig, source: Widths) -> dict[str, int]:
     """The floors that the recipe names, by the names of widths."""
     return _by_width(prune.floors, source)

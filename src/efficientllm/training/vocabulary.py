@@ -36,8 +36,10 @@ from efficientllm.training.planning import pruning_plan
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan, TrainState
 from efficientllm.training.step import Step
+from efficientllm.training.targets import section_of
 
 TEXT_TOKENS = 4096  # on which two encodings are compared
+CHUNK_TOKENS = 1024  # whose logits stand in memory at once
 STEPS, CANDIDATES = 32, 8  # alignment leaves as many steps of the source's vocabulary; sizes that are weighed
 LEAST_SHARE = 0.02  # of the parameters, that a fall takes: the corpus is encoded anew after each
 LEAST_LEFT = 1 / 3  # of the source's tokens
@@ -159,22 +161,26 @@ class Vocabulary:
 def _loss(model: Any, lines: Tensor, lost: Tensor, precision: Precision) -> Tensor:
     """Cross-entropy summed over the labels, as of a model without the rows that are lost, nats."""
     with precision.context():
-        hidden = body(model)(**model_inputs(lines)).last_hidden_state
-        logits = logits_of(model)(hidden).flatten(0, 1).float()
-    logits = logits.masked_fill(lost.to(logits.device), -torch.inf)
-    return functional.cross_entropy(logits, next_tokens(lines).flatten(), reduction="sum")
+        hidden = body(model)(**model_inputs(lines)).last_hidden_state.flatten(0, 1)
+    total, lost, labels = torch.zeros((), device=hidden.device), lost.to(hidden.device), next_tokens(lines).flatten()
+    for part, own in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
+        with precision.context():
+            logits = logits_of(model)(part).float()
+        total += functional.cross_entropy(logits.masked_fill_(lost, -torch.inf), own, reduction="sum")
+    return total
 
 
 def with_amounts(recipe: Recipe, pruning: PruningPlan) -> Recipe:
-    """The recipe with its sizes as the amounts that they are in a plan of it: a share of what is left of the source
-    would be another size."""
+    """The recipe with its sizes as the amounts, and its floors as the numbers, that they are in a plan of it: a share
+    of what is left of the source would be another size, and has other default floors."""
     assert recipe.prune is not None
     sizes: list[Any] = [int(feasible.target) for feasible in pruning.milestones]
     if recipe.prune.cost != "params":
         key = recipe.prune.cost.replace("-", "_")
         sizes = [CostTarget.model_validate({key: int(feasible.target)}) for feasible in pruning.milestones]
     *ladder, target = sizes
-    prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None})
+    floors = section_of(pruning.feasible.floors, pruning.feasible.space.widths)
+    prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None, "floors": floors})
     return recipe.model_copy(update={"prune": prune})
 
 
