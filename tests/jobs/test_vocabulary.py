@@ -8,6 +8,8 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +23,10 @@ from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.config import load_recipe
 from efficientllm.demo.corpus import train_tokenizer
+from efficientllm.errors import UsageError
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.samples import samples, write_samples
+from efficientllm.jobs.vocabulary import check_goes_on
 from efficientllm.models.space import build
 from efficientllm.reporting.journal import read_journal
 from processes import codes, run_and_die, start, start_ranks
@@ -240,3 +244,18 @@ def test_another_cost_and_experts(rare: World, family: str, prune: dict[str, obj
     assert summary["result"]["vocabulary"] < 640
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(run / "model"))
+
+
+@pytest.mark.parametrize(
+    ("content", "distill", "message"),
+    [("tokens", None, "text encoded anew, but 'x' holds tokens; train on text"), ("text", 1, "leave out distill")],
+)
+def test_a_recipe_that_cannot_go_on_without_them_is_refused(
+    rare: World, content: str, distill: int | None, message: str
+) -> None:
+    """Where tokens have fallen by another one, which this one resumes."""
+    tokenizer = AutoTokenizer.from_pretrained(rare.folder / "source")
+    corpora: Any = [SimpleNamespace(name="x", content=content)]
+    job: Any = SimpleNamespace(tokenizer=tokenizer, training=corpora, recipe=SimpleNamespace(distill=distill))
+    with pytest.raises(UsageError, match=message):
+        check_goes_on(job)

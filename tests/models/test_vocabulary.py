@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.errors import UsageError
-from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, renumbered, token_bytes
+from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, named_ids, renumbered, token_bytes
 
 TEXT = "the thread that the thirteen threw, then there: naïve 日本語 123 123\n\n  the other thing\t" * 40
 
@@ -110,6 +110,28 @@ def test_settings_stay_and_ids_move_along() -> None:
     config = {"eos_token_id": [whole.eos_token_id, 0], "pad_token_id": 300, "bos_token_id": None, "vocab_size": 342}
     ids = renumbered(config, kept)
     assert ids == {"eos_token_id": [257, 0], "pad_token_id": None, "bos_token_id": None, "vocab_size": 342}
+
+
+def test_ids_in_generation_settings_move_along() -> None:
+    settings = {
+        "eos_token_id": 7,
+        "suppress_tokens": [5, 6],
+        "begin_suppress_tokens": None,
+        "bad_words_ids": [[5, 7], [6, 7]],
+        "forced_decoder_ids": [[1, 9], [6, 5]],
+        "sequence_bias": [[[5, 9], -2.0], [[6], 1.0]],
+        "top_k": 6,
+    }
+    assert named_ids(settings) == {5, 6, 7, 9}
+    assert renumbered(settings, torch.tensor([5, 7, 9])) == {
+        "eos_token_id": 1,
+        "suppress_tokens": [0],
+        "begin_suppress_tokens": None,
+        "bad_words_ids": [[0, 1]],
+        "forced_decoder_ids": [[1, 2], [6, 0]],
+        "sequence_bias": [[[0, 2], -2.0]],
+        "top_k": 6,
+    }
 
 
 def test_every_chat_template_stays() -> None:

@@ -136,7 +136,8 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
     try:
         check_masks(snapshot)
     except ValueError as error:
-        raise error_of_all(ranks, f"checkpoint {path} does not fit this efficientllm: {error}") from error
+        versions = f"of efficientllm {manifest['efficientllm']} does not fit this {__version__}"
+        raise error_of_all(ranks, f"checkpoint {path} {versions}: {error}") from error
     return snapshot
 
 

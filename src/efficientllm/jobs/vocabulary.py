@@ -14,10 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from efficientllm.data.corpus import Corpus
+from efficientllm.errors import UsageError
 from efficientllm.evaluation.validation import spread
 from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.job import Job
-from efficientllm.jobs.text import read_text
+from efficientllm.jobs.text import check_can_shed, read_text
 from efficientllm.models.loading import load_config
 from efficientllm.models.vocabulary import cut_tokenizer, named_ids
 from efficientllm.training.compaction import shed
@@ -35,13 +36,13 @@ def vocabulary_of(job: Job) -> Vocabulary | None:
     recipe, config, settings = job.recipe, job.plan.source, generation_settings(job)
     if recipe.prune is None or not recipe.prune.vocabulary or job.pruning is None:
         return None
-    named = [*named_ids(config.to_dict()).values(), *named_ids(settings.to_dict() if settings else {}).values()]
+    named = named_ids(config.to_dict()) | named_ids(settings.to_dict() if settings else {})
     return Vocabulary(
         with_amounts(recipe, job.pruning),
         config,
         job.tokenizer,
         source_rows=load_config(recipe.source).vocab_size,
-        held={each for ids in named for each in ids},
+        held=named,
         counts=partial(token_counts, job.training, config.vocab_size),
         precision=job.precision,
     )
@@ -64,8 +65,11 @@ def token_counts(corpora: Sequence[Corpus], rows: int) -> np.ndarray:
 
 def without_others(job: Job, kept: Tensor, say: Callable[[str], None]) -> Job:
     """The job with these of its tokens alone, int64 in rising order. A collective: the first process of each node
-    encodes, the others find the text in its cache."""
-    tokenizer, plan, ranks = cut_tokenizer(job.tokenizer, kept), with_tokens(job.plan, kept), job.ranks
+    encodes, the others find the text in its cache. Raises UsageError for a recipe that cannot go on with them."""
+    ranks = job.ranks
+    ranks.together(lambda: check_goes_on(job))
+    with ranks.patience():
+        tokenizer, plan = cut_tokenizer(job.tokenizer, kept), with_tokens(job.plan, kept)
     read = partial(read_text, plan, tokenizer, say)
     first = ranks.together(lambda: read() if ranks.local_rank == 0 else None)
     training, validation, batches = ranks.together(lambda: first or read())
@@ -78,6 +82,16 @@ def without_others(job: Job, kept: Tensor, say: Callable[[str], None]) -> Job:
         validation=validation,
         tokens=kept if job.tokens is None else job.tokens[kept],
     )
+
+
+def check_goes_on(job: Job) -> None:
+    """Raises UsageError where tokens have fallen, perhaps by another recipe, and this one needs all of them."""
+    check_can_shed(job.tokenizer, job.training, "the run that this one goes on from has lost tokens, which")
+    if job.recipe.distill:
+        raise UsageError(
+            "the run that this one goes on from has lost tokens, and a teacher speaks another vocabulary: leave out "
+            "distill"
+        )
 
 
 def shed_tokens(

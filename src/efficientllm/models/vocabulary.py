@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,18 +176,41 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
     return sizes
 
 
-def named_ids(values: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The ids of tokens that a config, or generation settings, as a dict has, by key."""
+def _entries(settings: Any) -> list[Any]:
+    return list(settings.items()) if isinstance(settings, Mapping) else list(settings or [])
+
+
+# Generation settings that are lists whose entries hold ids: how to read those of an entry, and an entry with others.
+_LISTS: dict[str, tuple[Callable[[Any], list[int]], Callable[[Any, list[int]], Any]]] = {
+    "suppress_tokens": (lambda token: [token], lambda _, ids: ids[0]),
+    "begin_suppress_tokens": (lambda token: [token], lambda _, ids: ids[0]),
+    "bad_words_ids": (list, lambda _, ids: ids),
+    "forced_decoder_ids": (lambda pair: [pair[1]], lambda pair, ids: [pair[0], *ids]),  # of (place, id)
+    "sequence_bias": (lambda pair: list(pair[0]), lambda pair, ids: [ids, pair[1]]),  # of (ids, weight)
+}
+
+
+def _named_ids(values: Mapping[str, Any]) -> dict[str, list[int]]:
     return {key: listed(value) for key, value in values.items() if key.endswith("_token_id") and value is not None}
+
+
+def named_ids(values: Mapping[str, Any]) -> set[int]:
+    """The ids of tokens that a config, or generation settings, as a dict has."""
+    found = {each for ids in _named_ids(values).values() for each in ids}
+    return found.union(*(read(entry) for key, (read, _) in _LISTS.items() for entry in _entries(values.get(key))))
 
 
 def renumbered(values: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
     """A config, or generation settings, as a dict, with the ids of tokens as they are numbered among those kept; None
-    for one that is not there."""
+    for one that is not there, without the entry of a list that has one."""
     number, changed = {old: new for new, old in enumerate(kept.tolist())}, dict(values)
-    for key, ids in named_ids(values).items():
+    for key, ids in _named_ids(values).items():
         there = [number[old] for old in ids if old in number]
         changed[key] = (there if isinstance(values[key], list) else there[0]) if there else None
+    for key, (read, written) in _LISTS.items():
+        if entries := _entries(values.get(key)):
+            left = [entry for entry in entries if all(old in number for old in read(entry))]
+            changed[key] = [written(entry, [number[old] for old in read(entry)]) for entry in left] or None
     return changed
 
 

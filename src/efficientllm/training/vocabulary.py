@@ -92,6 +92,8 @@ class Vocabulary:
     ) -> int | None:
         """What pruning.contract.Shedding asks for. step: whose rows to come encodings are compared on. A collective."""
         assert state.pruner is not None
+        with state.ranks.patience():  # minutes of Python where the vocabulary is large
+            _ = self.falling, self.milestones
         within = {
             size: milestones[at.milestone]
             for size, milestones in self.milestones.items()
@@ -130,7 +132,8 @@ class Vocabulary:
         """Nats and tokens of the texts of all processes in a vocabulary of so many rows, ids in the model's own
         numbering; what would fall has no logit."""
         kept, whole = self.kept(rows), self.config.vocab_size
-        encode: Any = self.tokenizer if rows == whole else cut_tokenizer(self.tokenizer, kept)
+        with state.ranks.patience():
+            encode: Any = self.tokenizer if rows == whole else cut_tokenizer(self.tokenizer, kept)
         lost = torch.ones(whole, dtype=torch.bool).index_fill_(0, kept, value=False)
         nats = tokens = flops = 0.0
         for part in texts:
