@@ -21,10 +21,10 @@ from efficientllm.training.looks import Batches
 from efficientllm.training.optim import learning_rate
 from efficientllm.training.state import PruningPlan, TrainState, prune
 from efficientllm.training.step import Step
-from efficientllm.training.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
+    from efficientllm.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
