@@ -24,6 +24,7 @@ from efficientllm.cli import main
 from efficientllm.config import load_recipe
 from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.errors import UsageError
+from efficientllm.export.subject import subject_of
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.samples import samples, write_samples
 from efficientllm.jobs.vocabulary import check_goes_on
@@ -162,6 +163,12 @@ def test_a_rung_keeps_its_own_vocabulary(rare: World) -> None:
     (milestone,) = (rare.folder / "runs" / "ladder" / "ladder").iterdir()
     tokenizer = AutoTokenizer.from_pretrained(milestone / "model")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(milestone / "model").config.vocab_size
+    left = json.loads((milestone / "summary.json").read_text())
+    assert left["vocabulary"] == len(tokenizer)
+    assert 0 < left["validation_bits_per_byte"] < left["validation_loss"]
+    facts = subject_of(milestone).facts
+    assert facts is not None
+    assert facts["result"]["vocabulary"] == len(tokenizer)
     assert call("continue", milestone) == 0
 
 

@@ -23,7 +23,7 @@ from efficientllm.training.loop import _spares_a_step
 from efficientllm.training.run_plan import run_plan
 from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of, snapshot_of
 from efficientllm.training.state import TrainState
-from efficientllm.training.vocabulary import Vocabulary, expected, sizes_below, with_tokens
+from efficientllm.training.vocabulary import Vocabulary, asking_flops, expected, sizes_below, with_tokens
 
 
 def trained(family: str, **changes: object) -> tuple[Any, Snapshot]:
@@ -104,6 +104,8 @@ def test_sizes_and_floors_stay_those_of_the_whole_source(prune: dict[str, object
     plan = run_plan(recipe, tiny_model("llama-gqa", vocab_size=256, tie_word_embeddings=True).config)
     once = with_tokens(plan, torch.arange(224))
     forecast, rows = expected(plan)
+    if "cost" not in prune:  # asked at the whole size, and each time that a fifth has gone on the way to 40 %
+        assert asking_flops(plan) == 5 * 2 * forward_flops(plan.space, 2 * vocabulary.TEXT_TOKENS // 32, 16).total
     assert rows < 256
     assert plan.pruning
     for other in (once, with_tokens(once, torch.arange(200)), forecast):

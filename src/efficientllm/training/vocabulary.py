@@ -27,6 +27,7 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
+from efficientllm.pruning.calibration import RENEWED
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
@@ -210,6 +211,14 @@ def with_tokens(plan: RunPlan, kept: Tensor) -> RunPlan:
     assert pruning is not None
     pruning = replace(pruning, schedule=plan.pruning.schedule)
     return replace(plan, source=config, space=pruning.feasible.space, pruning=pruning)
+
+
+def asking_flops(plan: RunPlan) -> float:
+    """Operations of the looks at two encodings in a run of this plan, at the most: all at the source's widths."""
+    assert plan.pruning is not None
+    left = float(plan.space.num_params(plan.pruning.feasible.balanced())) / float(plan.space.num_params())
+    asks = 1 + int(math.log(left) / math.log(1.0 - RENEWED))
+    return asks * 2.0 * forward_flops(plan.space, -(-2 * TEXT_TOKENS // plan.length), plan.length // 2).total
 
 
 def expected(plan: RunPlan) -> tuple[RunPlan, int]:
