@@ -116,6 +116,24 @@ def test_sizes_and_floors_stay_those_of_the_whole_source(prune: dict[str, object
         assert other.pruning.schedule == plan.pruning.schedule
 
 
+def test_a_target_in_widths_stays_one() -> None:
+    """Of a recipe without vocab, which goes on from a run whose tokens fell."""
+    recipe = Recipe.model_validate(
+        {
+            "source": "x",
+            "data": {"train": "x", "validation": "x", "sequence_length": 32},
+            "train": {"tokens": 24 * 256, "batch_tokens": 256, "lr": 1e-2},
+            "prune": {"target": {"hidden": 24, "intermediate": 32}, "end": "50%"},
+            "run": {"dir": "x"},
+        }
+    )
+    plan = run_plan(recipe, tiny_model("llama-gqa", vocab_size=256, tie_word_embeddings=True).config)
+    assert plan.pruning
+    after = with_tokens(plan, torch.arange(200)).pruning
+    assert after
+    assert after.feasible.shape() == plan.pruning.feasible.shape()
+
+
 def test_missing_tokens_have_no_logit_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model("gemma2-gqa-tied").eval()  # its logits are capped
     lines, lost = torch.randint(40, (2, 9, 2)), torch.arange(61) >= 40

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from efficientllm.config import CostTarget, Recipe
+from efficientllm.config import CostTarget, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
@@ -183,6 +183,8 @@ def with_amounts(recipe: Recipe, pruning: PruningPlan) -> Recipe:
         key = recipe.prune.cost.replace("-", "_")
         sizes = [CostTarget.model_validate({key: int(feasible.target)}) for feasible in pruning.milestones]
     *ladder, target = sizes
+    if isinstance(recipe.prune.target, WidthTarget):  # of a recipe without vocab, which resumes one that had it
+        target = recipe.prune.target
     floors = section_of(pruning.feasible.floors, pruning.feasible.space.widths)
     prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None, "floors": floors})
     return recipe.model_copy(update={"prune": prune})
