@@ -24,6 +24,8 @@ from efficientllm.cli import main
 from efficientllm.config import load_recipe
 from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.errors import UsageError
+from efficientllm.export.subject import subject_of
+from efficientllm.jobs.finish import result_line
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.samples import samples, write_samples
 from efficientllm.jobs.vocabulary import check_goes_on
@@ -162,6 +164,12 @@ def test_a_rung_keeps_its_own_vocabulary(rare: World) -> None:
     (milestone,) = (rare.folder / "runs" / "ladder" / "ladder").iterdir()
     tokenizer = AutoTokenizer.from_pretrained(milestone / "model")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(milestone / "model").config.vocab_size
+    left = json.loads((milestone / "summary.json").read_text())
+    assert left["vocabulary"] == len(tokenizer)
+    assert 0 < left["validation_bits_per_byte"] < left["validation_loss"]
+    facts = subject_of(milestone).facts
+    assert facts is not None
+    assert facts["result"]["vocabulary"] == len(tokenizer)
     assert call("continue", milestone) == 0
 
 
@@ -174,19 +182,22 @@ def test_a_rung_keeps_its_own_vocabulary(rare: World) -> None:
         ({"prune": {"types": TYPES, "saliency": {"vocab": "flap"}}}, "'vocab' is no pruning type here"),
         ({"prune": {"types": TYPES, "saliency": "magnitude", "selection": "raw"}}, "whose damage is in nats"),
         ({"prune": {"types": TYPES}, "distill": {}}, "a teacher speaks another vocabulary"),
+        (
+            {"prune": {"types": TYPES, "mode": "one-shot", "start": "95%", "end": None, "bound": None}},
+            "prune.mode one-shot needs two batches after prune.start",
+        ),
         ({"prune": {"types": TYPES}, "data": {"train": "TOKENS"}}, "holds tokens; leave vocab out"),
     ],
 )
 def test_bad_input_is_one_sentence(
     rare: World, sections: dict[str, dict[str, object]], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = rare.folder / "tokens.parquet"
-    text = (rare.folder / "train.jsonl").read_text().splitlines()
-    ids = [
-        AutoTokenizer.from_pretrained(rare.folder / "source")(json.loads(each)["text"])["input_ids"] for each in text
-    ]
-    pq.write_table(pa.table({"input_ids": ids}), tokens)
     if sections.get("data"):
+        tokens, tokenizer = rare.folder / "tokens.parquet", AutoTokenizer.from_pretrained(rare.folder / "source")
+        text = (rare.folder / "train.jsonl").read_text().splitlines()[:100]
+        pq.write_table(
+            pa.table({"input_ids": [tokenizer(json.loads(each)["text"])["input_ids"] for each in text]}), tokens
+        )
         sections = sections | {"data": {"train": str(tokens)}}
     assert call("prune", rare.write("refused", **sections)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -259,3 +270,10 @@ def test_a_recipe_that_cannot_go_on_without_them_is_refused(
     job: Any = SimpleNamespace(tokenizer=tokenizer, training=corpora, recipe=SimpleNamespace(distill=distill))
     with pytest.raises(UsageError, match=message):
         check_goes_on(job)
+
+
+def test_a_source_that_is_not_known_in_bits_per_byte_is_no_error() -> None:
+    """Of a run that goes on from one without vocab."""
+    known = {"parameters": 2000, "validation_loss": 2.0}
+    summary = {"source": known, "result": known | {"validation_bits_per_byte": 1.5}}
+    assert "bits per byte 1.5000 (source: 2K, not measured)" in result_line(summary)

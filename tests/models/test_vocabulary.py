@@ -191,6 +191,15 @@ def test_all_merges_that_make_a_token_fall_with_it() -> None:
     assert left["merges"] == [["a", "b"], ["b", "c"]]
 
 
+def test_a_tokenizer_may_know_more_than_the_model_has_rows() -> None:
+    words = [*"abc", "ab", "bc", "abc"]
+    tokenizer = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, [("a", "b"), ("b", "c")]))
+    tokenizer.add_tokens(["<image>"])
+    falling = Merges(PreTrainedTokenizerFast(tokenizer_object=tokenizer)).falling(np.asarray([1.0, 1, 1, 2]))
+    assert falling.ids.tolist() == [3]  # ab; bc has no row
+    assert falling.costs.tolist() == [0.4]
+
+
 def test_other_tokenizers_are_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UsageError, match="takes tokens out of a byte-pair encoding, but the tokenizer is another one"):

@@ -63,6 +63,23 @@ def test_card_of_a_hub_model(tmp_path: Path) -> None:
     assert "{" not in re.sub(r"(?s)````yaml.*?````", "", body)  # no field was left unfilled
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 300), (320, None), (320, 300)])
+def test_losses_of_other_tokens_compare_in_bits_per_byte_or_not_at_all(
+    tmp_path: Path, before: int | None, after: int | None
+) -> None:
+    """A run that resumes one without vocab, or the other way round, does not know its source in bits per byte."""
+    given = facts()
+    for name, tokens, bits in (("source", before, 1.5), ("result", after, 1.25)):
+        given[name] |= {} if tokens is None else {"vocabulary": tokens, "validation_bits_per_byte": bits}
+    body = write_model_card(tmp_path / "model", given).read_text()
+    assert "nats per token better" not in body
+    assert "nats per token worse" not in body
+    both = before is not None and after is not None
+    assert ("their losses do not compare" in body) != both
+    assert ("0.250 bits per byte better than the source, each on rows of its own tokens" in body) == both
+    assert ("| tokens of the vocabulary |" in body) == (after is not None)
+
+
 def test_no_folder_of_this_machine_is_published(tmp_path: Path) -> None:
     local = facts()["source"] | {"path": str(tmp_path / "secret" / "big-model")}
     front, body = parts(write_model_card(tmp_path, facts(source=local)))

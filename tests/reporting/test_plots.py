@@ -121,6 +121,15 @@ def test_demo_picture_overlays_the_runs_and_names_their_validation_loss(tmp_path
     assert "from scratch: validation loss, 3.318" in text
 
 
+def test_of_several_runs_one_whose_tokens_fell_names_no_loss(tmp_path: Path) -> None:
+    runs = {"other": write_run(tmp_path / "one", pruned=False), "cut": write_run(tmp_path / "two")}
+    fall = {"step": 9, "tokens": 9000, "vocabulary": [512, 384], "after": SOURCE}
+    Journal(runs["cut"] / "compactions.jsonl").append(fall)
+    text = plot_demo(runs, tmp_path / "demo.svg").read_text()
+    assert "cut: loss of other tokens after the dotted line" in text
+    assert "other: validation loss" in text
+
+
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match="is no run folder"):

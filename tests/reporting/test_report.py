@@ -24,6 +24,7 @@ from efficientllm.jobs import report as jobs_report
 from efficientllm.jobs.report import report_after
 from efficientllm.reporting import plots
 from efficientllm.reporting.plot_style import run_style
+from efficientllm.reporting.report_page import _models
 from efficientllm.reporting.run_record import read_run
 
 FIGURES = ["loss", "saliency", "ratio", "architecture", "units", "throughput"]
@@ -117,6 +118,22 @@ def test_several_runs_are_overlaid(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "reported: validation loss" in text
     assert not (other / "samples.json").exists()
     assert call("report", run, run) == 2
+
+
+def test_losses_of_other_tokens_are_shown_in_bits_per_byte(run: Path, tmp_path: Path) -> None:
+    def told(tokens: int) -> dict[str, float]:
+        return {"validation_bits_per_byte": 1.5, "vocabulary": tokens}
+
+    other = edited(run, tmp_path / "shed")
+    summary = json.loads((other / "summary.json").read_text())
+    summary["result"] |= told(1234)
+    (other / "summary.json").write_text(json.dumps(summary))
+    source = json.loads((other / "source.json").read_text())
+    (other / "source.json").write_text(json.dumps(source | told(5678)))
+    rows = list(_models(read_run(other)))
+    losses = [f"{each['validation_loss']:.4f}" for each in (source, summary["result"])]
+    assert f"{losses[0]} (1.5000 bits per byte, 5,678 tokens)" in rows[0]
+    assert f"{losses[1]} (1.5000 bits per byte, 1,234 tokens)" in rows[1]
 
 
 def test_a_damaged_run_is_shown_as_far_as_it_goes(

@@ -23,7 +23,7 @@ from efficientllm.training.loop import _spares_a_step
 from efficientllm.training.run_plan import run_plan
 from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of, snapshot_of
 from efficientllm.training.state import TrainState
-from efficientllm.training.vocabulary import Vocabulary, expected, sizes_below, with_tokens
+from efficientllm.training.vocabulary import Vocabulary, asking_flops, expected, sizes_below, with_tokens
 
 
 def trained(family: str, **changes: object) -> tuple[Any, Snapshot]:
@@ -104,6 +104,8 @@ def test_sizes_and_floors_stay_those_of_the_whole_source(prune: dict[str, object
     plan = run_plan(recipe, tiny_model("llama-gqa", vocab_size=256, tie_word_embeddings=True).config)
     once = with_tokens(plan, torch.arange(224))
     forecast, rows = expected(plan)
+    if "cost" not in prune:  # asked at the whole size, and each time that a fifth has gone on the way to 40 %
+        assert asking_flops(plan) == 5 * 2 * forward_flops(plan.space, 2 * vocabulary.TEXT_TOKENS // 32, 16).total
     assert rows < 256
     assert plan.pruning
     for other in (once, with_tokens(once, torch.arange(200)), forecast):
@@ -112,6 +114,24 @@ def test_sizes_and_floors_stay_those_of_the_whole_source(prune: dict[str, object
         assert [each.target for each in other.pruning.milestones] == [each.target for each in plan.pruning.milestones]
         assert other.pruning.feasible.floors == plan.pruning.feasible.floors
         assert other.pruning.schedule == plan.pruning.schedule
+
+
+def test_a_target_in_widths_stays_one() -> None:
+    """Of a recipe without vocab, which goes on from a run whose tokens fell."""
+    recipe = Recipe.model_validate(
+        {
+            "source": "x",
+            "data": {"train": "x", "validation": "x", "sequence_length": 32},
+            "train": {"tokens": 24 * 256, "batch_tokens": 256, "lr": 1e-2},
+            "prune": {"target": {"hidden": 24, "intermediate": 32}, "end": "50%"},
+            "run": {"dir": "x"},
+        }
+    )
+    plan = run_plan(recipe, tiny_model("llama-gqa", vocab_size=256, tie_word_embeddings=True).config)
+    assert plan.pruning
+    after = with_tokens(plan, torch.arange(200)).pruning
+    assert after
+    assert after.feasible.shape() == plan.pruning.feasible.shape()
 
 
 def test_missing_tokens_have_no_logit_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def _milestone(folder: Path) -> Subject:
         }
         facts = {
             "source": source,
-            "result": {key: left.get(key) for key in ("parameters", "widths", "validation_loss")},
+            "result": {key: left[key] for key in RESULT if key in left},
             "tokens": left["tokens"],
             "events": len(until["events"]),
             "compactions": len(until["compactions"]),
@@ -139,6 +139,9 @@ def _milestone(folder: Path) -> Subject:
             "recipe": (run / "config.yaml").read_text(encoding="utf-8"),
         }
     return Subject(folder / "model", f"{run.name}-{folder.name}", run, facts, _results(folder))
+
+
+RESULT = ("parameters", "widths", "validation_loss", "validation_bits_per_byte", "vocabulary")
 
 
 def _results(folder: Path) -> Any:

@@ -86,13 +86,11 @@ def _measured(job: Job, state: TrainState, say: Callable[[str], None]) -> dict[s
         "widths": state.space.widths.record(),
         "validation_loss": loss,
         "validation_rows": job.plan.pace.rows,
-        **job.bits_per_byte(loss),
+        **job.in_its_tokens(loss),
         "corpora": job.corpora,
         "precision": job.precision.name,
         **arithmetic(job.device),
     }
-    if job.recipe.prune and job.recipe.prune.vocabulary:
-        facts["vocabulary"] = job.plan.source.vocab_size
     if job.pruning and job.pruning.feasible.cost.name != "params":
         facts["cost"] = job.pruning.feasible.cost.key
     job.ranks.from_first(lambda: write_json(job.folder.source, facts))

@@ -124,8 +124,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
             "parameters": state.allocated_parameters,
             "widths": state.space.widths.record(),
             "validation_loss": loss,
-            **job.bits_per_byte(loss),
-            **({} if "vocabulary" not in source else {"vocabulary": job.plan.source.vocab_size}),
+            **job.in_its_tokens(loss),
         },
         "tokens": state.tokens,
         "refresh_tokens": state.refresh_tokens,
@@ -162,7 +161,8 @@ def result_line(summary: dict[str, Any]) -> str:
     key, said = "validation_loss", "validation loss"
     if "validation_bits_per_byte" in result:  # of other tokens than the source's
         key, said = "validation_bits_per_byte", "validation bits per byte"
+    known = f"{source[key]:.4f}" if key in source else "not measured"  # the source of a resumed run that had no vocab
     return (
         f"{format_count(result['parameters'])} parameters, {said} {result[key]:.4f} "
-        f"(source: {format_count(source['parameters'])}, {source[key]:.4f}){spent}"
+        f"(source: {format_count(source['parameters'])}, {known}){spent}"
     )

@@ -84,11 +84,16 @@ class Job:
         return is_chunked(train.loss, self.device.type, train.micro_batch * self.plan.length, vocabulary)
 
     def bits_per_byte(self, loss: float) -> dict[str, float]:
-        """A validation loss in bits for each byte of the text, where tokens may fall: then nats per token of two
-        moments are of other tokens."""
-        if self.recipe.prune is None or not self.recipe.prune.vocabulary:
+        """A validation loss in bits for each byte of the text, where nats per token may be of other tokens by then."""
+        falling = self.recipe.prune is not None and self.recipe.prune.vocabulary
+        if not falling and self.tokens is None:
             return {}
         return {"validation_bits_per_byte": loss / math.log(2.0) / self._bytes_per_token}
+
+    def in_its_tokens(self, loss: float) -> dict[str, float]:
+        """The same, and how many tokens the model has."""
+        bits = self.bits_per_byte(loss)
+        return bits | {"vocabulary": self.plan.source.vocab_size} if bits else {}
 
     @cached_property
     def _bytes_per_token(self) -> float:

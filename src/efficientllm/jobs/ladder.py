@@ -39,10 +39,12 @@ def leave_milestone(job: Job, state: TrainState, milestone: int, progress: RunPr
     left = job.ranks.from_first(lambda: job.folder.read_json(folder / "summary.json"))
     if left is not None and left["step"] == state.step:
         return  # a run that was killed and resumed comes by again, with the same weights
+    loss = validate(job, state, progress)
     facts: dict[str, Any] = {
         "parameters": state.allocated_parameters,
         "widths": state.space.widths.record(),
-        "validation_loss": validate(job, state, progress),
+        "validation_loss": loss,
+        **job.in_its_tokens(loss),
         "step": state.step,
         "tokens": state.tokens,
         "flops": without_nonfinite(state.flops.total),

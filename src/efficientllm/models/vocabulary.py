@@ -67,10 +67,12 @@ class Merges:
         its first merge, which are seen that much more often: one token more for each time that it is seen.
         """
         spare = [row for row in range(len(counts)) if row not in self.there and row not in self._held]
-        seen = counts.astype(np.float64)
+        seen = np.zeros(max(len(counts), 1 + max(self.there)))  # a tokenizer may know more than the model has rows
+        seen[: len(counts)] = counts
         total = seen.sum() or 1.0
         uses = Counter(part for pairs in self.made.values() for pair in pairs for part in pair)
-        leaves = [(seen[token], -token) for token in self.made if self._may_fall(token, uses)]
+        rows = len(counts)
+        leaves = [(seen[token], -token) for token in self.made if token < rows and self._may_fall(token, uses)]
         heapq.heapify(leaves)
         ids, costs = [*spare], [0.0] * len(spare)
         while leaves:
@@ -82,7 +84,7 @@ class Merges:
             bared = [part for pair in self.made[-negative] for part in pair]
             uses.subtract(bared)
             for part in sorted(set(bared)):
-                if self._may_fall(part, uses):
+                if part < rows and self._may_fall(part, uses):
                     heapq.heappush(leaves, (seen[part], -part))
         return Falling(np.asarray(ids, np.int64), np.asarray(costs, np.float64))
 

@@ -22,7 +22,7 @@ from efficientllm.sizes import format_amount
 from efficientllm.training.looks import LookRows, captured_inputs_of
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan
-from efficientllm.training.vocabulary import expected
+from efficientllm.training.vocabulary import asking_flops, expected
 
 DRAW_BYTES = 6  # an entry of the vocabulary and its log-probability (training/teacher_cache.py)
 
@@ -74,6 +74,7 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
     cost = _step_flops(plan, teaching)
     done = _simulated(forecast, _step_flops(forecast, teaching))
     done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
+    done.flops.calibration += asking_flops(forecast) if sheds else 0.0
     parameters = int(space.num_params())
     return Estimate(
         parameters,

@@ -211,8 +211,9 @@ def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[st
         if key in result["widths"]:
             rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
     if "vocabulary" in result:
-        rows.append(["tokens of the vocabulary", f"{source['vocabulary']:,}", f"{result['vocabulary']:,}"])
-        bits = [each["validation_bits_per_byte"] for each in (source, result)]
+        before = f"{source['vocabulary']:,}" if "vocabulary" in source else ""
+        rows.append(["tokens of the vocabulary", before, f"{result['vocabulary']:,}"])
+        bits = [each.get("validation_bits_per_byte") for each in (source, result)]
         rows.append(["bits per byte", *(_number(each, each) for each in bits)])
     losses = source.get("validation_loss"), result.get("validation_loss")
     rows.append(["validation loss", *(_number(loss, loss) for loss in losses)])
@@ -229,16 +230,18 @@ def _number(loss: float | None, value: float | None) -> str:
 
 def _comparison(source: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """In bits per byte where the two do not have the same tokens."""
-    key, unit = ("validation_loss", "nats per token")
-    if "validation_bits_per_byte" in result:
-        key, unit = "validation_bits_per_byte", "bits per byte"
+    key, unit, rows = "validation_loss", "nats per token", ""
+    if "vocabulary" in source or "vocabulary" in result:
+        key, unit, rows = "validation_bits_per_byte", "bits per byte", ", each on rows of its own tokens"
+        if not (source.keys() & result.keys() >= {key, "vocabulary"}):
+            return "It may have other tokens than the source, so that their losses do not compare."
     before, after = source.get(key), result.get(key)
     if before is None or after is None:
         return "No validation text was given, so nothing is known of its quality."
     if not math.isfinite(after - before):
         return "Its loss is not a finite number: the run diverged, do not use it."
     way = "worse" if after > before else "better"
-    return f"On the validation text it is {abs(after - before):.3f} {unit} {way} than the source."
+    return f"On the validation text it is {abs(after - before):.3f} {unit} {way} than the source{rows}."
 
 
 def _duration(seconds: float) -> str:

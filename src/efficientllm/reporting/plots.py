@@ -131,6 +131,7 @@ def _draw_loss(axes: Axes, runs: Runs) -> tuple[Axes, list[Any]]:
         seen_at, validation = series(run.metrics, "validation_loss")
         limits += [*validation, *smoothed[len(smoothed) // 20 :]]  # the fall of a fresh model would flatten the rest
         said = f"validation loss, {validation[-1]:.3f} at the end" if len(validation) else "training loss"
+        falls = [line["tokens"] for line in run.compactions if line.get("vocabulary")]
         if alone:
             dots = "." if len(at) < 20 else ""  # a line through one point is invisible
             axes.plot(at, losses, color="#B0B0B0", linewidth=0.6, alpha=0.6)
@@ -138,8 +139,7 @@ def _draw_loss(axes: Axes, runs: Runs) -> tuple[Axes, list[Any]]:
             style: dict[str, Any] = {"markeredgecolor": "black", "markersize": 6, "clip_on": False, "zorder": 4}
             dot = axes.plot(seen_at, validation, "o", color=VALIDATION_COLOUR, label=said, **style)
             handles += [*train, *(dot if len(validation) else []), *_draw_size(size, run)]
-            falls = [line["tokens"] for line in run.compactions if line.get("vocabulary")]
-            lines = [axes.axvline(at, color="#404040", linestyle=":", linewidth=1.0) for at in falls]
+            lines = [axes.axvline(place, color="#404040", linestyle=":", linewidth=1.0) for place in falls]
             for line in lines[:1]:
                 line.set_label("tokens fell: losses are of other tokens from here")
                 handles.append(line)
@@ -148,7 +148,9 @@ def _draw_loss(axes: Axes, runs: Runs) -> tuple[Axes, list[Any]]:
             style = {"linestyle": line, "color": colour, "markersize": 5, "linewidth": 1.0, "clip_on": False}
             dot = axes.plot(seen_at, validation, marker, **style)
             handle = dot[0] if len(validation) else train[0]
-            handle.set_label(f"{run.name}: {said}")
+            for place in falls:
+                axes.axvline(place, color=colour, linestyle=":", linewidth=1.0)
+            handle.set_label(f"{run.name}: {'loss of other tokens after the dotted line' if falls else said}")
             handles.append(handle)
             where, live = series(run.metrics, "live_parameters")
             size.step(where, live, where="post", color=colour, linestyle=(0, (4, 2)), linewidth=1.2)

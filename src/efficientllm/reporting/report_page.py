@@ -32,11 +32,12 @@ def _models(run: RunRecord) -> Iterator[list[str]]:
     if run.source:
         yield [f"{run.name}: source", *_shape(run.source), "-", "-", "-"]
     last = run.metrics[-1] if run.metrics else {}
-    seen = [line["validation_loss"] for line in run.metrics if line.get("validation_loss") is not None]
+    seen = [line for line in run.metrics if line.get("validation_loss") is not None]
     facts = (run.summary or {}).get("result")
     if facts is None and "widths" in last:
         facts = {"parameters": last.get("live_parameters"), "widths": last["widths"]}
-        facts["validation_loss"] = seen[-1] if seen else None
+        facts["validation_loss"] = seen[-1].get("validation_loss") if seen else None
+        facts["validation_bits_per_byte"] = seen[-1].get("validation_bits_per_byte") if seen else None
     shape = _shape(facts) if facts else ["-"] * 7
     flops = last.get("flops")
     seconds = sum(line["seconds"] for line in run.metrics if line.get("seconds"))
@@ -51,12 +52,23 @@ def _flops_by_part(run: RunRecord) -> dict[str, float] | None:
 
 
 def _shape(facts: Mapping[str, Any]) -> list[str]:
-    parameters, loss = facts["parameters"], facts.get("validation_loss")
+    parameters = facts["parameters"]
     widths = dict(facts["widths"])
     if widths.get("experts"):
         widths["intermediate"] = f"{widths['experts']} x {widths['expert_intermediate']}"
     shape = [str(widths[name]) for name in WIDTH_LABELS]
-    return ["-" if parameters is None else format_count(parameters), *shape, "-" if loss is None else f"{loss:.4f}"]
+    return ["-" if parameters is None else format_count(parameters), *shape, _loss(facts)]
+
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    """Where tokens may have fallen also in what compares, and of how many it is."""
+    names = ("validation_loss", "validation_bits_per_byte", "vocabulary")
+    loss, bits, tokens = (facts.get(name) for name in names)
+    if loss is None:
+        return "-"
+    parts = [f"{bits:.4f} bits per byte"] if bits is not None else []
+    parts += [f"{tokens:,} tokens"] if tokens is not None else []
+    return f"{loss:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _sections(run: RunRecord) -> dict[str, Any]:

@@ -28,7 +28,15 @@ def _form(**fields: Any) -> Any:
 
 
 _NUMBER = (float | None, None)
-_AMOUNTS = ("loss", "validation_loss", "live_parameters", "allocated_parameters", "seconds", "tokens_per_second")
+_AMOUNTS = (
+    "loss",
+    "validation_loss",
+    "validation_bits_per_byte",
+    "live_parameters",
+    "allocated_parameters",
+    "seconds",
+    "tokens_per_second",
+)
 _LINE = {"step": (int, ...), "tokens": (float, ...), **dict.fromkeys((*_AMOUNTS, "flops", "allocated_after"), _NUMBER)}
 _WIDTHS = _form(
     **dict.fromkeys((name for name in WIDTH_LABELS if name != "intermediate"), (PositiveInt, ...)),
@@ -42,7 +50,13 @@ METRICS = _form(
 )
 EVENT = _form(**_LINE, type=(str, ...), widths=(_WIDTHS, ...))
 COMPACTION = _form(**_LINE, after=(_WIDTHS, ...))
-MODEL = _form(parameters=(float, ...), widths=(_WIDTHS, ...), validation_loss=_NUMBER)
+MODEL = _form(
+    parameters=(float, ...),
+    widths=(_WIDTHS, ...),
+    validation_loss=_NUMBER,
+    validation_bits_per_byte=_NUMBER,
+    vocabulary=(int | None, None),
+)
 SUMMARY = _form(source=(MODEL, ...), result=(MODEL, ...))
 SAMPLES = list[_form(**dict.fromkeys(("prompt", "source", "result"), (str | None, ...)))]  # type: ignore[misc, valid-type]
 EVALUATION = _form(results=(dict[str, dict[str, Any]], ...))

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from efficientllm.config import CostTarget, Recipe
+from efficientllm.config import CostTarget, Recipe, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
+from efficientllm.pruning.calibration import RENEWED
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
@@ -182,6 +183,8 @@ def with_amounts(recipe: Recipe, pruning: PruningPlan) -> Recipe:
         key = recipe.prune.cost.replace("-", "_")
         sizes = [CostTarget.model_validate({key: int(feasible.target)}) for feasible in pruning.milestones]
     *ladder, target = sizes
+    if isinstance(recipe.prune.target, WidthTarget):  # of a recipe without vocab, which resumes one that had it
+        target = recipe.prune.target
     floors = section_of(pruning.feasible.floors, pruning.feasible.space.widths)
     prune = recipe.prune.model_copy(update={"target": target, "ladder": tuple(ladder) or None, "floors": floors})
     return recipe.model_copy(update={"prune": prune})
@@ -210,6 +213,14 @@ def with_tokens(plan: RunPlan, kept: Tensor) -> RunPlan:
     assert pruning is not None
     pruning = replace(pruning, schedule=plan.pruning.schedule)
     return replace(plan, source=config, space=pruning.feasible.space, pruning=pruning)
+
+
+def asking_flops(plan: RunPlan) -> float:
+    """Operations of the looks at two encodings in a run of this plan, at the most: all at the source's widths."""
+    assert plan.pruning is not None
+    left = float(plan.space.num_params(plan.pruning.feasible.balanced())) / float(plan.space.num_params())
+    asks = 1 + int(math.log(left) / math.log(1.0 - RENEWED))
+    return asks * 2.0 * forward_flops(plan.space, -(-2 * TEXT_TOKENS // plan.length), plan.length // 2).total
 
 
 def expected(plan: RunPlan) -> tuple[RunPlan, int]:
