@@ -63,7 +63,7 @@ def test_the_plan_counts_it(world: World) -> None:
     plan = estimate_of(run_plan(recipe, load_config(str(world.folder / "source"))), bf16=False)
     pace = pace_of(world, recipe)
     assert plan.validation_flops == pace.flops < 0.05 * plan.flops
-    assert pace.said in plan.advisories
+    assert pace.said in plan.notes
 
 
 def test_the_shortest_run_still_gets_eight_rows_twice_and_is_told_what_they_cost(world: World) -> None:
