@@ -8,6 +8,7 @@ import random
 import signal
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -239,20 +240,27 @@ class World:
         return path
 
 
+@contextmanager
+def world_of(folder: Path, text: str, vocabulary: int) -> Iterator[World]:
+    """A world whose tokenizer has learnt from one of the texts in the folder. Its runs leave out run.png, which takes
+    as long as all the rest of them; the `finished` one of jobs draws it."""
+    tokenizer = train_tokenizer([folder / text], vocabulary, folder / "tokenizer")
+    torch.manual_seed(0)
+    model = build(tiny_config("llama-gqa", vocab_size=vocabulary, tie_word_embeddings=True))
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efficientllm.jobs.finish.plot_run", lambda *_: None)
+        yield World(folder)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Its runs leave out run.png, which takes as long as all the rest of them; the `finished` one of jobs draws it."""
     folder = tmp_path_factory.mktemp("world")
     chooser = random.Random(0)
     words = ["the", "model", "learns", "to", "write", "short", "words", "and", "prunes", "its", "own", "heads"]
     for name, documents in (("train", 120), ("validation", 12)):
         lines = [json.dumps({"text": " ".join(chooser.choices(words, k=80))}) for _ in range(documents)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    tokenizer = train_tokenizer([folder / "train.jsonl"], 300, folder / "tokenizer")
-    torch.manual_seed(0)
-    model = build(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
-    model.save_pretrained(folder / "source")
-    tokenizer.save_pretrained(folder / "source")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllm.jobs.finish.plot_run", lambda *_: None)
-        yield World(folder)
+    with world_of(folder, "train.jsonl", 300) as made:
+        yield made

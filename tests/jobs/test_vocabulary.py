@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import World, tiny_config
+from conftest import World, tiny_config, world_of
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
 from efficientllm.config import load_recipe
-from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.errors import UsageError
 from efficientllm.export.subject import subject_of
 from efficientllm.jobs.finish import result_line
@@ -59,14 +58,8 @@ def rare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             words = [chooser.choice(others) if chooser.random() < seldom else word for word in words]
             lines.append(json.dumps({"text": " ".join(words)}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    tokenizer = train_tokenizer([folder / "wide.jsonl"], 640, folder / "tokenizer")
-    torch.manual_seed(0)
-    model = build(tiny_config("llama-gqa", vocab_size=640, tie_word_embeddings=True))
-    model.save_pretrained(folder / "source")
-    tokenizer.save_pretrained(folder / "source")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllm.jobs.finish.plot_run", lambda *_: None)
-        yield World(folder)
+    with world_of(folder, "wide.jsonl", 640) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

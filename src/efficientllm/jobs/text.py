@@ -15,8 +15,6 @@ from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.gradient import next_tokens
 from efficientllm.training.run_plan import RunPlan
 
-BY_RECIPE = "prune.types has vocab, which"  # why text is encoded anew
-
 
 def read_text(
     plan: RunPlan, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
@@ -31,13 +29,17 @@ def read_text(
         raise UsageError(str(error)) from error
 
 
-def check_can_shed(tokenizer: PreTrainedTokenizerBase, training: Sequence[Corpus], why: str = BY_RECIPE) -> None:
+def check_can_shed(
+    tokenizer: PreTrainedTokenizerBase,
+    training: Sequence[Corpus],
+    why: str = "prune.types has vocab, which",
+    mend: str = "leave vocab out",
+) -> None:
     """Raises UsageError where no tokens could fall, or have: text is encoded anew when they do. why: it is asked."""
     Merges(tokenizer)
     for corpus in training:
         if corpus.content != "text":
             holds = {"chat": "conversations", "tokens": "tokens"}[corpus.content]
-            mend = "leave vocab out" if why == BY_RECIPE else "train on text"
             raise UsageError(f"{why} has text encoded anew, but '{corpus.name}' holds {holds}; {mend}")
 
 

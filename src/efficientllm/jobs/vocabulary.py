@@ -86,7 +86,8 @@ def without_others(job: Job, kept: Tensor, say: Callable[[str], None]) -> Job:
 
 def check_goes_on(job: Job) -> None:
     """Raises UsageError where tokens have fallen, perhaps by another recipe, and this one needs all of them."""
-    check_can_shed(job.tokenizer, job.training, "the run that this one goes on from has lost tokens, which")
+    why = "the run that this one goes on from has lost tokens, which"
+    check_can_shed(job.tokenizer, job.training, why, mend="train on text")
     if job.recipe.distill:
         raise UsageError(
             "the run that this one goes on from has lost tokens, and a teacher speaks another vocabulary: leave out "

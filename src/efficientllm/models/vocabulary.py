@@ -71,8 +71,8 @@ class Merges:
         seen[: len(counts)] = counts
         total = seen.sum() or 1.0
         uses = Counter(part for pairs in self.made.values() for pair in pairs for part in pair)
-        rows = len(counts)
-        leaves = [(seen[token], -token) for token in self.made if token < rows and self._may_fall(token, uses)]
+        free = {token for token in self.made if token < len(counts) and token not in self._held}
+        leaves = [(seen[token], -token) for token in free if not uses[token]]
         heapq.heapify(leaves)
         ids, costs = [*spare], [0.0] * len(spare)
         while leaves:
@@ -84,12 +84,9 @@ class Merges:
             bared = [part for pair in self.made[-negative] for part in pair]
             uses.subtract(bared)
             for part in sorted(set(bared)):
-                if part < rows and self._may_fall(part, uses):
+                if part in free and not uses[part]:
                     heapq.heappush(leaves, (seen[part], -part))
         return Falling(np.asarray(ids, np.int64), np.asarray(costs, np.float64))
-
-    def _may_fall(self, token: int, uses: Counter[int]) -> bool:
-        return token in self.made and token not in self._held and not uses[token]
 
 
 def _pair(merge: str | list[str]) -> list[str]:

@@ -34,7 +34,7 @@ class SolverOptions:
     """damping: lambda in mean squared norms of a token's kept inputs, E ||x_K||^2. As a share of the mean diagonal of
     X_K^T X_K that is damping |K| / tokens: a correction that has seen few tokens is a timid one. At 2, inputs of FFN,
     heads and stem of SmolLM2-135M are near their best on tokens not seen, whether 1 K, 4 K or 12 K were; a hundredth
-    of the diagonal is worse there than no correction at all, of FFN channels on 4 K (docs/results/correction.md).
+    of the diagonal is worse than no correction for the least active FFN channels on 4 K (docs/results/correction.md).
     tolerance: residual norm over that of the right-hand side at which a column has converged; a tight one buys nothing
     on tokens not seen. iterations: most that are tried.
     """

@@ -19,7 +19,7 @@ from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
 from efficientllm.pruning.dimensions import DIMENSIONS, EXPERT, LAYERS, of_type
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Event, Removal, Slice, Space
-from efficientllm.pruning.live import Live
+from efficientllm.pruning.live import Live, part_of
 from efficientllm.pruning.looks import Looks, scores_are_known
 from efficientllm.pruning.readers import Reader, losing_readers, reader_specs
 from efficientllm.pruning.schedule import Schedule
@@ -239,8 +239,7 @@ class PruningEngine:
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
         `space.widths`."""
-        masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
-        self.live = Live.saved(masks, self.space.widths)
+        self.live = Live.saved(part_of(tensors, LIVE), self.space.widths)
         self.events, self.milestone = facts["events"], facts["rung"]
         self.tokens = Tokens.of(tensors, facts)
         if scores_are_known(facts):

@@ -95,3 +95,8 @@ def mask_shapes(widths: Widths) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, dimension in DIMENSIONS.items():
         if dimension.width in counts:
             yield name, tuple(counts[DIMENSIONS[each].width] for each in dimension.chain)
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with a prefix (contract.PREFIXES), by their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -17,6 +17,7 @@ from efficientllm.pruning.contract import SCORES, Probe, PruneReport
 from efficientllm.pruning.criteria import Criterion
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import ParamSpec, Space
+from efficientllm.pruning.live import part_of
 from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import MovingAverage, all_finite, drawn_scores, unit_scores
 from efficientllm.pruning.shards import World
@@ -182,8 +183,5 @@ class Looks:
         """As PruningEngine.load_state, of scores that are known."""
         self.average.weight, self.average.scale = dict(facts["saliency_weight"]), dict(facts["saliency_scale"])
         self.fallen = dict(facts["fallen"])
-        self.average.sums = {
-            name.removeprefix(SCORES): total.to(self._device, copy=True)
-            for name, total in tensors.items()
-            if name.startswith(SCORES)
-        }
+        sums = part_of(tensors, SCORES)
+        self.average.sums = {name: total.to(self._device, copy=True) for name, total in sums.items()}

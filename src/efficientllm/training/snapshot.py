@@ -19,7 +19,7 @@ from efficientllm.pruning.dimensions import HIDDEN, LAYERS
 from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.live import Live
+from efficientllm.pruning.live import Live, part_of
 from efficientllm.pruning.shards import ALONE, World
 from efficientllm.pruning.surgery import choose_kept, cut_rows, cut_scores, cut_state
 from efficientllm.pruning.tokens import KEPT
@@ -85,12 +85,6 @@ def origin_of(space: Space) -> dict[str, Tensor]:
     return {LAYERS: torch.ones(space.widths.layers).bool(), HIDDEN: torch.ones(space.widths.hidden).bool()}
 
 
-def part_of(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:
-    """The pruner's tensors with one of PREFIXES, without it."""
-    tensors = snapshot.pruner_tensors
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _cut_origin(origin: Tensor, kept: Tensor) -> Tensor:
     """kept: those that stay, among those that there were."""
     return torch.zeros_like(origin).index_fill(0, origin.nonzero().flatten()[kept], True)
@@ -105,9 +99,7 @@ def check_masks(snapshot: Snapshot) -> None:
     """Raises ValueError where a run that prunes lacks masks of its model's units, as a version with another table of
     dimensions may have left it."""
     if snapshot.pruner_facts is not None:
-        tensors = snapshot.pruner_tensors
-        masks = {name.removeprefix(LIVE): mask for name, mask in tensors.items() if name.startswith(LIVE)}
-        Live.saved(masks, widths_of(config_of(snapshot)))
+        Live.saved(part_of(snapshot.pruner_tensors, LIVE), widths_of(config_of(snapshot)))
 
 
 def cut(
@@ -122,7 +114,7 @@ def cut(
     space = space_of(config_of(snapshot))
     if snapshot.pruner_facts is None:
         raise ValueError("only a run that prunes can be cut")
-    masks, scores, origin, tokens = (part_of(snapshot, prefix) for prefix in PREFIXES)
+    masks, scores, origin, tokens = (part_of(snapshot.pruner_tensors, prefix) for prefix in PREFIXES)
     if sum(map(len, (masks, scores, origin, tokens))) != len(snapshot.pruner_tensors):
         raise ValueError(f"a tensor of the pruner is none of {PREFIXES}, and would be lost")
     live = Live(masks)

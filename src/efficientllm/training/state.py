@@ -25,12 +25,13 @@ from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
+from efficientllm.pruning.live import part_of
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, load_moments, shaped_moments
-from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, origin_of, part_of, snapshot_of
+from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, origin_of, snapshot_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -140,7 +141,7 @@ def assemble(
             options=plan.options,
             reduction=ranks,
         )
-    origin = origin_of(space) if snapshot is None else part_of(snapshot, ORIGIN)
+    origin = origin_of(space) if snapshot is None else part_of(snapshot.pruner_tensors, ORIGIN)
     state = TrainState(model, optimizer, space, pruner, runner, ranks, origin=origin)
     if snapshot is not None:
         load_moments(optimizer, model, snapshot.moments)
