@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from conftest import tiny_model
 from efficientllm.models.parts import recompute
 from efficientllm.models.space import space_of
-from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.gates import GateSums, bounded
 from efficientllm.training.capture import watched_gates
 
 IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
@@ -138,6 +138,39 @@ def test_passes_may_overlap() -> None:
             loss.backward()
     for name, score in apart.scores().items():
         torch.testing.assert_close(together.scores()[name], score)
+
+
+def test_no_token_outweighs_the_rest() -> None:
+    """Of 240 tokens the two largest may be as large as the second; what is the rest's stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(240, 3, 2, generator=generator).double()
+    gradients[10], gradients[17], gradients[100:110] = 1e4 * gradients[10], 30.0 * gradients[17], 0.0
+    want = gradients.clone()
+    want[10] *= float(gradients[17].norm() / gradients[10].norm())
+    torch.testing.assert_close(bounded(gradients.float()), want.float())
+    torch.testing.assert_close(bounded(gradients[:199].float()), gradients[:199].float(), rtol=0, atol=0)
+    gradients[3] = float("nan")
+    assert not bounded(gradients).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3-moe-gqa"])
+def test_a_spike_of_a_single_token_moves_no_score(family: str) -> None:
+    """A token whose loss counts ten thousand times as much, as gradients at a text's first tokens can."""
+    model = tiny_model(family)
+    space = space_of(model.config)
+    rows = torch.randint(0, 61, (5, 60), generator=torch.Generator().manual_seed(2))
+    found = []
+    for weight in (1.0, 1e4):
+        gates, weights = GateSums(space, torch.device("cpu")), torch.ones(5, 59)
+        weights[2, 0] = weight
+        with watched_gates(model, space, gates) as watch:
+            with watch(0):
+                logits = model(input_ids=rows, use_cache=False).logits[:, :-1].transpose(1, 2)
+                losses = functional.cross_entropy(logits, rows[:, 1:], reduction="none")
+            (losses * weights).mean().backward()
+        found.append(gates.scores())
+    for name, scores in found[0].items():
+        assert float(found[1][name].sum() / scores.sum()) == pytest.approx(1.0, abs=0.25), name
 
 
 def assert_reference(scores: Mapping[str, Tensor], family: str) -> None:
