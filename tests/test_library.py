@@ -231,6 +231,11 @@ def test_bad_requests_get_one_sentence() -> None:
         Pruner(model, optimizer, target="40%", steps=5, saliency="magnitudes")
     with pytest.raises(ValueError, match="rotate belongs to a recipe"):
         Pruner(model, optimizer, target="40%", steps=5, rotate="auto")
+    # The callback says so before the Trainer has read anything.
+    with pytest.raises(ValueError, match=r"salience.*saliency"):
+        PruningCallback(target="40%", salience="magnitude")
+    with pytest.raises(ValueError, match="steps from the Trainer: leave it out, and set span"):
+        PruningCallback(target="40%", steps=5)
     pruner = Pruner(model, optimizer, target="40%", steps=5, **OPTIONS)
     with pytest.raises(ValueError, match="train a step first"):
         pruner._passes.measure()()
@@ -346,6 +351,11 @@ def test_a_bare_loop_goes_on_bit_for_bit(tmp_path: Path) -> None:
     train(again, other, resumed, steps[3:])
     assert resumed.widths == pruner.widths
     assert all(torch.equal(one, two) for one, two in zip(again.parameters(), model.parameters(), strict=True))
+    older = pruned | {"facts": {name: each for name, each in pruned["facts"].items() if name != "saliency_scale"}}
+    taken_anew = begun(1)[2]
+    with pytest.warns(UserWarning, match="an earlier version's scores are in another unit"):
+        taken_anew.load_state_dict(older)
+    assert not taken_anew.engine.looks.complete
     pruner.compact()
     with pytest.raises(ValueError, match=r"pruned with allocated .* not compacted"):
         begun(1)[2].load_state_dict(pruner.state_dict())
