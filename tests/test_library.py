@@ -225,6 +225,8 @@ def test_bad_requests_get_one_sentence() -> None:
         Pruner(model, optimizer, target="40%", steps=0)
     with pytest.raises(ValueError, match="aim higher"):
         Pruner(model, optimizer, target="10%", steps=5, floors={"hidden": 30})
+    with pytest.raises(ValueError, match=r"aim higher \(a share is written 40%\)"):
+        Pruner(model, optimizer, target=40, steps=5)
     with pytest.raises((ValueError, UsageError), match=r"salience.*saliency"):
         Pruner(model, optimizer, target="40%", steps=5, salience="magnitude")
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):

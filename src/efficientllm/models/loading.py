@@ -1,4 +1,4 @@
-"""Source models and tokenizers from a local folder, a GGUF file or the hub: no pickles, remote code only on request."""
+"""Source models and tokenizers from a local folder, a GGUF file or the hub: no pickles, no remote code."""
 
 from __future__ import annotations
 
