@@ -113,6 +113,10 @@ def load_corpora(
         corpora, largest_id = loader.load(source, None)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         validation.append(corpora[0])
+    seen = {corpus.key for corpus in train}
+    for corpus in validation if data.validation_sources else ():
+        if corpus.key in seen:
+            loader.say(f"{corpus.name} is both trained and validated on: its validation loss is of text that was seen")
     planes = max((corpus.planes for corpus in train), default=Planes.TOKENS)
     return [replace(corpus, planes=planes) for corpus in train], validation
 
@@ -129,7 +133,7 @@ class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
-        self._tokenizer, self._say, self._length = tokenizer, say, data.sequence_length
+        self._tokenizer, self.say, self._length = tokenizer, say, data.sequence_length
         self._workers, self._within = data.workers or _cores(), data.within_documents
         self._maker = Maker(tokenizer, self._length, self._workers, say)
         self._cache = cache_root(data.cache_dir) / "corpora"
@@ -143,10 +147,10 @@ class _Loader:
             parts = _parts_in(located, folder)
             if parts is None:
                 waiting = f"{located.name}: another process is tokenising it; waiting"
-                with locked(folder.with_suffix(".lock"), lambda: self._say(waiting)):
+                with locked(folder.with_suffix(".lock"), lambda: self.say(waiting)):
                     parts = _parts_in(located, folder) or self._make(located, folder, fraction)
         corpora = [self._corpus(located, folder, name, part) for name, part in parts.items()]
-        self._say(f"{located.name}: {said(located, list(parts.values()))}")
+        self.say(f"{located.name}: {said(located, list(parts.values()))}")
         return corpora, max(part.largest_id for part in parts.values())
 
     def _corpus(self, located: Located, folder: Path, name: str, part: Part) -> Corpus:
