@@ -218,6 +218,16 @@ def test_a_trainer_that_shards_in_another_way_is_refused(changes: dict[str, Any]
         callback.on_train_begin(SimpleNamespace(**plain), state, None, **given)
 
 
+def test_a_trainer_that_stops_early_says_what_is_left_undone() -> None:
+    model = tiny_model("llama-gqa").train()
+    callback: Any = PruningCallback(target="50%")
+    callback.pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="50%", steps=5, **OPTIONS)
+    with pytest.warns(
+        UserWarning, match=r"training ended at [\d,]+ parameters, above the target: events are left undone"
+    ):
+        callback.on_train_end(None, None, None)
+
+
 def test_bad_requests_get_one_sentence() -> None:
     model = tiny_model("llama-gqa").train()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from base64 import b64decode, b64encode
 from typing import Any, Literal
 
@@ -102,6 +103,12 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self.pruner.finished:
+            warnings.warn(
+                f"training ended at {self.pruner.parameters:,} parameters, above the target: events are left undone; "
+                "train longer, or lower span",
+                stacklevel=2,
+            )
         self.pruner.close()
 
 
