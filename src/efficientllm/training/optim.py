@@ -70,7 +70,8 @@ def optimizer_like(
 def learning_rate(tokens: float, train: TrainConfig) -> float:
     """Learning rate for the step that begins after `tokens` tokens.
 
-    Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
+    Linear warm-up from 1 / (warmup + 1) of the peak at the first token: where there is one, the first step hardly moves
+    a weight. Then "wsd": constant until the last `decay` of the run, which falls linearly to
     min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
     (arXiv 1608.03983); "constant".
     """
