@@ -241,6 +241,8 @@ def test_bad_requests_get_one_sentence() -> None:
         Pruner(model, optimizer, target="40%", steps=5, salience="magnitude")
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):
         Pruner(model, optimizer, target="40%", steps=5, saliency="magnitudes")
+    with pytest.raises(ValueError, match="the optimizer has none of the model's weights"):
+        Pruner(model, torch.optim.AdamW(tiny_model("llama-gqa").parameters()), target="40%", steps=5)
     with pytest.raises(ValueError, match="rotate belongs to a recipe"):
         Pruner(model, optimizer, target="40%", steps=5, rotate="auto")
     # The callback says so before the Trainer has read anything.

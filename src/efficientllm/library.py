@@ -36,7 +36,7 @@ from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import adopt, compaction_widths
 from efficientllm.training.looks import correction_tokens
-from efficientllm.training.optim import optimizer_like
+from efficientllm.training.optim import check_trains, optimizer_like
 from efficientllm.training.planning import decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
@@ -88,6 +88,7 @@ class Pruner:
             )
         space = space_of(model.config)
         check_space(space, model)
+        check_trains(optimizer, model)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         if steps < 1:
@@ -186,8 +187,8 @@ class Pruner:
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""
         widths = compaction_widths(self._state, self._plan) or self._state.space.widths
-        whole = capture(self._state)
-        return cut(whole if moments else replace(whole, moments={}), widths, self._plan.source)
+        captured = capture(self._state)
+        return cut(captured if moments else replace(captured, moments={}), widths, self._plan.source)
 
     def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
