@@ -218,6 +218,16 @@ def test_a_trainer_that_shards_in_another_way_is_refused(changes: dict[str, Any]
         callback.on_train_begin(SimpleNamespace(**plain), state, None, **given)
 
 
+def test_a_trainer_that_stops_early_says_what_is_left_undone() -> None:
+    model = tiny_model("llama-gqa").train()
+    callback: Any = PruningCallback(target="50%")
+    callback.pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="50%", steps=5, **OPTIONS)
+    with pytest.warns(
+        UserWarning, match=r"training ended at [\d,]+ parameters, above the target: events are left undone"
+    ):
+        callback.on_train_end(None, None, None)
+
+
 def test_bad_requests_get_one_sentence() -> None:
     model = tiny_model("llama-gqa").train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -225,12 +235,21 @@ def test_bad_requests_get_one_sentence() -> None:
         Pruner(model, optimizer, target="40%", steps=0)
     with pytest.raises(ValueError, match="aim higher"):
         Pruner(model, optimizer, target="10%", steps=5, floors={"hidden": 30})
+    with pytest.raises(ValueError, match=r"aim higher \(a share is written 40%\)"):
+        Pruner(model, optimizer, target=40, steps=5)
     with pytest.raises((ValueError, UsageError), match=r"salience.*saliency"):
         Pruner(model, optimizer, target="40%", steps=5, salience="magnitude")
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):
         Pruner(model, optimizer, target="40%", steps=5, saliency="magnitudes")
+    with pytest.raises(ValueError, match="the optimizer has none of the model's weights"):
+        Pruner(model, torch.optim.AdamW(tiny_model("llama-gqa").parameters()), target="40%", steps=5)
     with pytest.raises(ValueError, match="rotate belongs to a recipe"):
         Pruner(model, optimizer, target="40%", steps=5, rotate="auto")
+    # The callback says so before the Trainer has read anything.
+    with pytest.raises(ValueError, match=r"salience.*saliency"):
+        PruningCallback(target="40%", salience="magnitude")
+    with pytest.raises(ValueError, match="steps from the Trainer: leave it out, and set span"):
+        PruningCallback(target="40%", steps=5)
     pruner = Pruner(model, optimizer, target="40%", steps=5, **OPTIONS)
     with pytest.raises(ValueError, match="train a step first"):
         pruner._passes.measure()()
@@ -346,6 +365,11 @@ def test_a_bare_loop_goes_on_bit_for_bit(tmp_path: Path) -> None:
     train(again, other, resumed, steps[3:])
     assert resumed.widths == pruner.widths
     assert all(torch.equal(one, two) for one, two in zip(again.parameters(), model.parameters(), strict=True))
+    older = pruned | {"facts": {name: each for name, each in pruned["facts"].items() if name != "saliency_scale"}}
+    taken_anew = begun(1)[2]
+    with pytest.warns(UserWarning, match="an earlier version's scores are in another unit"):
+        taken_anew.load_state_dict(older)
+    assert not taken_anew.engine.looks.complete
     pruner.compact()
     with pytest.raises(ValueError, match=r"pruned with allocated .* not compacted"):
         begun(1)[2].load_state_dict(pruner.state_dict())

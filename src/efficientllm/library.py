@@ -9,6 +9,7 @@ optimizer.step(); pruner.step()          # zero the next groups when the schedul
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,24 +19,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.checkpoint.export import export_model
 from efficientllm.config import PruneConfig
 from efficientllm.config.fields import explain
-from efficientllm.distributed.layout import as_found
+from efficientllm.distributed.layout import as_found, unwrapped
 from efficientllm.models.space import check_space, space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.dimensions import DEFAULT_TYPES, VOCAB
 from efficientllm.pruning.engine import PruningEngine
+from efficientllm.pruning.looks import scores_are_known
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import is_sharded, whole
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import adopt, compaction_widths
 from efficientllm.training.looks import correction_tokens
-from efficientllm.training.optim import optimizer_like
+from efficientllm.training.optim import check_trains, optimizer_like
 from efficientllm.training.planning import decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
@@ -77,14 +78,9 @@ class Pruner:
         types: Sequence[str] = DEFAULT_TYPES,
         **prune: Any,
     ) -> None:
-        model = _unwrapped(model)
+        model = unwrapped(model)
         runner, ranks = as_found(model, process_group)
-        options = _options({"target": target, "types": list(types)} | prune)
-        foreign = sorted(RECIPE_ONLY & prune.keys()) or ([f"{VOCAB} in types"] if options.vocabulary else [])
-        if foreign:
-            raise ValueError(
-                f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"
-            )
+        options = options_of({"target": target, "types": list(types)} | prune)
         if (options.cost == "flops") != (sequence_length is not None):
             raise ValueError(
                 "Pruner takes sequence_length, the tokens of your rows, with cost 'flops', which counts at a length, "
@@ -92,6 +88,7 @@ class Pruner:
             )
         space = space_of(model.config)
         check_space(space, model)
+        check_trains(optimizer, model)
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ValueError("Pruner needs fp32 weights (bf16 by autocast): load the model with dtype=torch.float32")
         if steps < 1:
@@ -168,7 +165,8 @@ class Pruner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where another Pruner left off, asked for the same, on a model and an optimizer that have been
-        loaded already; any number of processes. Raises ValueError for a state that does not fit."""
+        loaded already; any number of processes. Raises ValueError for a state that does not fit; warns of one whose
+        scores an earlier version has taken, which are left out."""
         saved = {**state["asked"], **state["shape"]}
         for key, own in {**self._asked, **self.state_dict()["shape"]}.items():
             if saved.get(key, own) != own:  # of a key that is younger than the state nothing is known
@@ -176,6 +174,8 @@ class Pruner:
                     f"the state to go on from was pruned with {key} {saved[key]}, this Pruner has {own}; ask for "
                     "the same, on the model as it was before pruning, not compacted"
                 )
+        if not scores_are_known(state["facts"]):
+            warnings.warn("an earlier version's scores are in another unit: they are taken anew", stacklevel=2)
         self.engine.load_state(state["tensors"], state["facts"])
         self._state.step, self._observed = state["calls"], False
         self._passes.hold()
@@ -187,8 +187,8 @@ class Pruner:
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""
         widths = compaction_widths(self._state, self._plan) or self._state.space.widths
-        whole = capture(self._state)
-        return cut(whole if moments else replace(whole, moments={}), widths, self._plan.source)
+        captured = capture(self._state)
+        return cut(captured if moments else replace(captured, moments={}), widths, self._plan.source)
 
     def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
@@ -235,15 +235,15 @@ class Pruner:
             export_model(model, tokenizer, Path(folder), generation=copy.deepcopy(self.model.generation_config))
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
-    """The model within what DistributedDataParallel or torch.compile has made of it."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
-
-
-def _options(values: dict[str, Any]) -> PruneConfig:
+def options_of(values: Mapping[str, Any]) -> PruneConfig:
+    """The prune section that these keywords make. Raises UsageError or ValueError for what a loop cannot ask for."""
     try:
-        return PruneConfig.model_validate(values)
+        options = PruneConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
+    foreign = sorted(RECIPE_ONLY & values.keys()) or ([f"{VOCAB} in types"] if options.vocabulary else [])
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]} belongs to a recipe, which runs the loop itself; Pruner lives in yours: leave it out"
+        )
+    return options

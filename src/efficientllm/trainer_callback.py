@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from base64 import b64decode, b64encode
 from typing import Any, Literal
 
@@ -11,19 +12,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from efficientllm.config.sections import SPAN, SPAN_STEPS
-from efficientllm.library import Pruner
+from efficientllm.library import Pruner, options_of
+
+FROM_TRAINER = frozenset({"model", "optimizer", "steps", "process_group"})  # of Pruner's arguments
+NO_OPTIONS = frozenset({"start", "sequence_length", "loss_fn"})  # of Pruner's keywords; the others are prune keys
 
 
 class PruningCallback(TrainerCallback, ExportableState):
-    """Prunes the Trainer's model while it trains, over the first `span` (a share) of its steps; auto: 15 %, but no
-    fewer than 20 steps, as far as half of them allows (prune.end in a recipe).
+    """Prunes the Trainer's model while it trains, over `span` (a share) of its steps; auto: 15 %, but no fewer than 20
+    steps, as far as half of them allows. From the first step on, or `start`, a number of steps: a recipe waits for the
+    end of warm-up.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[callback := PruningCallback(target="40%")])
         trainer.train()
         callback.pruner.save_pretrained("compact")
 
-    Keywords as Pruner's. One process, or several by accelerate: copies (DDP) or FSDP2's shards. The Trainer clips
-    before the saliency is taken, which rescales all scores of a step alike; what is dead has no gradient by then.
+    Keywords as Pruner's, but what the Trainer says. One process, or several by accelerate: copies (DDP) or FSDP2's
+    shards. The Trainer clips before the saliency is taken, which rescales all scores of a step alike; what is dead has
+    no gradient by then.
     Tensors keep their size until save_pretrained: model, optimizer and scheduler that the Trainer has prepared cannot
     be replaced while it trains.
 
@@ -34,6 +40,12 @@ class PruningCallback(TrainerCallback, ExportableState):
     def __init__(self, *, target: Any, span: float | Literal["auto"] = "auto", **prune: Any) -> None:
         if span != "auto" and not (isinstance(span, float | int) and 0.0 < span <= 1.0):
             raise ValueError(f"span is {span}; it is the share of the training steps over which to prune, in (0, 1]")
+        theirs = sorted(FROM_TRAINER & prune.keys())
+        if theirs:
+            raise ValueError(
+                f"PruningCallback has {theirs[0]} from the Trainer: leave it out, and set span for the steps"
+            )
+        options_of({"target": target} | {key: value for key, value in prune.items() if key not in NO_OPTIONS})
         self._target, self._span, self._prune = target, span, prune
         self.pruner: Pruner
 
@@ -91,6 +103,12 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self.pruner.finished:
+            warnings.warn(
+                f"training ended at {self.pruner.parameters:,} parameters, above the target: events are left undone; "
+                "train longer, or lower span",
+                stacklevel=2,
+            )
         self.pruner.close()
 
 

@@ -53,7 +53,7 @@ def test_a_disk_that_is_slow_is_no_hung_rank(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process writes here
 def test_a_disk_that_fails_while_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
-    monkeypatch.setattr("efficientllm.checkpoint.sharded.facts", lambda file: refuse())
+    monkeypatch.setattr("efficientllm.checkpoint.sharded.size_and_crc", lambda file: refuse())
     monkeypatch.setattr(World, "gathered", lambda self, part: said.append(part) or [part])
     with pytest.raises(OSError, match="Input/output error"):
         write_shards(tmp_path, {"weight": torch.ones(2)}, ALONE)
@@ -74,10 +74,10 @@ def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path: Path, monk
     manifest = {"format": 1, "files": files, "config": {}, "pruner": None} | dict.fromkeys(COUNTS, 0)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "weights.safetensors").write_bytes(b"x")
-    monkeypatch.setattr(store, "facts", lambda file: refuse())
+    monkeypatch.setattr(store, "size_and_crc", lambda file: refuse())
     with pytest.raises(UsageError, match=r"cannot be read \(.*Input/output error\); mend the disk"):
         store.load(tmp_path)
-    monkeypatch.setattr(store, "facts", lambda file: files[file.name])
+    monkeypatch.setattr(store, "size_and_crc", lambda file: files[file.name])
     monkeypatch.setattr(store, "read_shards", lambda *_: refuse())
     with pytest.raises(UsageError, match=r"cannot be read \(.*Input/output error\); mend the disk"):
         store.load(tmp_path)

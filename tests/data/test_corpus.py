@@ -83,6 +83,15 @@ def test_who_only_validates_reads_nothing_else(tmp_path: Path, load: Any) -> Non
     assert (alone.key, tokens_in(alone)) == (beside.key, tokens_in(beside))
 
 
+def test_text_that_is_both_trained_and_validated_on_is_said(tmp_path: Path, load: Any) -> None:
+    lines: list[str] = []
+    same = str(write_jsonl(tmp_path / "same.jsonl"))
+    load(same, validation=[same, str(write_jsonl(tmp_path / "held.jsonl", STORIES[:9]))], say=lines.append)
+    assert [line for line in lines if line.endswith("seen")] == [
+        f"{same} is both trained and validated on: its validation loss is of text that was seen"
+    ]
+
+
 def test_take_reads_any_rows_in_any_order(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_WRITE_TOKENS", 5 * LENGTH)  # many chunks in the file
     (train,), _ = load(write_jsonl(tmp_path / "a.jsonl"))

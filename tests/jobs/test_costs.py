@@ -202,18 +202,18 @@ def notes(world: World, name: str, **prune: object) -> tuple[str, ...]:
 
 
 def test_types_that_stay_out_are_named(world: World) -> None:
-    (note, shapes) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=FLOORS)
+    (note, shapes) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=None)
     assert (
         note
         == "prune.cost kv-cache does not count attention_query, ffn, stem: the result keeps the source's width there"
     )
     assert shapes == "at 58 bytes of KV cache per token: one shape is feasible, of 48 bytes of KV cache per token"
-    assert notes(world, "in", target={"hidden": 30}, floors=FLOORS) == ()
+    assert notes(world, "in", target={"hidden": 30}, floors={"hidden": 8}) == ()
 
 
 def test_a_run_says_how_much_is_left_to_choose(world: World) -> None:
     """An FFN alone in steps of 20: 52, 40, 20 channels, of which one is maximal; with the stem there is a choice."""
-    (said,) = notes(world, "ffn", target="85%", types=["ffn"], floors=FLOORS, align=20)
+    (said,) = notes(world, "ffn", target="85%", types=["ffn"], floors={"intermediate": 8}, align=20)
     assert said == "at 25,874 parameters: one shape is feasible, of 22,760 parameters"
     (said,) = notes(world, "stem", target="85%", types=["ffn", "stem"], floors=FLOORS, align=4)
     assert said == "at 25,874 parameters: 3 shapes are feasible, of 24,352 to 25,668 parameters"

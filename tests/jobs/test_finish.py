@@ -49,3 +49,16 @@ def test_a_picture_or_page_that_fails_leaves_a_finished_run(
     assert not (folder / "run.png").exists()
     assert "run.png could not be drawn (no room for a legend)" in said
     assert "the report could not be written (no room for a legend)" in said
+
+
+def test_the_peak_of_memory_is_that_of_all_processes_that_a_run_has_had(world: World) -> None:
+    """A run that was killed after its widest steps has shown most of it to a process that is gone."""
+    recipe, folder = world.write("peaked", train={"tokens": 1024}), world.folder / "runs" / "peaked"
+    assert call("prune", recipe) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["peak_memory_bytes"] > 10e6 for line in lines)
+    lines[0]["peak_memory_bytes"] = 1 << 60
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (folder / "summary.json").unlink()
+    assert call("prune", recipe) == 0
+    assert json.loads((folder / "summary.json").read_text())["peak_memory_bytes"] == 1 << 60

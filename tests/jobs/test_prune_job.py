@@ -122,7 +122,7 @@ def test_killed_and_resumed_is_bitwise_the_same(world: World, finished: Path) ->
     assert list((folder / "checkpoints").glob(".partial-step-00000016*"))
     assert call("prune", recipe) == 0
     assert same_weights(folder, finished)
-    timing = ("seconds", "tokens_per_second")
+    timing = ("seconds", "tokens_per_second", "peak_memory_bytes")
     for name in ("metrics", "events", "compactions"):
         records = [read_journal(each / f"{name}.jsonl") for each in (folder, finished)]
         for record in records[0] + records[1]:

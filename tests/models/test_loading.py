@@ -49,6 +49,19 @@ def test_a_broken_configuration_is_one_sentence(broken: Path, reason: str, capsy
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_wrong_path_of_two_parts_is_not_blamed_on_the_hub_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the form of a hub id, of which the hub says what it says."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("efficientllm.models.loading.AutoConfig.from_pretrained", fail)
+    with pytest.raises(
+        UsageError, match=r"'models/nowhere': We couldn't connect; there is no folder of that name here"
+    ):
+        load_config("models/nowhere")
+
+
 def test_what_cannot_be_read_is_called_what_the_user_called_it(tmp_path: Path) -> None:
     for load in (load_config, load_model, load_tokenizer):
         with pytest.raises(UsageError, match=r"teacher '\./not/there' is neither a folder nor a hub id"):

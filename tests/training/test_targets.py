@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_config
-from efficientllm.config import PruneConfig
+from efficientllm.config import PruneConfig, Recipe
 from efficientllm.models.flops import FlopsPerToken
 from efficientllm.models.space import space_of
 from efficientllm.pruning.costs import Params
@@ -18,7 +18,8 @@ from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.shapes import Floors, proportional_widths
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.planning import options_and_milestones
+from efficientllm.training.advisories import advisories_of
+from efficientllm.training.planning import options_and_milestones, pruning_plan
 from efficientllm.training.targets import alignment_of, floors_of
 
 
@@ -99,3 +100,26 @@ def test_default_floors_put_no_target_out_of_reach(
 def test_a_floor_above_the_source_is_refused(floor: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         options_and_milestones(section(target="40%", floors=floor), space_with(Widths(2, 96, 24, 6, 200)))
+
+
+@pytest.mark.parametrize(
+    ("prune", "idle"),
+    [
+        ({"target": "85%", "types": ["ffn"]}, "hidden"),
+        ({"target": {"kv_cache": "60%"}, "cost": "kv-cache"}, "hidden, prune.floors.intermediate"),
+        ({"target": {"hidden": 30}}, "intermediate"),
+        ({"target": "60%"}, None),
+    ],
+)
+def test_floors_without_effect_are_named(prune: dict[str, Any], idle: str | None) -> None:
+    """Of a type that is left out, that the cost leaves out, and of what a target in widths leaves as it is."""
+    asked = prune | {"floors": {"layers": 1, "hidden": 8, "intermediate": 8}}
+    run = {
+        "data": {"train": "a.txt", "sequence_length": 32},
+        "train": {"tokens": "20K", "lr": 1e-3},
+        "run": {"dir": "r"},
+    }
+    recipe = Recipe.model_validate({"source": "a/b", "prune": asked} | run)
+    said = [line for line in advisories_of(recipe, pruning_plan(recipe, tiny_config("llama-gqa"))) if "floors" in line]
+    names = f"prune.floors.{idle}; leave them out"
+    assert said == ([f"without effect, since nothing that may fall narrows these widths: {names}"] if idle else [])

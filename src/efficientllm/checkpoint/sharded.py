@@ -35,16 +35,16 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: World) -> d
             dcp.save(dict(tensors), storage_writer=writer)
         except CheckpointException as error:
             raise OSError(_cause(error)) from error
-    parts = agreed(ranks, lambda: _look(folder, ranks))
+    parts = agreed(ranks, lambda: _written(folder, ranks))
     if any(names != parts[0][0] for names, _ in parts):
         raise OSError("the processes do not see the same files: the run folder must lie on a disk that all nodes share")
     return {name: each for _, part in parts for name, each in part.items()}
 
 
-def _look(folder: Path, ranks: World) -> tuple[list[str], dict[str, Any]]:
-    """Names of all files, and facts of this process's share of them."""
+def _written(folder: Path, ranks: World) -> tuple[list[str], dict[str, Any]]:
+    """Names of all files; size and CRC of this process's share of them."""
     files = sorted(folder.glob("*.safetensors"))
-    return [file.name for file in files], {file.name: facts(file) for file in files[ranks.rank :: ranks.world]}
+    return [file.name for file in files], {file.name: size_and_crc(file) for file in files[ranks.rank :: ranks.world]}
 
 
 def agreed(ranks: World, do: Callable[[], T]) -> list[T]:
@@ -104,8 +104,8 @@ def _cause(error: CheckpointException) -> str:
     return f"rank {rank}: {cause}"
 
 
-def facts(file: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file."""
+def size_and_crc(file: Path) -> dict[str, int]:
+    """Size in bytes and CRC-32 of a file, as a manifest has them."""
     value = 0
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficientllm import __version__
-from efficientllm.checkpoint.sharded import facts, read_shards, write_shards
+from efficientllm.checkpoint.sharded import read_shards, size_and_crc, write_shards
 from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import PARTIAL, atomic_path
@@ -91,7 +91,7 @@ def _write_files(partial: Path, snapshot: Snapshot) -> dict[str, Any]:
     for name, content in tensors.items():
         file = partial / f"{name}.safetensors"
         save_file({key: value.contiguous() for key, value in content.items()}, file)
-        files[file.name] = facts(file)
+        files[file.name] = size_and_crc(file)
     return files
 
 
@@ -158,7 +158,7 @@ def _check_files(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) 
     for name in names:
         file, known = path / name, manifest["files"][name]
         with _reading(path):
-            whole = file.is_file() and file.stat().st_size == known["bytes"] and facts(file) == known
+            whole = file.is_file() and file.stat().st_size == known["bytes"] and size_and_crc(file) == known
         if not whole:
             raise UsageError(
                 f"checkpoint {path} is damaged ({name} is not as it was written); delete that folder, and the "

@@ -113,6 +113,10 @@ def load_corpora(
         corpora, largest_id = loader.load(source, None)
         _check_ids(largest_id, corpora[0].name, vocab_size)
         validation.append(corpora[0])
+    seen = {corpus.key for corpus in train}
+    for corpus in validation if data.validation_sources else ():
+        if corpus.key in seen:
+            loader.say(f"{corpus.name} is both trained and validated on: its validation loss is of text that was seen")
     planes = max((corpus.planes for corpus in train), default=Planes.TOKENS)
     return [replace(corpus, planes=planes) for corpus in train], validation
 
@@ -129,7 +133,7 @@ class _Loader:
     """Loads sources one by one: from the cache, or by making what is missing there."""
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
-        self._tokenizer, self._say, self._length = tokenizer, say, data.sequence_length
+        self._tokenizer, self.say, self._length = tokenizer, say, data.sequence_length
         self._workers, self._within = data.workers or _cores(), data.within_documents
         self._maker = Maker(tokenizer, self._length, self._workers, say)
         self._cache = cache_root(data.cache_dir) / "corpora"
@@ -140,13 +144,13 @@ class _Loader:
         located = resolved(locate(source))
         with plain_errors(located.name, self._cache):
             folder = self._cache / self._key(located, fraction)
-            parts = _facts(located, folder)
+            parts = _parts_in(located, folder)
             if parts is None:
                 waiting = f"{located.name}: another process is tokenising it; waiting"
-                with locked(folder.with_suffix(".lock"), lambda: self._say(waiting)):
-                    parts = _facts(located, folder) or self._make(located, folder, fraction)
+                with locked(folder.with_suffix(".lock"), lambda: self.say(waiting)):
+                    parts = _parts_in(located, folder) or self._make(located, folder, fraction)
         corpora = [self._corpus(located, folder, name, part) for name, part in parts.items()]
-        self._say(f"{located.name}: {said(located, list(parts.values()))}")
+        self.say(f"{located.name}: {said(located, list(parts.values()))}")
         return corpora, max(part.largest_id for part in parts.values())
 
     def _corpus(self, located: Located, folder: Path, name: str, part: Part) -> Corpus:
@@ -188,7 +192,7 @@ class _Loader:
     def _make(self, located: Located, folder: Path, fraction: float | None) -> dict[str, Part]:
         """Makes the cache folder of a source and returns what is in it."""
         # One that is whole has been made by another machine meanwhile, with the same content, and may be in use.
-        with atomic_path(folder, alone=False, keep=lambda there: _facts(located, there) is not None) as done:
+        with atomic_path(folder, alone=False, keep=lambda there: _parts_in(located, there) is not None) as done:
             parts = self._maker.make(located, done, fraction)
             if located.kind != "hub" and self._key(located, fraction) != folder.name:
                 raise UsageError(f"'{located.name}' changed while it was read; run again once it is complete")
@@ -209,10 +213,10 @@ def said(located: Located, parts: Sequence[Part]) -> str:
     return line
 
 
-def _facts(located: Located, folder: Path) -> dict[str, Part] | None:
+def _parts_in(located: Located, folder: Path) -> dict[str, Part] | None:
     """What a cache folder holds; None if it is not there or not whole."""
     try:
-        parts = {name: Part(**facts) for name, facts in json.loads((folder / "parts.json").read_text()).items()}
+        parts = {name: Part(**part) for name, part in json.loads((folder / "parts.json").read_text()).items()}
         whole = all(file_of(located, folder, name).stat().st_size == part.file_bytes for name, part in parts.items())
     except (OSError, ValueError, TypeError):
         return None

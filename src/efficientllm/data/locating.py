@@ -115,7 +115,9 @@ def _locate_folder(folder: Path, source: DataSource) -> Located:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind_of(path)]
     visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
-        raise UsageError(f"the folder '{source.place}' holds no data file ({', '.join(_KINDS)}); mend the path")
+        raise UsageError(
+            f"the folder '{source.place}' holds no data file ({', '.join(_KINDS)}); mend the path, or convert it"
+        )
     return _locate_files(visible, source)
 
 
@@ -125,7 +127,9 @@ def _locate_files(files: Sequence[Path], source: DataSource) -> Located:
         kind = _kind_of(file)
         if kind is None:
             endings = ", ".join([*_KINDS, ".jsonl.gz", ".jsonl.zst"])
-            raise UsageError(f"'{file}' does not end like a data file ({endings}); rename it, or narrow the path")
+            raise UsageError(
+                f"'{file}' does not end like a data file ({endings}); convert or rename it, or narrow the path"
+            )
         kinds.setdefault(kind, file)
     if len(kinds) > 1:
         raise UsageError(

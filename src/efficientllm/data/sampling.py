@@ -23,7 +23,9 @@ _WORD = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
+    """What gives rows by their number: a corpus."""
+
     def __len__(self) -> int: ...
 
     def take(self, indices: Sequence[int]) -> Tensor:
@@ -114,7 +116,7 @@ class BatchStream:
     BLOCK samples holds the exact quota of each source.
     """
 
-    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], batch_rows: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], batch_rows: int, seed: int) -> None:
         """weights: relative, one per source. Raises ValueError, with the mend, for an input that cannot be sampled."""
         if len(weights) != len(sources):
             raise ValueError(f"{len(sources)} sources but {len(weights)} weights: give one weight per source")

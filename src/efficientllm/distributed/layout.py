@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from efficientllm.distributed.ranks import ALONE, DEADLINE, Ranks, World
 from efficientllm.errors import UsageError
@@ -163,6 +164,13 @@ class Gathered:
 
     def last(self, is_last: bool) -> None:
         """Somebody else's loop says when gradients are summed."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model within what DistributedDataParallel or torch.compile has made of it."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def as_found(model: nn.Module, group: Any) -> tuple[Runner, World]:

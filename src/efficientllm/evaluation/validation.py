@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from efficientllm.data.sampling import RowSource
 from efficientllm.distributed.layout import Runner
 from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.training.gradient import Forward, Precision, mean_loss, summed_loss
-
-
-class Rows(Protocol):
-    def __len__(self) -> int: ...
-
-    def take(self, indices: Sequence[int]) -> Tensor: ...
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -26,7 +20,7 @@ def spread(length: int, count: int) -> list[int]:
     return [index * length // count for index in range(count)]
 
 
-def chosen_rows(corpora: Sequence[Rows], limit: int | None) -> list[list[int]]:
+def chosen_rows(corpora: Sequence[RowSource], limit: int | None) -> list[list[int]]:
     """Rows of each corpus to validate on: all, or about `limit` in all, shared out by length and spread evenly."""
     total = sum(len(corpus) for corpus in corpora)
     if limit is None or limit >= total:
@@ -36,7 +30,7 @@ def chosen_rows(corpora: Sequence[Rows], limit: int | None) -> list[list[int]]:
 
 def validation_loss(
     model: Forward,
-    corpora: Sequence[Rows],
+    corpora: Sequence[RowSource],
     *,
     micro_batch: int,
     limit: int | None,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +17,10 @@ from efficientllm.checkpoint.export import export_model
 from efficientllm.config import dump_recipe
 from efficientllm.files import write_json
 from efficientllm.jobs.job import Job
+from efficientllm.jobs.records import peak_memory
 from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
-from efficientllm.models.process_memory import peak_resident
 from efficientllm.models.vocabulary import renumbered
 from efficientllm.pruning.shapes import fitted
 from efficientllm.reporting.journal import read_journal, without_nonfinite
@@ -135,24 +133,13 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "events": len(read_journal(job.folder.events.path)),
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),
-        "peak_memory_bytes": peak_memory(job.device),
+        # Of all processes that the run has had: after the widest steps it may have been resumed.
+        "peak_memory_bytes": max(peak_memory(job.device), *(line.get("peak_memory_bytes", 0) for line in metrics)),
         "efficientllm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "recipe": dump_recipe(job.recipe),
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far (a resumed run's last one): of the GPU's memory where it trains
-    there, else of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = peak_resident()
-    if peak is not None:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def result_line(summary: dict[str, Any]) -> str:

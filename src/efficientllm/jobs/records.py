@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from efficientllm.models.process_memory import peak_resident
 from efficientllm.pruning.contract import AppliedEvent
 from efficientllm.training.loop import Compaction, StepRecord
 from efficientllm.training.state import TrainState
@@ -15,7 +20,7 @@ def metrics_record(
     state: TrainState, record: StepRecord, tokens: int, seconds: float, validation: float | None
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. Losses in nats per token; tokens and seconds are those since the line before; flops,
-    in all and by part (pruning/ledger.py), are those since the run began."""
+    in all and by part (pruning/ledger.py), are those since the run began. peak_memory_bytes: of this process."""
     line: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
@@ -26,6 +31,7 @@ def metrics_record(
         "allocated_parameters": state.allocated_parameters,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
+        "peak_memory_bytes": peak_memory(state.device),
         "refresh_tokens": state.refresh_tokens,
         "flops": state.flops.total,
         "flops_by_part": asdict(state.flops),
@@ -43,6 +49,17 @@ def metrics_record(
     if validation is not None:
         line["validation_loss"] = validation
     return line
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the GPU's memory where it trains there, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = peak_resident()
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """The folder of a run: what lies where, who may write there, and whether a recipe belongs to it.
 
-config.yaml        the resolved recipe           metrics.jsonl      one record a step
-source.json        facts of the source           events.jsonl       one record a pruning event
-checkpoints/       snapshots to resume from      compactions.jsonl  one record a change of shape
+config.yaml        the resolved recipe           metrics.jsonl      a record a step, or 10,000 spread over the run
+source.json        what the source is            events.jsonl       a record a pruning event
+checkpoints/       snapshots to resume from      compactions.jsonl  a record a change of shape
+ladder/SIZE/       a snapshot and its model      tensorboard/ ...   what trackers write
 model/             the result                    summary.json       what came of it; its presence means finished
+
+run.png, report.html, report/ and samples.json are made of these afterwards, and may be made anew.
 """
 
 from __future__ import annotations

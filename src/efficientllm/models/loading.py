@@ -1,4 +1,4 @@
-"""Source models and tokenizers from a local folder, a GGUF file or the hub: no pickles, remote code only on request."""
+"""Source models and tokenizers from a local folder, a GGUF file or the hub: no pickles, no remote code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def load_config(source: str, *, what: str = "source", use: str = "pruned") -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its validators raise types of their own, and compute with what they have not checked
-        raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}") from error
+        here = "" if Path(folder).is_dir() else "; there is no folder of that name here"  # a path like a hub id
+        raise UsageError(f"cannot read the configuration of {what} '{source}': {reason_of(error)}{here}") from error
     space_of(config, use)
     return config
 

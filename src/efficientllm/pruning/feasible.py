@@ -139,9 +139,10 @@ class FeasibleShapes:
                 f"the target of {amount(target)} {unit} is not below the source's {amount(source)}; aim lower"
             )
         if target < least:
+            share = f" (a share is written {target}%)" if isinstance(target, int) and target < 100 else ""
             raise ValueError(
                 f"the target of {amount(target)} {unit} is below {amount(least)}, the least that the floors and the "
-                "pruning types allow; aim higher, lower prune.floors or add types"
+                f"pruning types allow; aim higher{share}, lower prune.floors or prune.align, or add types"
             )
         low, high = torch.zeros_like(grid[0]), torch.full_like(grid[0], len(ffn))
         while bool((low < high).any()):

@@ -75,7 +75,7 @@ class Live:
         return units.repeat_interleave(head_dim) if dimension.per_head else units
 
     def remove(self, event: Removal) -> None:
-        """Marks the units of a cut as dead. Raises ValueError if one of them was dead before."""
+        """Marks the units of a removal as dead. Raises ValueError if one of them was dead before."""
         units = self.units(event.type)
         rows = (event.units >= 0).nonzero().flatten()
         taken = event.units[rows]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-# The share of the way from source to final size that is still to go after a fraction x of the span.
+# The share of the way from source to final size that is still to go after a fraction x of the span; beside them there
+# is "exponential", below. A recipe knows all of them by name (config/prune.py: curve).
 CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cubic": lambda x: (1.0 - x) ** 3,  # gradual magnitude pruning, arXiv 1710.01878, eq. 1

@@ -14,7 +14,7 @@ from efficientllm.pruning.feasible import amount
 from efficientllm.pruning.groups import MULTIPLE
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
 from efficientllm.training.state import PruningPlan
-from efficientllm.training.targets import types_asked
+from efficientllm.training.targets import idle_floors, types_asked
 
 
 def advisories_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
@@ -22,8 +22,8 @@ def advisories_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     if recipe.prune is None or plan is None:
         return ()
     prune = recipe.prune
-    said = (_latency(prune), _types(prune, plan), _source(plan), _rotation(prune, plan), _shapes(prune, plan))
-    return (*(line for each in said for line in each), *_pace(recipe, plan))
+    said = (_latency(prune), _types(prune, plan), _floors(prune, plan), _source(plan), _rotation(prune, plan))
+    return (*(line for each in (*said, _shapes(prune, plan)) for line in each), *_pace(recipe, plan))
 
 
 def _rotation(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
@@ -47,6 +47,16 @@ def _types(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
         yield f"prune.cost {prune.cost} does not count {', '.join(out)}: the result keeps the source's width there"
     for why, names in groupby(plan.feasible.space.fixed.items(), key=lambda each: each[1]):
         yield f"{', '.join(name for name, _ in names)} cannot fall: {why}"
+
+
+def _floors(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:
+    """Floors of widths that keep the source's anyway."""
+    source, falling = plan.feasible.space.widths, plan.options.types
+    if isinstance(prune.target, WidthTarget):
+        falling = tuple(name for name in falling if plan.feasible.least(name) < source.count(name))
+    idle = idle_floors(prune, plan.feasible.space, falling)
+    if idle:
+        yield f"without effect, since nothing that may fall narrows these widths: {', '.join(idle)}; leave them out"
 
 
 def _source(plan: PruningPlan) -> Iterator[str]:

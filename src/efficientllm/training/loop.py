@@ -94,7 +94,7 @@ def train_steps(
         prunes = healthy and plan is not None and not plan.at_rest
         if prunes and state.pruner and not state.pruner.finished:
             state.pruner.looks.observe()
-        lr = _take(state, train, step.tokens, norm if healthy else None)
+        lr = _update_weights(state, train, step.tokens, norm if healthy else None)
         if prunes:
             pruned = _prune(state, train, plan, step, shedding)
         report, compaction = pruned or (None, None)
@@ -119,7 +119,7 @@ def _prune(
     return report, _compact_if_due(state, train, plan, exactly=report.milestone is not None)
 
 
-def _take(state: TrainState, train: TrainConfig, tokens: int, norm: float | None) -> float:
+def _update_weights(state: TrainState, train: TrainConfig, tokens: int, norm: float | None) -> float:
     """The optimizer's step with the gradient of so many tokens, and its learning rate. The weights stay as they are
     where the gradient is not finite (norm None)."""
     lr = learning_rate(state.tokens, train)

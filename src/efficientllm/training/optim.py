@@ -25,6 +25,16 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=EPS, fused=True)
 
 
+def check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises ValueError for an optimizer of other weights: the moments of what falls would be looked for there in vain,
+    and bring it back to life."""
+    own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if not any(id(weight) in own for weight in model.parameters()):
+        raise ValueError(
+            "the optimizer has none of the model's weights; build it on model.parameters() as they are now"
+        )
+
+
 def shaped_moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> Mapping[str, Tensor]:
     """Optimizer state tensors that have the weight's shape, by key; empty before its first update."""
     state: Mapping[str, Any] = optimizer.state.get(weight, {})
@@ -70,7 +80,8 @@ def optimizer_like(
 def learning_rate(tokens: float, train: TrainConfig) -> float:
     """Learning rate for the step that begins after `tokens` tokens.
 
-    Linear warm-up, then "wsd": constant until the last `decay` of the run, which falls linearly to
+    Linear warm-up from 1 / (warmup + 1) of the peak at the first token: where there is one, the first step hardly moves
+    a weight. Then "wsd": constant until the last `decay` of the run, which falls linearly to
     min_lr * lr (arXiv 2404.06395); "cosine": half a cosine from the end of warm-up to min_lr * lr
     (arXiv 1608.03983); "constant".
     """

@@ -25,7 +25,8 @@ from efficientllm.pruning.surgery import choose_kept, cut_rows, cut_scores, cut_
 from efficientllm.pruning.tokens import KEPT
 from efficientllm.pruning.widths import Widths
 
-# What a run counts; Snapshot and TrainState have a field of each name.
+# What a run counts; Snapshot and TrainState have a field of each name. One that is added needs a value in EARLIER
+# (checkpoint/store.py), without which checkpoints of earlier versions would be taken for damaged ones.
 COUNTS = ("step", "tokens", "refresh_tokens", "flops", "skipped_steps", "skipped_in_a_row")
 UNKNOWN_FLOPS = dict.fromkeys((part.name for part in fields(Ledger)), math.nan)
 

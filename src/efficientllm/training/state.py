@@ -149,7 +149,7 @@ def assemble(
             pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
         for name in COUNTS:
             setattr(state, name, getattr(snapshot, name))
-        state.flops = Ledger(**snapshot.flops)
+        state.flops = Ledger(**snapshot.flops)  # which a snapshot, made of JSON values, has as a dict
     return state
 
 

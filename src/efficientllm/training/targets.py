@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -118,6 +119,13 @@ def floors_of(prune: PruneConfig, space: Space, cost: Cost) -> Floors:
 def section_of(floors: Floors, source: Widths) -> FloorsConfig:
     """Floors as a recipe names them, of the widths that the source has."""
     return FloorsConfig(**{_KEYS.get(width, width): getattr(floors, width) for width in source.counts()})
+
+
+def idle_floors(prune: PruneConfig, space: Space, falling: Collection[str]) -> list[str]:
+    """Floors that the recipe names, more than every source keeps, of widths that none of the falling types narrows."""
+    of_width = {of_type(name).width: name for name in space.widths.types()}
+    named = {width: of_width[width] for width, floor in _asked(prune, space.widths).items() if floor > 1}
+    return [f"prune.floors.{_KEYS.get(width, width)}" for width, name in named.items() if name not in falling]
 
 
 def _asked(prune: PruneConfig, source: Widths) -> dict[str, int]:
