@@ -38,7 +38,7 @@ ALLOWED = {
         "errors", "files", "sizes", "config", "models", "pruning", "training", "evaluation", "planning", "jobs",
         "reporting", "",
     },
-    "benching": {"errors", "models", "export", "pruning"},
+    "benching": {"errors", "models", "export", "pruning", "reporting"},
     "demo": {"errors", "files", "sizes", "config", "models", "checkpoint", "jobs", "reporting"},
     "library": {"config", "models", "pruning", "distributed", "training", "checkpoint"},
     "trainer_callback": {"config", "library"},

@@ -1,15 +1,16 @@
-"""Ratios take out what both sides suffer; every model gets every place in the order; energy is not invented."""
+"""Ratios take out what both sides suffer; every model gets every place in the order; a phase is timed alone."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efficientllm.benching.process import turn
-from efficientllm.benching.results import energy_per_token, ratios, spread
+from efficientllm.benching.process import measure, turn
+from efficientllm.benching.results import ratios, spread
 
 SECONDS = st.floats(1e-4, 1e3)
 
@@ -44,7 +45,26 @@ def test_each_model_has_each_place_once(models: int, start: int) -> None:
         assert sorted(each) == list(range(models))
 
 
-def test_energy_per_token() -> None:
-    assert energy_per_token([1.0, 3.0], 8) == 0.25
-    assert energy_per_token([None, None], 8) is None
-    assert energy_per_token([0.0, 0.0], 8) is None  # the counter never moved
+def test_the_clock_stands_around_each_phase() -> None:
+    """Making ready and cleaning up count for nothing, even where a phase fails."""
+
+    class Machine:
+        now, ended = 0.0, 0
+
+        def run(self, batch: int) -> Iterator[None]:
+            try:
+                self.now += 100
+                yield
+                self.now += 2
+                yield
+                self.now += 12 / batch
+                yield
+                self.now += 100
+            finally:
+                self.ended += 1
+
+    machine = Machine()
+    assert measure(machine, 1, lambda: machine.now) == {"prefill_seconds": 2.0, "decode_seconds": 12.0}
+    with pytest.raises(ZeroDivisionError):
+        measure(machine, 0)
+    assert machine.ended == 2

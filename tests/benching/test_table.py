@@ -62,11 +62,12 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPa
     grid = grid_of(CONFIG)
     order: list[int] = []
 
-    def shown(turns: list[int]) -> AbstractContextManager[list[int]]:
+    def tracked(description: str, turns: list[int]) -> AbstractContextManager[list[int]]:
         order.extend(turns)
         return nullcontext(turns)
 
-    content = measure_table(CONFIG, SETTINGS, grid, held_out_shapes(CONFIG, grid, 5), shown)
+    monkeypatch.setattr(table, "tracked", tracked)
+    content = measure_table(CONFIG, SETTINGS, grid, held_out_shapes(CONFIG, grid, 5))
     measured = math.prod(map(len, grid)) + 5
     assert sorted(order) == sorted(3 * list(range(measured)))
     assert order[::measured] == [0, measured // 3, measured * 2 // 3]  # each repeat begins with another shape

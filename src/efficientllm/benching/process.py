@@ -7,26 +7,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 import torch
 import transformers
 
-from efficientllm.benching.energy import Joules, counter_for
 from efficientllm.benching.settings import Settings
 from efficientllm.benching.subjects import BenchModel
 from efficientllm.errors import UsageError
 from efficientllm.models.process_memory import memory_in_a_sentence, peak_resident, resident
+from efficientllm.reporting.progress import tracked
 
 WARM_UPS = 1  # runs of each batch before the first that counts
 FULL = "does not fit in the memory of the device"
-Shown = Callable[[list[Any]], AbstractContextManager[Iterable[Any]]]  # gives what it is given, with a bar over it
-Timing = dict[str, Any]  # seconds of the prompt and of all decode steps, and joules, None where not counted
+Timing = dict[str, float]  # prefill_seconds of the prompts, decode_seconds of all decode steps
 
 
 def turn(models: int, repeat: int) -> list[int]:
@@ -34,24 +33,15 @@ def turn(models: int, repeat: int) -> list[int]:
     return [(repeat + offset) % models for offset in range(models)]
 
 
-def measure(
-    backend: Any, batch: int, joules: Joules | None = None, clock: Callable[[], float] = time.perf_counter
-) -> Timing:
-    """One run with its clock and its energy counter around each phase. clock: seconds; no counter is read on it.
+def measure(backend: Any, batch: int, clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """One run. clock: seconds.
 
     backend: its `run(batch)` yields thrice, the device having finished: the prompts when they are ready, the first
     token of each sequence after the prefill, the last ones after all decode steps. An end of text does not end a run.
     """
-    sample: Timing = {}
     gc.collect()
-    with closing(backend.run(batch)) as run:
-        next(run)
-        for phase in ("prefill", "decode"):
-            used, begun = joules and joules(), clock()
-            next(run)
-            sample[f"{phase}_seconds"] = clock() - begun
-            sample[f"{phase}_joules"] = None if used is None or joules is None else joules() - used
-    return sample
+    ready, first, last = [clock() for _ in backend.run(batch)]
+    return {"prefill_seconds": first - ready, "decode_seconds": last - first}
 
 
 class Measured:
@@ -60,11 +50,6 @@ class Measured:
     def __init__(self, source: str, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self.source, self.settings = source, settings
-        self.joules: Joules | None = None
-        about = "llama.cpp does not say which board it computes on"
-        if settings.device != "gpu":
-            self.joules, about = counter_for(torch.device(settings.device))
-        self.energy = {"measurable": self.joules is not None, "about": about}
         load = loader(settings)
         self.before = resident()
         with memory_in_a_sentence(f"{source} {FULL}", "choose a smaller --dtype"):
@@ -74,7 +59,7 @@ class Measured:
         """And bytes: resident before the model was loaded, and the most since, in main memory and of the GPU."""
         device, what = self.settings.device, f"{self.source} with {batch} sequences of {self.settings.context} tokens"
         with memory_in_a_sentence(f"{what} {FULL}", "lower --batch or --prompt"):
-            sample = measure(self.backend, batch, self.joules)
+            sample = measure(self.backend, batch)
         taken = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
         return sample, {"before": self.before, "peak": peak_resident(), "device_peak": taken}
 
@@ -91,11 +76,11 @@ def loader(settings: Settings) -> Callable[[str, Settings], Any]:
     return load_backend
 
 
-def measure_all(subjects: list[BenchModel], settings: Settings, shown: Shown = nullcontext) -> list[dict[str, Any]]:
-    """Of each model {"samples": batch -> one Timing a repeat, "energy", "memory"}.
+def measure_all(subjects: list[BenchModel], settings: Settings) -> list[dict[str, Any]]:
+    """Of each model {"samples": batch -> one Timing a repeat, "memory"}.
 
-    Within a repeat every batch goes round the models, beginning with another one each time. shown: gives the
-    runs, and shows how many are done. Raises UsageError where a model cannot be loaded or measured.
+    Within a repeat every batch goes round the models, beginning with another one each time. Raises UsageError where a
+    model cannot be loaded or measured.
     """
     runs = [
         (repeat, batch, index)
@@ -105,11 +90,10 @@ def measure_all(subjects: list[BenchModel], settings: Settings, shown: Shown = n
     ]
     with ExitStack() as stack:
         calls = [stack.enter_context(process_of(subject.name)) for subject in subjects]
-        found: list[dict[str, Any]] = [
-            {"energy": call(_load, subject.source, settings), "samples": {batch: [] for batch in settings.batches}}
-            for call, subject in zip(calls, subjects, strict=True)
-        ]
-        for repeat, batch, index in stack.enter_context(shown(runs)):
+        for call, subject in zip(calls, subjects, strict=True):
+            call(_load, subject.source, settings)
+        found: list[dict[str, Any]] = [{"samples": {batch: [] for batch in settings.batches}} for _ in subjects]
+        for repeat, batch, index in stack.enter_context(tracked("bench", runs)):
             sample, found[index]["memory"] = calls[index](_run, batch)
             if repeat >= 0:
                 found[index]["samples"][batch].append(sample)
@@ -165,9 +149,8 @@ def _quiet() -> None:
 _here: list[Measured] = []  # in the process that measures it
 
 
-def _load(source: str, settings: Settings) -> dict[str, Any]:
+def _load(source: str, settings: Settings) -> None:
     _here.append(Measured(source, settings))
-    return _here[0].energy
 
 
 def _run(batch: int) -> tuple[Timing, dict[str, int | None]]:

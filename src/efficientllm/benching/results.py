@@ -29,17 +29,10 @@ def ratios(own: Sequence[float], first: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(own, first, strict=True)])
 
 
-def energy_per_token(joules: Sequence[float | None], tokens: int) -> float | None:
-    """Joules over all repeats by their tokens (`tokens` a repeat); None where some are unknown, or where the counter
-    never moved: it is read too seldom for runs as short as these."""
-    known = [value for value in joules if value is not None]
-    return sum(known) / (tokens * len(known)) if len(known) == len(joules) and sum(known) > 0 else None
-
-
 def result_of(subjects: list[BenchModel], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """settings, machine, and of each model facts, memory, energy, and by batch all samples and what follows.
+    """settings, machine, and of each model facts, memory, and by batch all samples and what follows.
 
-    Seconds, tokens per second, joules per token, bytes. Ratios are to the first model, above 1 where this one is
+    Seconds, tokens per second, bytes. Ratios are to the first model, above 1 where this one is
     faster, paired repeat by repeat.
     """
     models = [
@@ -47,7 +40,6 @@ def result_of(subjects: list[BenchModel], settings: Settings, found: list[dict[s
             "model": subject.name,
             "facts": subject.facts,
             "memory": each["memory"],
-            "energy": each["energy"],
             "batches": {
                 str(batch): _batch(batch, own, found[0]["samples"][batch], settings)
                 for batch, own in each["samples"].items()
@@ -58,20 +50,13 @@ def result_of(subjects: list[BenchModel], settings: Settings, found: list[dict[s
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
-def _batch(batch: int, own: Sequence[Timing], first: Sequence[Timing], settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {"time_to_first_token": spread(_column(own, "prefill_seconds"))}
+def _batch(batch: int, own: list[Timing], first: list[Timing], settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {"time_to_first_token": spread([sample["prefill_seconds"] for sample in own])}
     for phase, tokens in (("prefill", batch * settings.prompt), ("decode", batch * (settings.generate - 1))):
-        seconds, others = (_column(side, f"{phase}_seconds") for side in (own, first))
-        found |= {
-            f"{phase}_tokens_per_second": spread([tokens / value for value in seconds]),
-            f"{phase}_joules_per_token": energy_per_token(_column(own, f"{phase}_joules"), tokens),
-            f"{phase}_ratio": ratios(others, seconds),
-        }
-    return found | {"samples": list(own)}
-
-
-def _column(samples: Sequence[Timing], key: str) -> list[Any]:
-    return [sample[key] for sample in samples]
+        seconds, others = ([sample[f"{phase}_seconds"] for sample in side] for side in (own, first))
+        found[f"{phase}_tokens_per_second"] = spread([tokens / value for value in seconds])
+        found[f"{phase}_ratio"] = ratios(others, seconds)
+    return found | {"samples": own}
 
 
 def machine(settings: Settings) -> dict[str, str]:

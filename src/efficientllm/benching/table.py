@@ -14,14 +14,13 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from efficientllm.benching.process import Shown, measure, turn
+from efficientllm.benching.process import measure, turn
 from efficientllm.benching.results import machine
 from efficientllm.benching.settings import Settings
 from efficientllm.benching.transformers_backend import TransformersBackend, rehearse
@@ -33,6 +32,7 @@ from efficientllm.models.space import build, head_dim_of, narrowed_config, width
 from efficientllm.pruning.costs import AXIS_TYPES, TABLE_AXES, shape_at
 from efficientllm.pruning.shapes import Alignment
 from efficientllm.pruning.widths import Widths
+from efficientllm.reporting.progress import tracked
 
 SEED = 0  # of the shapes held out
 IN_A_ROW = 5  # sequences of a turn, after one that does not count
@@ -78,15 +78,13 @@ def held_out_shapes(config: PretrainedConfig, grid: Grid, number: int = 8) -> li
     return list(found)
 
 
-def measure_table(
-    config: PretrainedConfig, settings: Settings, grid: Grid, held_out: list[Widths], shown: Shown = nullcontext
-) -> dict[str, Any]:
+def measure_table(config: PretrainedConfig, settings: Settings, grid: Grid, held_out: list[Widths]) -> dict[str, Any]:
     """The content of the table's file (models/latency_table.py).
 
     Raises UsageError where a model does not fit in the memory of the device.
     """
     shapes = [shape_at(place) for place in product(*grid)]
-    medians, spreads = latencies(config, [*shapes, *held_out], settings, shown)
+    medians, spreads = latencies(config, [*shapes, *held_out], settings)
     model = {"family": family_of(config), "head_dim": head_dim_of(config), "vocabulary": config.vocab_size}
     asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
     measured_on = MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))
@@ -109,7 +107,7 @@ def measure_table(
 
 
 def latencies(
-    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings, shown: Shown = nullcontext
+    config: PretrainedConfig, shapes: Sequence[Widths], settings: Settings
 ) -> tuple[list[float], list[float]]:
     """Seconds of a whole sequence by models of these shapes, and how far the turns of each range, as a share of their
     median. Raises UsageError where a model does not fit in the memory of the device."""
@@ -122,7 +120,7 @@ def latencies(
     torch.set_num_threads(settings.threads)
     gc.freeze()  # what is there already is left out of the garbage collection before every sequence
     try:
-        with memory_in_a_sentence(lacking, "lower --batch or --prompt"), shown(turns) as order:
+        with memory_in_a_sentence(lacking, "lower --batch or --prompt"), tracked("bench", turns) as order:
             rehearse(settings)
             reference = _model_of(config, widths_of(config), settings)
             for index in order:

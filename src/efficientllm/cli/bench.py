@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +36,7 @@ def bench(
     ] = "auto",
     backend: Annotated[str, typer.Option(help="transformers or llamacpp.")] = "transformers",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="File for every sample, in seconds and joules.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="File for every sample, in seconds.")] = None,
     table: Annotated[
         Path | None, typer.Option(help="File for latencies over a grid of widths below MODEL's: prune.latency_table.")
     ] = None,
@@ -49,7 +48,7 @@ def bench(
     ] = None,
     depth: Annotated[bool, typer.Option(help="With --table: fewer layers too, for prune.types depth.")] = False,
 ) -> None:
-    """Latency, tokens/s, memory, FLOPs and energy of models side by side, measured in turn; ratios to the first.
+    """Latency, tokens/s, memory and FLOPs of models side by side, measured in turn; ratios to the first.
 
     Runs among the models keep the latest result of each backend, and their next report shows it.
     """
@@ -80,11 +79,10 @@ def _measure(models: list[str], settings: Settings, out: Path | None) -> None:
     from efficientllm.jobs.interruption import stopping
     from efficientllm.reporting.bench_table import bench_page
     from efficientllm.reporting.journal import without_nonfinite
-    from efficientllm.reporting.progress import tracked
 
     with stopping(STOPPED), tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
         asked = subjects(models, settings, Path(temporary), say)
-        result = result_of(asked, settings, process.measure_all(asked, settings, partial(tracked, "bench")))
+        result = result_of(asked, settings, process.measure_all(asked, settings))
     print(bench_page(result))
     kept = [home / "bench" / f"{settings.backend}.json" for home in homes(models)]
     for file in [*([out] if out else []), *kept]:
@@ -111,13 +109,12 @@ def _measure_table(model: str, settings: Settings, file: Path, levels: int, held
     from efficientllm.jobs.interruption import stopping
     from efficientllm.models.latency_table import off_by
     from efficientllm.reporting.bench_table import table_page
-    from efficientllm.reporting.progress import tracked
 
     config = config_of(model, settings)
     grid = grid_of(config, levels, depth=depth)
     with stopping(STOPPED):
         shapes = held_out_shapes(config, grid, held_out)
-        content = measure_table(config, settings, grid, shapes, partial(tracked, "bench"))
+        content = measure_table(config, settings, grid, shapes)
     write_json(file, content)
     print(table_page(content, str(file)))
     if doubt := off_by(content["median_error"]):

@@ -8,8 +8,6 @@ from typing import Any
 from efficientllm.reporting.tables import markdown
 from efficientllm.sizes import format_bytes, format_count
 
-NOT_HERE = "not measurable here"
-
 
 def bench_page(result: Mapping[str, Any]) -> str:
     """Two tables and a paragraph. result: what goes into the JSON file."""
@@ -45,23 +43,19 @@ def _memory(memory: Mapping[str, int | None]) -> str:
     if device is not None:
         return f"{format_bytes(device)} of the GPU"
     if peak is None or before is None:
-        return NOT_HERE
+        return "not measurable here"
     return f"{format_bytes(peak)} ({format_bytes(peak - before)})"
 
 
 def _speeds(result: Mapping[str, Any]) -> Iterator[list[str]]:
     compared = len(result["models"]) > 1
-    energy = any(model["energy"]["measurable"] for model in result["models"])
     head = ["model", "batch", "time to first token, ms", "prefill, tokens/s", "decode, tokens/s"]
-    head += ["J/token, prefill", "J/token, decode"] if energy else []
     yield head + (["prefill, x the first", "decode, x the first"] if compared else [])
     for batch in map(str, result["settings"]["batches"]):
         for index, model in enumerate(result["models"]):
             found = model["batches"][batch]
             row = [model["model"], batch, _spread(found["time_to_first_token"], 1e3)]
             row += [_spread(found["prefill_tokens_per_second"]), _spread(found["decode_tokens_per_second"])]
-            if energy:
-                row += [_joules(found["prefill_joules_per_token"]), _joules(found["decode_joules_per_token"])]
             if compared:
                 row += [_ratio(found["prefill_ratio"], index), _ratio(found["decode_ratio"], index)]
             yield row
@@ -82,10 +76,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _joules(value: float | None) -> str:
-    return NOT_HERE if value is None else f"{value:.3g}"
-
-
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     settings, machine = result["settings"], result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "device")
@@ -99,9 +89,6 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         f"Median (lowest to highest) of {settings['repeats']} repeats after {settings['warm_ups']} warm-up; {order}"
         "each model in a process of its own, whose peak memory includes loading."
     )
-    for about in dict.fromkeys(model["energy"]["about"] for model in result["models"]):
-        known = any(model["energy"]["measurable"] for model in result["models"] if model["energy"]["about"] == about)
-        yield f"Energy: {about}." if known else f"Energy: {NOT_HERE}, {about}."
 
 
 def table_page(content: Mapping[str, Any], path: str) -> str:
