@@ -5,9 +5,8 @@
 The demo's 1.1 M parameter Llama (4 layers, hidden 128, 4 heads of 32, FFN 384, vocabulary 2,048, tied) is trained on
 Python's standard library, then every arm takes it to 40 % on the very same batches. Seeds change the order of the
 batches (and random starts), not the source. Differences to the default loop are paired by seed; the interval is
-Student's at 95 %. The default's scores are in nats and compare types as they are; those of a "criterion X" arm are not,
-so that it also compares types by measured loss (prune.selection auto). Finished runs under FOLDER are not repeated, so
-that arms can be added.
+Student's at 95 %. The default's scores are in nats; those of a "criterion X" arm are not, and
+compare types by scale only. Finished runs under FOLDER are not repeated, so that arms can be added.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ PROPORTIONAL = {"target": "proportional"}
 ARMS: dict[str, dict[str, Any]] = {
     "loop": {},
     "no correction": {"correction": "none"},
-    "calibrated selection": {"selection": "calibrated"},
     "one-shot, loop's shape": {"mode": "one-shot"} | SHAPE,
     "one-shot, loop's shape, no correction": {"mode": "one-shot", "correction": "none"} | SHAPE,
     "one-shot, own shape": {"mode": "one-shot"},

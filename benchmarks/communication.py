@@ -6,7 +6,7 @@ A Llama of 10 M parameters from its config (hidden 256, 8 layers, FFN 1,024, voc
 weight in shards, random tokens, on the CPU by gloo. Plain steps are FSDP2's own traffic: weights gathered for forward
 and backward (embedding, last norm and LM head once), gradients scattered in fp32, (n - 1) / n of the data each. The
 rest is counted where it is reduced (Ranks.communicated). Saliency is taylor-element, whose scores are added up at every
-step, and calibrated.
+step.
 """
 
 from __future__ import annotations

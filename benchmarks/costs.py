@@ -8,7 +8,7 @@ head's parameter then stands for six times as many FLOPs as an FFN channel's (at
 the weights do not), and for all of the KV cache. It is fixed beforehand: no other context was tried.
 
 The source is pruned by each cost to four shares of it, once a seed (a seed is an order of batches; the source is one),
-with taylor-element, default bound, calibration and correction, widths of any number (`align: 1`) and floors out of the
+with taylor-element, default bound and correction, widths of any number (`align: 1`) and floors out of the
 way. A table of latencies is measured first, and all results once more at the end. benchmarks/costs_report.py says how
 the arms are compared. Prints Markdown. Finished runs under FOLDER are not repeated.
 """

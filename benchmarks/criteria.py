@@ -24,7 +24,6 @@ from efficientllm.data.corpus import Corpus, load_corpora
 from efficientllm.evaluation.probe import criteria_scores
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
-from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.correction import SolverOptions, correct
 from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
@@ -60,12 +59,15 @@ def increase(
     for cut in cuts:
         live.remove(cut)
     readers = list(losing_readers(space, cuts, live))
-    with trial(space, params, cuts, [reader.name for reader in readers]):
-        if inputs is not None:
-            correct(params, readers, inputs, SolverOptions())
-        for part in group_slices(space, cuts):
-            params[part.name].index_fill_(part.dim, part.indices, 0.0)
-        return loss_of(model, held)
+    before = {name: weight.detach().clone() for name, weight in params.items()}
+    if inputs is not None:
+        correct(params, readers, inputs, SolverOptions())
+    for part in group_slices(space, cuts):
+        params[part.name].index_fill_(part.dim, part.indices, 0.0)
+    loss = loss_of(model, held)
+    for name, weight in params.items():
+        weight.copy_(before[name])
+    return loss
 
 
 def main() -> None:

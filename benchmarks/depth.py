@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py [-v]
 
-A step of a tiny Llama without pruning, and one with all of it: looks, calibration, events, correction, compaction, and
+A step of a tiny Llama without pruning, and one with all of it: looks, events, correction, compaction, and
 the checkpoint after it. Comprehensions and lambdas count as part of the function that they stand in. -v: names all.
 """
 

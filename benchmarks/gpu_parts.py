@@ -101,25 +101,19 @@ class Bench:
             yield turn
 
     def _in_turn(self, kinds: Mapping[str, Kind], base: str) -> dict[str, Any]:
-        """A warm-up of each kind, with calibration where it prunes, one that measures memory, then rounds."""
+        """A warm-up of each kind, one that measures memory, then rounds."""
         subject = self.subject()
         for kind in kinds.values():
-            subject.calibrate_next()
             subject.step(kind)
         memory = {name: self._peak_of(lambda kind=kind: subject.step(kind)) for name, kind in kinds.items()}
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        calibrated: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in self._turns():
             for name, kind in kinds.items():
-                took, record = subject.step(kind)
-                seconds[name].append(took)
-                if record.prune and record.prune.calibrations:
-                    calibrated[name].append(took)
+                seconds[name].append(subject.step(kind)[0])
         return {
             "ways": {name: self._rate(values) | {"peak_memory": memory[name]} for name, values in seconds.items()},
             "base": base,
             "ratios": ratios(seconds, base),
-            "calibrated_steps": {name: values for name, values in calibrated.items() if values},
             "rounds": len(seconds[base]),
         }
 
@@ -142,17 +136,8 @@ class Bench:
                 "without correction": ways["event"] - ways["saliency"],
                 "with correction": ways["correction"] - ways["saliency"],
             },
-            "calibration_seconds": self._calibration() - ways["event"],
             "pruning_at_default_batch": 1.0 + added / (steps * ways["plain"]),
         }
-
-    def _calibration(self) -> float:
-        """Seconds of a step with an event and a calibration before it, the median of three."""
-        subject, seconds = self.subject(), []
-        for _ in range(3):
-            subject.calibrate_next()
-            seconds.append(subject.step(Kind("event"))[0])
-        return statistics.median(seconds)
 
     def compile(self) -> dict[str, Any]:
         kinds = {"compiled": Kind(compiled=True), "compiled, event": Kind("event", compiled=True), "eager": Kind()}

@@ -53,7 +53,6 @@ def _rows(part: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "event / plain at 524,288 tokens a step", f"{figures['pruning_at_default_batch']:.4f} (computed)"
         for name, seconds in figures["event_seconds"].items():
             yield f"an event, {name}", f"{1000 * seconds:.1f} ms"
-        yield "a calibration", f"{1000 * figures['calibration_seconds']:.1f} ms"
         apart = figures["agreement"]
         text = f"{apart['loss']:.1e} of the loss, {apart['gradient']:.1e} of the embedding's gradient"
         yield "chunked loss differs from plain by", text

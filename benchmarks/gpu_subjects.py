@@ -124,7 +124,7 @@ class Subject:
             align=Alignment.automatic(space.widths),
             floors=Floors(hidden=space.head_dim, intermediate=32),
         )
-        options = PrunerOptions(DEFAULT_TYPES, saliency="taylor-element", calibrated=True)
+        options = PrunerOptions(DEFAULT_TYPES, saliency="taylor-element")
         return PruningPlan(config, (feasible,), self.pace, options, compact_at=1.0)
 
     def _compile(self, wanted: bool) -> None:
@@ -136,11 +136,6 @@ class Subject:
             block.__dict__.pop("forward", None)
             if wanted:
                 block.forward = self._compiled[place]
-
-    def calibrate_next(self) -> None:
-        """The next step with an event calibrates before it, however little has fallen since the last time."""
-        if self._engine is not None:
-            self._engine.calibration.parameters.clear()
 
     def step(self, kind: Kind) -> tuple[float, StepRecord]:
         """Seconds of one step of that kind, from idle device to idle device, and what it did."""
@@ -181,9 +176,9 @@ class Subject:
         engine, train, plan = self._engine, self.settings, self.plan
         assert engine is not None
         assert plan is not None
-        engine.options = replace(engine.options, calibrated=False, bound=1.0)
+        engine.options = replace(engine.options, bound=1.0)
         self.pace.least = 0.96 * self.state.allocated_parameters
-        probe: Any = None  # one bundle, not calibrated and not corrected, asks the loop for nothing
+        probe: Any = None  # one bundle, not corrected, asks the loop for nothing
         engine.step(self.state.tokens, probe)
         widths = compaction_widths(self.state, replace(plan, compact_at=0.0))
         assert widths is not None

@@ -5,7 +5,7 @@
 A 2.2 M parameter Llama, batches of 4,096 random tokens, saliency taylor-element. `documents` is a plain step whose
 attention stays within documents, by the length of a row, against one whose attention crosses them. Compared runs take
 their steps in turn within one process, so that a busy machine slows both; quoted are medians over blocks of 10 steps of
-the ratio of their times, because a calibration falls on some steps only. Memory is the peak resident size of a fresh
+the ratio of their times. Memory is the peak resident size of a fresh
 process above its size before the model is built.
 """
 
@@ -38,7 +38,7 @@ LENGTHS = (256, 1024)
 BLOCK = 10
 PARTS = ["step", "phase", "memory", "documents"]
 DOCUMENT = 128  # tokens of one, on average
-SCORES = {"saliency": "taylor-element"}  # not in nats, so that types are calibrated
+SCORES = {"saliency": "taylor-element"}
 PHASE: dict[str, object] = SCORES | {"target": "40%", "end": "100%", "curve": "linear", "correction": "none"}
 
 
@@ -118,26 +118,19 @@ def summary(ratios: list[float]) -> dict[str, float]:
 def step_overhead(steps: int) -> dict[str, object]:
     """Saliency every step and one event every step, shapes held fixed, against a plain step."""
     events = SCORES | {"target": "30%", "every": 1}
-    plain_events = events | {"correction": "none"}
     runs = {
         "plain": run(steps, None),
-        "raw": run(steps, plain_events | {"selection": "raw"}, compacts=False),
-        "calibrated": run(steps, plain_events, compacts=False),
+        "event": run(steps, events | {"correction": "none"}, compacts=False),
         "corrected": run(steps, events | {"correction": "second-order"}, compacts=False),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    calibrations = 0
     for _ in range(steps):
         for name, (_, records) in runs.items():
-            record = next(records)
-            seconds[name].append(record.seconds)
-            calibrations += record.prune.calibrations if record.prune and name == "calibrated" else 0
+            seconds[name].append(next(records).seconds)
     assert all(not state.pruner or not state.pruner.finished for state, _ in runs.values()), "pruning ended early"
     return {
-        "raw": summary(block_ratios(seconds["raw"], seconds["plain"])),
-        "calibrated": summary(block_ratios(seconds["calibrated"], seconds["plain"])),
+        "event": summary(block_ratios(seconds["event"], seconds["plain"])),
         "corrected": summary(block_ratios(seconds["corrected"], seconds["plain"])),
-        "steps_per_calibration": steps / max(1, calibrations),
         "plain_step_seconds": statistics.median(seconds["plain"]),
     }
 
@@ -158,13 +151,12 @@ def phase_cost(steps: int) -> dict[str, float]:
     plain_state, plain = run(steps, None)
     state, pruned = run(steps, PHASE)
     ours = theirs = live = allocated = compacting = 0.0
-    passes = calibrations = compactions = 0
+    passes = compactions = 0
     for _ in range(steps):
         theirs += next(plain).seconds
         record = next(pruned)
         ours += record.seconds
         passes += record.prune.refreshes if record.prune else 0
-        calibrations += record.prune.calibrations if record.prune else 0
         compactions += record.compaction is not None
         compacting += record.compaction.seconds if record.compaction else 0.0
         live += state.live_parameters / plain_state.live_parameters / steps
@@ -175,7 +167,6 @@ def phase_cost(steps: int) -> dict[str, float]:
         "mean_live_share": live,
         "mean_allocated_share": allocated,
         "refresh_passes": passes,
-        "calibrations": calibrations,
         "compactions": compactions,
         "compacting_share": compacting / theirs,
     }

@@ -444,7 +444,7 @@ def test_lists_of_words_are_those_of_the_pruning_room() -> None:
     """Words that a type checker is to know stand in config a second time."""
     assert choices("types") == (*PRUNING_TYPES, *EXPERT_TYPES, VOCAB)
     assert set(choices("curve")) == {*CURVES, "exponential"}
-    assert set(choices("selection")) == {"auto", "calibrated", "raw", "interleaved", *ORDERS}
+    assert set(choices("selection")) == {"raw", "interleaved", *ORDERS}
     costs = (Params, ActiveParams, FlopsPerToken, KVCache, TableCost)
     assert choices("cost") == tuple(each.__dataclass_fields__["name"].default for each in costs)
     sizes = {name.replace("_", "-") for name in CostTarget.model_fields}
@@ -471,6 +471,16 @@ def test_what_an_older_version_has_dumped_loads_where_nothing_else_was_meant(loa
     assert Recipe.model_validate(without_gone(old)) == load(text=text)
     old["prune"]["ema"] = 0.9
     with pytest.raises(UsageError, match=r"^prune\.ema is gone"):
+        Recipe.model_validate(without_gone(old))
+
+
+def test_selection_auto_is_the_old_word_for_raw_and_calibrated_is_gone(load: Load) -> None:
+    assert load("prune.selection=auto") == load("prune.selection=raw") == load()
+    old = yaml.safe_load(dump_recipe(load()))
+    old["prune"] |= {"selection": "calibrated", "calibration_tokens": "2K"}
+    said = "prune.selection: calibrated is gone, since a measured factor a type chose a worse shape"
+    assert refusal(load, "prune.selection=calibrated").startswith(said)
+    with pytest.raises(UsageError, match=said):  # as the config.yaml of a run that is to go on
         Recipe.model_validate(without_gone(old))
 
 

@@ -37,7 +37,7 @@ from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import adopt, compaction_widths
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import check_trains, optimizer_like
-from efficientllm.training.planning import decided
+from efficientllm.training.planning import compared_by_scale, decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
 from efficientllm.training.state import PruningPlan, assemble, capture, prune
@@ -94,6 +94,8 @@ class Pruner:
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
         decides, milestones = decided(options, model.config, sequence_length or 1)
+        for advice in compared_by_scale(options, decides):
+            warnings.warn(advice, stacklevel=2)
         size, feasible = milestones[-1].cost(space.widths), milestones[-1]
         schedule = SpanSchedule(start, start + steps, size, feasible.target, options.curve)
         self._plan = PruningPlan(copy.deepcopy(model.config), milestones, schedule, decides, compact_at=0.0)
@@ -143,11 +145,8 @@ class Pruner:
         self._observed = True
 
     def step(self) -> PruneReport:
-        """After optimizer.step(): carries out the events that are due; where it pruned, gradients are cleared.
-
-        May run the current batch again: now and then to measure what a bundle costs, and, where the schedule asks
-        for more than one bundle a step, to look at the gradient anew. Batches to come are the caller's own.
-        """
+        """After optimizer.step(): carries out the events that are due; where it pruned, gradients are cleared. A second
+        bundle takes a look at the current batch, run again: batches to come are the caller's own."""
         if not (self._observed or self.finished):
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         self._state.step += 1
@@ -168,6 +167,8 @@ class Pruner:
         loaded already; any number of processes. Raises ValueError for a state that does not fit; warns of one whose
         scores an earlier version has taken, which are left out."""
         saved = {**state["asked"], **state["shape"]}
+        if saved.get("selection") in ("auto", "calibrated"):  # of an earlier version: its facts say what it has done
+            del saved["selection"]
         for key, own in {**self._asked, **self.state_dict()["shape"]}.items():
             if saved.get(key, own) != own:  # of a key that is younger than the state nothing is known
                 raise ValueError(

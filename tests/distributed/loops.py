@@ -34,6 +34,7 @@ from efficientllm.pruning.shards import whole
 OPTIONS: dict[str, Any] = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 STEPS = 8
 
+SHAPE = {"hidden": 28, "heads": 2, "kv_heads": 1, "intermediate": 32}
 MIXED = {"ffn": "wanda", "stem": "gate-fisher", "attention": "taylor-element", "attention_query": "taylor-vector"}
 
 
@@ -46,6 +47,7 @@ class Case:
     family: str = "llama-gqa"
     shards: bool = False
     saliency: Any = "gate-fisher"
+    target: Any = "50%"
     correction: str = "second-order"
     compact: bool = False
     bf16: bool = False
@@ -56,7 +58,7 @@ class Case:
 
 HAND = [
     Case("copies", compact=True),
-    Case("copies-taylor", family="qwen2-gqa-tied", saliency=MIXED, correction="none"),
+    Case("copies-taylor", family="qwen2-gqa-tied", saliency=MIXED, target=SHAPE, correction="none"),
     Case("shards", family="qwen3-gqa", shards=True),
     Case("shards-taylor", family="llama-mha-tied", saliency="taylor-element", shards=True, correction="none"),
 ]
@@ -105,7 +107,7 @@ def by_hand(case: Case, folder: Path) -> None:
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
     choices = {"saliency": case.saliency, "correction": case.correction} | OPTIONS
     group = dist.group.WORLD if world > 1 else None
-    pruner = Pruner(wrapped, optimizer, target="50%", steps=5, process_group=group, **choices)
+    pruner = Pruner(wrapped, optimizer, target=case.target, steps=5, process_group=group, **choices)
     exact(pruner)
     events: list[Any] = []
     for step in range(STEPS):

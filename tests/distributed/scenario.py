@@ -45,7 +45,7 @@ class Case:
     steps: int = 5
     criterion: str | dict[str, str] = "taylor-element"
     correction: str = "second-order"
-    target: str = "60%"
+    target: str | dict[str, int] = "60%"
     loss: str = "plain"
     planes: int = 1  # of a row: labels for some tokens, documents of their own
     hidden: float = 0.0  # weight of a teacher's hidden states

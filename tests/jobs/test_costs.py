@@ -211,6 +211,28 @@ def test_types_that_stay_out_are_named(world: World) -> None:
     assert notes(world, "in", target={"hidden": 30}, floors={"hidden": 8}) == ()
 
 
+def test_scores_that_are_not_in_nats_are_said_to_compare_types_by_scale_only(world: World) -> None:
+    said = "scores of flap compare its types by scale only, as they are not in nats: gate-fisher, one type, or a"
+    asked = {"saliency": "flap", "target": "85%", "floors": FLOORS}
+    assert notes(world, "scale", **asked)[0].startswith(said)
+    for name, more in {
+        "one": {"types": ["ffn"]},
+        "shape": {"target": {"hidden": 30}},
+        "nats": {"saliency": None},
+    }.items():
+        assert not any("by scale" in note for note in notes(world, name, **asked | more))
+
+
+def test_a_mapping_that_mixes_units_needs_a_target_in_widths(world: World) -> None:
+    mixed = {"saliency": {"ffn": "flap"}, "floors": FLOORS}
+    with pytest.raises(
+        UsageError, match=r"ffn by flap.*name one criterion for all types, or give prune\.target as widths"
+    ):
+        notes(world, "mixed", target="85%", **mixed)
+    assert notes(world, "mixed-widths", target={"hidden": 30}, **mixed) == ()
+    assert notes(world, "mixed-alone", target="85%", types=["ffn"], **mixed)
+
+
 def test_a_run_says_how_much_is_left_to_choose(world: World) -> None:
     """An FFN alone in steps of 20: 52, 40, 20 channels, of which one is maximal; with the stem there is a choice."""
     (said,) = notes(world, "ffn", target="85%", types=["ffn"], floors={"intermediate": 8}, align=20)

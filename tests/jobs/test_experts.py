@@ -110,7 +110,8 @@ def test_what_cannot_be_done_with_experts_is_said(
 
 def test_defaults_are_those_of_experts(world: World, source: Path) -> None:
     """And criteria by name for those types go with them."""
-    content = world.recipe("defaults", source=str(source), train=TRAIN, prune={"saliency": {"expert": "reap"}})
+    prune = {"saliency": {"expert": "reap"}, "target": {"experts": 4}}
+    content = world.recipe("defaults", source=str(source), train=TRAIN, prune=prune)
     plan = run_plan(Recipe.model_validate(content), load_config(str(source)))
     assert plan.pruning is not None
     assert plan.pruning.options.types == ("attention", "attention_query", "expert", "expert_ffn", "stem")

@@ -332,6 +332,48 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
         assert f"{older} is damaged (its manifest.json cannot be read)" in capsys.readouterr().err
 
 
+def test_a_run_that_has_measured_losses_is_not_gone_on_with_while_it_prunes(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of an earlier version: refused as it is found, unless nothing was measured yet; whose bill is kept."""
+    recipe = world.write(
+        "measured",
+        train={"tokens": 8 * 256},
+        prune={"end": "90%", "saliency": "flap", "correction": "none"},
+        run={"checkpoint_every": 3 * 256, "keep": 9},
+    )
+    folder = world.folder / "runs" / "measured"
+    assert call("prune", recipe) == 0
+    assert "scores of flap compare its types by scale only" in " ".join(capsys.readouterr().err.split())
+    first, *later = checkpoints(folder / "checkpoints")
+    weights, summary = (
+        load_file(folder / "model" / "model.safetensors"),
+        json.loads((folder / "summary.json").read_text()),
+    )
+    shutil.rmtree(folder / "model")
+    (folder / "summary.json").unlink()
+    for each in later:
+        shutil.rmtree(each)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("selection: raw", "selection: auto"))
+    manifest = json.loads((first / "manifest.json").read_text())
+
+    def as_found(measured: dict[str, float]) -> int:
+        facts = {"calibration": {"smoothing": 0.5, "units": {}, "measured": measured, "predicted": measured}}
+        found = manifest | {"pruner": manifest["pruner"] | facts, "flops": manifest["flops"] | {"calibration": 1000}}
+        (first / "manifest.json").write_text(json.dumps(found))
+        return call("prune", recipe)
+
+    journal = (folder / "metrics.jsonl").read_text()
+    assert as_found({"ffn": 0.1}) == 2
+    assert "its pruning types were compared by measured losses" in " ".join(capsys.readouterr().err.split())
+    assert (folder / "metrics.jsonl").read_text() == journal
+    assert as_found({}) == 0
+    again = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    assert json.loads((folder / "summary.json").read_text())["flops"] == summary["flops"] + 1000
+
+
 def test_full_disk_leaves_the_previous_checkpoint_whole(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:

@@ -173,7 +173,7 @@ def test_a_rung_keeps_its_own_vocabulary(rare: World) -> None:
         ({"prune": {"types": TYPES, "target": {"hidden": 32}}}, "prune.types has vocab, which has no width"),
         ({"prune": {"types": TYPES, "target": {"kv_cache": "60%"}, "cost": "kv-cache"}}, "kv-cache does not count"),
         ({"prune": {"types": TYPES, "saliency": {"vocab": "flap"}}}, "'vocab' is no pruning type here"),
-        ({"prune": {"types": TYPES, "saliency": "magnitude", "selection": "raw"}}, "whose damage is in nats"),
+        ({"prune": {"types": TYPES, "saliency": "magnitude"}}, "whose damage is in nats"),
         ({"prune": {"types": TYPES}, "distill": {}}, "a teacher speaks another vocabulary"),
         (
             {"prune": {"types": TYPES, "mode": "one-shot", "start": "95%", "end": None, "bound": None}},

@@ -115,13 +115,13 @@ class RandomRows:
         ({}, False),
         ({"types": ["ffn", "stem"]}, True),
         ({"curve": "linear"}, False),
-        ({"saliency": "wanda", "correction": "none", "selection": "raw"}, False),
+        ({"saliency": "wanda", "correction": "none"}, False),
         ({"mode": "one-shot", "end": None, "bound": None}, False),
     ],
     ids=["loop", "distilled", "chunked", "inputs", "one-shot"],
 )
 def test_a_run_counts_all_that_it_computes(prune: dict[str, Any], distilled: bool) -> None:
-    """Steps at every width, calibration, refreshes, captured inputs, corrections and the teacher: to the operation."""
+    """Steps at every width, refreshes, captured inputs, corrections and the teacher: to the operation."""
     options = {"target": "50%", "end": "60%", "floors": {"intermediate": 8}, "bound": 0.05} | prune
     train = {"tokens": 8 * 256, "batch_tokens": 256, "micro_batch": 3, "lr": 1e-2, "gradient_checkpointing": distilled}
     train |= {"loss": "chunked"} if "curve" in prune else {}

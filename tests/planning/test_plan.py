@@ -45,7 +45,7 @@ def test_plain_training_costs_what_was_planned(world: World) -> None:
 
 
 def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
-    """Without calibration and correction, on a path that both know."""
+    """Without correction, on a path that both know."""
     path = {"selection": "interleaved", "target": {"hidden": 28, "intermediate": 24}}
     prune = path | {"correction": "none", "end": "75%", "bound": 1.0}
     recipe = world.recipe("as-planned", prune=prune, train={"tokens": 96 * 256})
@@ -58,7 +58,7 @@ def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
 
 
 def test_a_run_at_default_settings_costs_about_what_was_planned(world: World, tmp_path: Path) -> None:
-    """Looks, calibration and correction are half of it, with 24 steps for half of the parameters."""
+    """Looks and correction are half of it, with 24 steps for half of the parameters."""
     shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 12, "num_key_value_heads": 6}
     more = {"vocab_size": 300, "head_dim": 8, "intermediate_size": 256, "tie_word_embeddings": True}
     torch.manual_seed(0)

@@ -199,7 +199,7 @@ def test_events_are_priced_in_the_run_s_cost() -> None:
         options = {"types": PRUNING_TYPES, "align": Alignment(), "floors": Floors(hidden=6)}
         feasible = FeasibleShapes(SPACE, source // 2, cost=cost, **options)
         ranking = Ranking(scores, live)
-        weighed = candidates(ranking, SPACE.widths, feasible=feasible, calibration=None, types=PRUNING_TYPES)
+        weighed = candidates(ranking, SPACE.widths, feasible=feasible, types=PRUNING_TYPES)
         return {each.event.type: each.event for each in weighed}
 
     falling = {name: event for name, event in events(None).items() if event.cost}
@@ -235,7 +235,7 @@ def test_a_flat_stretch_of_a_table_is_priced_by_the_whole_way() -> None:
     cost, floors = flat_at(30), Floors(hidden=8, intermediate=8)
     target = cost(SPACE.widths) - 22
     feasible = FeasibleShapes(SPACE, target, types=types, align=Alignment(), floors=floors, cost=cost)
-    weighed = candidates(Ranking(scores, live), SPACE.widths, feasible=feasible, calibration=None, types=types)
+    weighed = candidates(Ranking(scores, live), SPACE.widths, feasible=feasible, types=types)
     assert cost(SPACE.widths.after("ffn")) == cost(SPACE.widths)
     ffn = next(each.event for each in weighed if each.event.type == "ffn")
     assert ffn.cost == pytest.approx(22 / 44)

@@ -1,9 +1,8 @@
-"""The two calls in a loop: fixed points, the bound, calibration that leaves no trace, final shapes, resumed state."""
+"""The two calls in a loop: fixed points, the bound, final shapes, resumed state."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -12,18 +11,16 @@ from torch import nn
 
 from conftest import tiny_model
 from efficientllm.models.space import space_of
-from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.contract import PruneReport
-from efficientllm.pruning.correction import SolverOptions, correct
+from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.criteria import criteria_of, hessian_flops, inverse_hessian_diagonal
-from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, PRUNING_TYPES, of_type
-from efficientllm.pruning.engine import PrunerOptions, PruningEngine
+from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, of_type
+from efficientllm.pruning.engine import OtherRule, PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Removal
-from efficientllm.pruning.readers import losing_readers, reader_specs
+from efficientllm.pruning.readers import reader_specs
 from efficientllm.pruning.schedule import SpanSchedule
-from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.shards import fill, local_place
 from efficientllm.pruning.slices import group_slices
@@ -31,7 +28,7 @@ from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
 
 
 class Loop:
-    """A bare training loop around a tiny model; also the pruner's probe. Corrected and calibrated by default."""
+    """A bare training loop around a tiny model; also the pruner's probe. Corrected by default."""
 
     def __init__(self, family: str, *, share: float = 0.4, span: float = 10.0, **options: object) -> None:
         shape = {"num_hidden_layers": options.pop("num_hidden_layers", 2)} | options.pop("config", {})
@@ -41,7 +38,7 @@ class Loop:
         self.space = space_of(self.model.config)
         target = int(self.space.num_params() * share)
         types = tuple(options.pop("types", [each for each in self.space.types if of_type(each).default]))
-        options = {"correction": SolverOptions(), "saliency": "taylor-element", "calibrated": True} | options
+        options = {"correction": SolverOptions(), "saliency": "taylor-element"} | options
         floors = Floors(**({"hidden": 8, "intermediate": 8} | options.pop("floors", {})))  # type: ignore[operator]
         feasible = FeasibleShapes(self.space, target, types=types, align=Alignment(4, 4), floors=floors)
         self.pruner = PruningEngine(
@@ -61,9 +58,6 @@ class Loop:
 
     def loss(self) -> float:
         return float(self.model(input_ids=self.ids, labels=self.ids).loss.detach())
-
-    def measure(self) -> Callable[[], float]:
-        return self.loss
 
     def gates(self) -> None:
         return None
@@ -194,7 +188,6 @@ def test_the_bound_asks_for_fresh_gradients() -> None:
     report = loop.train_step(1.0)
     assert loop.pruner.finished
     assert report.refreshes == loop.refreshes >= 10
-    assert 2 <= report.calibrations <= report.refreshes + 1
 
 
 def test_an_event_above_the_bound_falls_alone_after_a_look_of_its_own() -> None:
@@ -220,7 +213,7 @@ def test_an_event_above_the_bound_falls_alone_after_a_look_of_its_own() -> None:
     assert all(types == {"ffn"} for number, types in bundles if number > 1)
 
 
-def test_calibration_puts_every_bit_back(family: str) -> None:
+def test_an_event_without_correction_changes_nothing_but_its_groups(family: str) -> None:
     loop = Loop(family, share=0.9, span=1000.0, correction=None)
     loop.ids = torch.arange(48).reshape(4, 12)
     loop.gradient([])
@@ -229,28 +222,11 @@ def test_calibration_puts_every_bit_back(family: str) -> None:
     report = loop.pruner.step(0.0, loop)
     assert report.events == []
     report = loop.pruner.step(1.0, loop)
-    assert report.calibrations == 1
+    assert report.events
     for part in group_slices(loop.space, [applied.event for applied in report.events]):
         fill(before[part.name], part.dim, part.indices, part.rows)
     for name, weight in loop.params.items():
         assert torch.equal(weight.detach(), before[name]), name
-
-
-def test_calibration_measures_the_true_loss_increase() -> None:
-    """With a bundle of one event, its calibrated saliency is the loss increase of zeroing it, measured by hand."""
-    loop = Loop("llama-gqa", share=0.9, types=("stem",), bound=1e-9)
-    loop.ids = torch.arange(48).reshape(4, 12)
-    loop.gradient([])
-    loop.pruner.observe()
-    before = loop.loss()
-    event = loop.pruner.step(0.5, loop).events[0].event
-    after = tiny_model("llama-gqa")
-    for part in group_slices(loop.space, [event]):
-        after.get_parameter(part.name).detach().index_fill_(part.dim, part.indices, 0.0)
-    measured = float(after(input_ids=loop.ids, labels=loop.ids).loss) - before
-    assert abs(measured) > 1e-3
-    raw = float(loop.pruner.looks.average.values()["stem"][0, event.units[0]])
-    assert event.saliency == pytest.approx(max(measured, 1e-3 * raw), rel=1e-3)
 
 
 MIXED = {"stem": "gate-fisher", "ffn": "flap", "attention": "wanda", "attention_query": "taylor-element"}
@@ -301,6 +277,21 @@ def test_state_resumes_bit_for_bit(saliency: str | dict[str, str]) -> None:
     assert one.pruner.widths == two.pruner.widths
 
 
+@pytest.mark.parametrize(("measured", "finished"), [({}, False), ({"ffn": 0.1}, False), ({"ffn": 0.1}, True)])
+def test_a_run_that_compared_types_by_measured_losses_goes_on_only_once_it_is_over(
+    measured: dict[str, float], finished: bool
+) -> None:
+    """The state of an earlier version, of which another rule would choose what is still to fall."""
+    loop = Loop("llama-gqa", correction=None)
+    for step in range(1, 11 if finished else 5):
+        loop.train_step(float(step))
+    tensors, facts = loop.pruner.state()
+    facts["calibration"] = {"smoothing": 0.5, "units": {}, "measured": measured, "predicted": measured}
+    assert loop.pruner.finished == finished
+    with pytest.raises(OtherRule, match="compared by measured losses") if measured and not finished else nullcontext():
+        loop.pruner.load_state(tensors, facts)
+
+
 def test_the_bill_of_a_look_counts_what_each_expert_reads() -> None:
     """What layers read together counts once, what an expert's last matrix reads by itself."""
     loop = Loop("qwen3-moe-gqa", saliency="sparsegpt", correction=None)
@@ -346,80 +337,6 @@ def test_a_gradient_that_is_no_number_is_left_out_and_counted() -> None:
     assert report.nonfinite == 1
     assert all(bool(total.isfinite().all()) for total in loop.pruner.looks.average.sums.values())
     assert loop.train_step(2.0).nonfinite == 0
-
-
-def test_a_measured_loss_that_is_no_number_is_left_out_and_counted() -> None:
-    loop = Loop("llama-gqa", share=0.9, span=1.0, bound=0.02)
-    loss, calls = loop.loss, []
-
-    def broken() -> float:
-        calls.append(None)
-        return float("inf") if len(calls) == 2 else loss()
-
-    loop.loss = broken  # type: ignore[method-assign]
-    report = loop.train_step(1.0)
-    assert report.nonfinite == 1
-    assert all(math.isfinite(ratio) for ratio in report.ratios.values())
-
-
-def test_only_what_may_fall_is_measured() -> None:
-    """Heads are at their floor from the start: a calibration measures the loss as it is and of FFN and stem alone."""
-    loop = Loop("llama-mha-tied", share=0.9, span=1.0, types=("attention", "ffn", "stem"), floors={"kv_heads": 4})
-    assert loop.space.widths.kv_heads == 4
-    loss, calls = loop.loss, []
-    loop.loss = lambda: (calls.append(None), loss())[1]  # type: ignore[method-assign]
-    report = loop.train_step(1.0)
-    assert report.calibrations > 0
-    assert set(report.ratios) <= {"ffn", "stem"}
-    assert len(calls) <= 3 * report.calibrations
-
-
-def test_a_measured_bundle_stops_at_the_floor() -> None:
-    """1 % of the parameters would be eight FFN channels, but only four may fall."""
-    config, floors = {"intermediate_size": 800}, {"intermediate": 796}
-    loop = Loop("llama-gqa", share=0.999, types=("ffn", "stem"), config=config, floors=floors)
-    scores = {name: torch.rand(loop.pruner.live.units(name).shape) for name in PRUNING_TYPES}
-    ranking, widths = Ranking(scores, loop.pruner.live), loop.space.widths
-    bundles = next_bundles(ranking, widths, feasible=loop.pruner.feasible, bound=1.0, types=("ffn", "stem"))
-    assert round(0.01 * loop.space.num_params() / loop.space.event_cost("ffn", widths)) == 8
-    assert len(bundles[0].removals) == 4
-
-
-@pytest.mark.parametrize("pruning_type", DEFAULT_TYPES)
-def test_a_trial_measures_what_would_be_executed_and_leaves_no_bit_changed(pruning_type: str) -> None:
-    """The next event as it would fall, corrected; then the model as it was."""
-    loop = Loop("llama-gqa", correction=SolverOptions())
-    loop.ids = torch.arange(48).reshape(4, 12)
-    before = {name: weight.detach().clone() for name, weight in loop.params.items()}
-    units = loop.pruner.live.units(pruning_type)
-    removals = [Removal(pruning_type, torch.zeros(len(units), dtype=torch.int64))]
-    without = loop.pruner.live.copy()
-    without.remove(removals[0])
-    readers = list(losing_readers(loop.space, removals, without))
-    inputs = loop.inputs([reader.name for reader in readers])
-    with trial(loop.space, loop.params, removals, [reader.name for reader in readers]):
-        correct(loop.params, readers, inputs, SolverOptions())
-        loop.pruner.zero(removals)
-        tried, during = loop.loss(), {name: weight.detach().clone() for name, weight in loop.params.items()}
-    assert all(torch.equal(weight, before[name]) for name, weight in loop.params.items())
-    correct(loop.params, readers, inputs, SolverOptions())
-    loop.pruner.zero(removals)
-    assert all(torch.equal(weight, during[name]) for name, weight in loop.params.items())
-    assert loop.loss() == tried
-
-
-def test_calibration_prices_corrected_bundles() -> None:
-    """What the first calibration measures is what the corrected event then does."""
-    loop = Loop("llama-gqa", share=0.9, types=("ffn",), bound=1e-9)
-    loop.ids = torch.arange(48).reshape(4, 12)
-    loop.gradient([])
-    loop.pruner.observe()
-    before = loop.loss()
-    report = loop.pruner.step(0.01, loop)
-    (applied,) = report.events
-    assert report.corrections.done == 2
-    assert loop.pruner.calibration.measured["ffn"] == pytest.approx(0.5 * (loop.loss() - before), rel=1e-4, abs=1e-7)
-    assert applied.event.saliency > 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

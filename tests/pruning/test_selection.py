@@ -1,4 +1,4 @@
-"""Ranking, calibration and the choice between types."""
+"""Ranking, and the choice between types."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import torch
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
-from efficientllm.pruning.selection import Ranking, candidates, least_damage, least_damaging
+from efficientllm.pruning.selection import Ranking, least_damaging
 from efficientllm.pruning.shapes import Alignment, Floors
 from efficientllm.pruning.widths import Widths
 
@@ -51,32 +50,6 @@ def test_query_heads_of_a_dead_kv_head_are_out() -> None:
     assert (units[0] >= 0).tolist() == [True, False, False, True]  # rows: layer 0 KV 0, 1; layer 1 KV 0, 1
 
 
-def test_calibration_changes_the_choice() -> None:
-    """FFN looks cheap by its scores; measured, it costs ten times what they say."""
-    table = scores()
-    live = Live.full(SPACE.widths)
-    feasible = FeasibleShapes(
-        SPACE, int(SPACE.num_params() * 0.5), types=PRUNING_TYPES, align=Alignment(), floors=Floors(hidden=6)
-    )
-
-    def choice(calibration: Calibration | None) -> str:
-        weighed = candidates(
-            Ranking(table, live),
-            SPACE.widths,
-            feasible=feasible,
-            calibration=calibration,
-            types=PRUNING_TYPES,
-        )
-        event = least_damage(weighed)
-        assert event is not None
-        return event.type
-
-    raw = choice(None)
-    calibration = Calibration()
-    calibration.update(raw, measured=1000.0, predicted=1.0)
-    assert choice(calibration) != raw
-
-
 def head_for(
     space: Space, target: float, damage: dict[str, float], *, align: Alignment, widths: Widths | None = None
 ) -> Widths:
@@ -88,7 +61,7 @@ def head_for(
         evenly[name] = torch.full(live.units(name).shape, nats / rows, dtype=torch.float64)
     types = ("attention", "attention_query", "ffn", "stem")
     feasible = FeasibleShapes(space, target, types=types, align=align, floors=Floors())
-    return least_damaging(Ranking(evenly, live), now, feasible=feasible, calibration=None, types=types)
+    return least_damaging(Ranking(evenly, live), now, feasible=feasible, types=types)
 
 
 def smollm2() -> Space:
@@ -140,7 +113,7 @@ def test_what_falls_with_a_layer_falls_once() -> None:
     goals = [Widths(1, 40, 4, 2, 44), Widths(2, 40, 4, 2, 38)]  # 10 + 8 nats, 2 * 14 nats
     feasible = FeasibleShapes(SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(), floors=Floors())
     feasible.shapes = torch.tensor([place_of(each) for each in goals])
-    options = {"feasible": feasible, "calibration": None, "types": PRUNING_TYPES}
+    options = {"feasible": feasible, "types": PRUNING_TYPES}
     assert least_damaging(Ranking(table, live), SPACE.widths, **options) == goals[0]
     table["depth"] *= 2.1  # 21 + 8
     assert least_damaging(Ranking(table, live), SPACE.widths, **options) == goals[1]
@@ -152,38 +125,5 @@ def test_ties_go_to_the_larger_shape() -> None:
     feasible = FeasibleShapes(
         SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(4, 4), floors=Floors()
     )
-    goal = least_damaging(
-        Ranking(nothing, live), SPACE.widths, feasible=feasible, calibration=None, types=PRUNING_TYPES
-    )
+    goal = least_damaging(Ranking(nothing, live), SPACE.widths, feasible=feasible, types=PRUNING_TYPES)
     assert SPACE.num_params(goal) == feasible.sizes.max()
-
-
-def test_calibration_averages_and_never_turns_negative() -> None:
-    calibration = Calibration(smoothing=0.5)
-    assert calibration.ratio("ffn") == 1.0
-    calibration.update("ffn", measured=0.2, predicted=1.0)
-    calibration.update("ffn", measured=0.4, predicted=1.0)
-    assert calibration.ratio("ffn") == pytest.approx((0.5 * 0.2 + 0.4) / 1.5)
-    calibration.update("stem", measured=-0.1, predicted=1.0)
-    assert calibration.ratio("stem") == 1e-3
-
-
-def test_ratios_that_have_settled_are_left_alone() -> None:
-    calibration = Calibration()
-    assert calibration.due("ffn", 100.0, 0.05)
-    calibration.update("ffn", 0.2, 1.0, 100.0)
-    assert not calibration.due("ffn", 98.0, 0.05)
-    assert calibration.due("ffn", 97.0, 0.05)
-    calibration.update("ffn", 0.24, 1.0, 97.0)  # moves the ratio by an eighth
-    assert not calibration.due("ffn", 80.0, 0.05)
-    assert calibration.due("ffn", 77.0, 0.05)
-    calibration.update("ffn", 1.0, 1.0, 77.0)
-    assert calibration.due("ffn", 74.0, 0.05)
-
-
-def test_predictions_are_shares_of_a_look() -> None:
-    """A look on fewer tokens predicts three times as much for everything: measured increases stay comparable."""
-    calibration = Calibration(units={"ffn": 2.0})
-    calibration.update("ffn", 0.5, 0.1)
-    calibration.units = {"ffn": 6.0}
-    assert 0.3 * calibration.ratio("ffn") == pytest.approx(0.5)

@@ -78,7 +78,7 @@ def test_looks_read_other_rows_each_time_and_cost_training_none(more: dict[str, 
         assert len(seen) == len(set(seen))
         assert all(other >= step + ("mode" not in more) for other, _ in seen)
         report = record.prune
-        assert not looks or report.refreshes + report.calibrations >= 1
+        assert not looks or report.refreshes >= 1
         assert step or len(looks) >= 4
     assert state.refresh_tokens == 2 * LENGTH * sum(record.prune.refreshes for record, _ in records if record.prune) * (
         "saliency" not in more
@@ -119,7 +119,7 @@ def test_a_teacher_is_not_asked_when_looking() -> None:
 def test_the_norm_is_of_what_training_goes_by() -> None:
     """Columns of o_proj that read dead query heads have a gradient, which is cleared and so must not clip the rest."""
     more = {"types": [ATTENTION_QUERY], "target": "85%", "start": 0, "end": None, "every": 1}
-    wanted = recipe(correction="none", selection="raw", **more)
+    wanted = recipe(correction="none", **more)
     model = tiny_model("llama-gqa", max_position_embeddings=LENGTH, num_attention_heads=8)
     plan, batches = pruning_plan(wanted, model.config), Remembered()
     assert plan is not None
@@ -163,14 +163,14 @@ def test_captured_rows_are_spread_over_the_batch_whatever_the_micro_batches() ->
 def test_rows_of_a_look() -> None:
     plan = pruning_plan(recipe(), tiny_model("llama-gqa").config)
     assert plan is not None
-    assert LookRows.of(plan, 8, 256) == LookRows(gradient=2, measure=2, correction=2)  # 52 inputs at most
-    assert LookRows.of(plan, 1024, 256) == LookRows(gradient=256, measure=32, correction=2)
+    assert LookRows.of(plan, 8, 256) == LookRows(gradient=2, text=2, correction=2)  # 52 inputs at most
+    assert LookRows.of(plan, 1024, 256) == LookRows(gradient=256, text=32, correction=2)
     assert LookRows.of(plan, 4, 64) == LookRows(4, 4, 4)  # never more than a batch
     assert LookRows.of(plan, 64, 256, processes=8).correction == 8
 
 
 def test_a_run_goes_on_bit_for_bit_with_its_looks_and_its_bill(tmp_path: Path) -> None:
-    """Cut in the middle of pruning: scores, what has fallen since the last look, ratios and FLOPs by part come back."""
+    """Cut in the middle of pruning: scores, what has fallen since the last look and FLOPs by part come back."""
     wanted, path = recipe(end="80%"), tmp_path / "checkpoints"
     whole, _, _ = run(wanted)
     model = tiny_model("llama-gqa", max_position_embeddings=LENGTH)

@@ -236,9 +236,9 @@ def test_too_few_splits_are_priced_at_the_mean(toy: tuple[Vocabulary, TrainState
     size = 330 - int((known.falling.costs == 0.0).sum())
     vars(known)["milestones"] = {size: ()}
     step: Any = SimpleNamespace(rows=lambda use: SimpleNamespace(parts=[(rows[:32], True)]))
-    before = state.flops.calibration
+    before = state.flops.looks
     texts = [known.tokenizer.decode(row[:16].tolist()) for row in rows[:32]]
     whole = [_nats(state.model, cast(Any, known.tokenizer)(text)["input_ids"], 0) for text in texts]
     tokens = sum(len(cast(Any, known.tokenizer)(text)["input_ids"]) for text in texts)
     assert known.rate(state, step) == pytest.approx(sum(whole) / tokens, rel=1e-4)
-    assert state.flops.calibration > before
+    assert state.flops.looks > before

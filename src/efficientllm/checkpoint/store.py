@@ -123,6 +123,9 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
     counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
     if not isinstance(counts["flops"], dict):  # of an earlier version: one number, whose parts nobody knows
         counts["flops"] = UNKNOWN_FLOPS
+    measured = counts["flops"].get("calibration", 0)  # which an earlier version counted apart
+    parts = {name: number for name, number in counts["flops"].items() if name != "calibration"}
+    counts["flops"] = parts | ({"looks": parts["looks"] + measured} if measured else {})
     moments = {key: value for key, value in tensors.items() if "|" in key}
     pruner = {key: value for key, value in tensors.items() if key.startswith(PREFIXES)}
     snapshot = Snapshot(

@@ -15,8 +15,8 @@ def solved_tokens(tried: Sequence[tuple[int, float]], tail: float, budget: float
     batch where it lies above the budget from the start.
 
     tried: (tokens, FLOPs) of the runs so far. The line goes through the last two of them (the secant method), and with
-    the first alone rises by `tail` FLOPs a token: refreshed scores, calibration and correction cost nearly as much in a
-    short run as in a long one, so what pruning has cost stays and only the rest goes with the tokens.
+    the first alone rises by `tail` FLOPs a token: refreshed scores and correction cost nearly as much in a short run as
+    in a long one, so what pruning has cost stays and only the rest goes with the tokens.
     """
     tokens, flops = tried[-1]
     return round((tokens + (budget - flops) / _slope(tried, tail)) / batch) * batch

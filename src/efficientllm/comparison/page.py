@@ -42,7 +42,7 @@ def _lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[
     )
     yield ""
     yield (
-        "FLOPs are those of training: steps, calibration, refreshed scores, corrections, the teacher's forward pass. "
+        "FLOPs are those of training: steps, refreshed scores, corrections, the teacher's forward pass. "
         f"An arm meets a budget of FLOPs within {CLOSE:.0%}, or no claim is made about it. "
         "Difference: loss minus the loop's, with a 95 % interval, paired; bold where it excludes zero. Corrected for "
         "several comparisons is what is claimed below each table, with all of its differences tested together (Holm, "

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _ABLATION = "docs/results/ablations.md resolves no difference"
+# Of a value that went, prune.selection calibrated.
+CALIBRATED = (
+    "calibrated is gone, since a measured factor a type chose a worse shape (docs/results/smollm2.md): leave it out, "
+    "with prune.saliency gate-fisher, whose nats compare types as they are, or with prune.target as widths"
+)
+_UNMEASURED = "leave it out: losses are not measured any more, types are compared by their scores"
 _SOLVER = "leave it out: what docs/results/correction.md found best is always taken"
 
 
@@ -37,10 +43,10 @@ GONE: Mapping[str, Gone] = {
     "prune.latency_on": Gone(
         "leave it out: the first lines of a run and of `efficientllm plan` say what the table was measured on",
     ),
-    "prune.calibration_batch": Gone("leave it out: bundles are always measured on rows to come"),
+    "prune.calibration_batch": Gone(_UNMEASURED),
     "prune.calibration_batches": Gone("leave it out: one-shot takes its scores from eight batches", (8,)),
     "prune.calibration_tokens": Gone(
-        f"leave it out: losses are measured on an eighth of the batch, between 512 and 8,192 tokens ({_ABLATION})", ()
+        "leave it out: losses are not measured any more, scores compare types as they are"
     ),
     "prune.order": Gone("set prune.selection to the path, such as prune.selection=ffn-first", ("saliency",)),
     "prune.lr": Gone(f"leave it out: the rate is the same while pruning ({_ABLATION})", ("100%",)),

@@ -18,7 +18,7 @@ from efficientllm.config.fields import (
     Trait,
     one_or_more,
 )
-from efficientllm.config.gone import GONE
+from efficientllm.config.gone import CALIBRATED, GONE
 from efficientllm.config.targets import CostTarget, Milestone, Target, WidthTarget
 from efficientllm.errors import UsageError
 from efficientllm.pruning.criteria import DEFAULT, criteria_of
@@ -62,8 +62,15 @@ def _saliency(value: object) -> object:
     return value
 
 
+def _selection(value: object) -> object:
+    """auto is what raw was called where scores are in nats."""
+    if value == "calibrated":
+        raise ValueError(CALIBRATED)
+    return "raw" if value == "auto" else value
+
+
 PruningType = Literal["attention", "attention_query", "ffn", "stem", "depth", "expert", "expert_ffn", "vocab"]
-Selection = Literal["auto", "calibrated", "raw", "attention-first", "ffn-first", "stem-first", "interleaved"]
+Selection = Literal["raw", "attention-first", "ffn-first", "stem-first", "interleaved"]
 AT_REST = Idle(lambda prune: prune.mode != "loop", "with prune.mode {0.mode}, which sets its own pace")
 PACED = Idle(
     lambda prune: prune.every is not None and prune.mode == "loop",
@@ -117,10 +124,10 @@ class PruneConfig(Section):
         description="What may fall; attention_query needs a GQA model, depth takes whole layers, vocab tokens, beside "
         "other types. The default is, of a mixture of experts, expert and expert_ffn in place of ffn",
     )
-    selection: Selection = Field(
-        default="auto",
-        description="Which type falls next: by measured loss (calibrated), by scores as they are (raw; auto where they "
-        "are in nats, as gate-fisher's), or by one of the pruning paths to widths given as target",
+    selection: Annotated[Selection, BeforeValidator(_selection)] = Field(
+        default="raw",
+        description="Which type falls next: by scores as they are, per unit of prune.cost (raw), or by one of the "
+        "pruning paths to widths given as target",
     )
     bound: Annotated[Share, Idle(lambda prune: prune.mode == "one-shot", "with prune.mode one-shot")] = Field(
         default=0.05, gt=0, description="Most of the parameters that fall between two looks at the scores"
@@ -155,7 +162,7 @@ class PruneConfig(Section):
     @property
     def path(self) -> str | None:
         """The pruning path to widths given as target; None where scores choose the type."""
-        return None if self.selection in ("auto", "calibrated", "raw") else self.selection
+        return None if self.selection == "raw" else self.selection
 
     @model_validator(mode="before")
     @classmethod

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import blocks, body, final_norm, logits_of
 from efficientllm.models.space import space_of
-from efficientllm.pruning.calibration import trial
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEPTH, EXPERT_FFN, STEM
 from efficientllm.pruning.groups import Removal, Space
 from efficientllm.pruning.live import Live
-from efficientllm.pruning.shards import fill
+from efficientllm.pruning.shards import local_place
 from efficientllm.pruning.slices import group_slices
 from efficientllm.training.chunked_loss import chunk_tokens, token_losses
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, predicted_tokens
@@ -71,11 +70,17 @@ def removed(space: Space, params: Mapping[str, Tensor], pruning_type: str, row: 
     rows = Live.full(space.widths).units(pruning_type).shape[0]
     units = torch.full((rows,), -1)
     units[row] = unit
-    cuts = [Removal(pruning_type, units)]
-    with trial(space, params, cuts):
-        for part in group_slices(space, cuts):
-            fill(params[part.name], part.dim, part.indices, part.rows)
+    kept = []
+    for part in group_slices(space, [Removal(pruning_type, units)]):
+        weight = params[part.name].detach()
+        place = local_place(weight, part.dim, part.indices, part.rows)
+        kept.append((weight, place, weight[place]))
+        weight[place] = 0.0
+    try:
         yield
+    finally:
+        for weight, place, values in kept:
+            weight[place] = values
 
 
 def passes(space: Space, units: Sequence[Unit], length: int) -> float:

@@ -22,6 +22,7 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.loading import load_model
 from efficientllm.models.rotation import components, rotate
 from efficientllm.models.space import widths_of
+from efficientllm.pruning.engine import OtherRule
 from efficientllm.pruning.looks import scores_are_known
 from efficientllm.pruning.tokens import KEPT
 from efficientllm.reporting.progress import RunProgress
@@ -55,13 +56,17 @@ def begin(job: Job, say: Callable[[str], None]) -> tuple[Job, TrainState, dict[s
     if snapshot.pruner_facts is not None and not scores_are_known(snapshot.pruner_facts):
         say(f"{saved} is of an earlier version, whose scores are in another unit: they are taken anew")
     if source:
-        ranks.from_first(lambda: job.folder.rewind(snapshot.step))
         say(f"going on from {saved}, {format_count(snapshot.tokens)} tokens done")
         for difference in other_bits(source, arithmetic(job.device)):
             say(difference)
     if KEPT in snapshot.pruner_tensors:
         job = without_others(job, snapshot.pruner_tensors[KEPT].cpu(), say)
-    state = restore(snapshot, recipe.train, job.pruning, job.device, ranks)
+    try:
+        state = restore(snapshot, recipe.train, job.pruning, job.device, ranks)
+    except OtherRule as error:
+        raise error_of_all(ranks, f"{saved} is of a run that cannot go on: {error}") from error
+    if source:
+        ranks.from_first(lambda: job.folder.rewind(snapshot.step))
     return job, state, source or _measured(job, state, say)
 
 

@@ -40,12 +40,10 @@ def metrics_record(
     }
     if record.prune and record.prune.damages:
         line["saliency"] = record.prune.damages
-    if record.prune and record.prune.ratios:
-        line["calibration"] = record.prune.ratios
     if record.prune and (record.prune.corrections.done or record.prune.corrections.skipped):
         line["corrections"] = asdict(record.prune.corrections)
     if record.prune and record.prune.nonfinite:
-        line["nonfinite"] = record.prune.nonfinite  # looks and measured losses that pruning left out
+        line["nonfinite"] = record.prune.nonfinite  # looks that pruning left out
     if validation is not None:
         line["validation_loss"] = validation
     return line

@@ -33,7 +33,7 @@ class Estimate:
     target in that cost, else "". proportional: the result's widths in the source's proportions (in another cost: the
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
-    flops_by_part: the same as in a run's summary; pruning_flops: those of looks, calibration and correction;
+    flops_by_part: the same as in a run's summary; pruning_flops: those of looks and correction;
     validation_flops come on top. checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is
     written; draws: of a teacher, kept. notes: the run's advisories."""
 
@@ -74,7 +74,7 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
     cost = _step_flops(plan, teaching)
     done = _simulated(forecast, _step_flops(forecast, teaching))
     done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
-    done.flops.calibration += asking_flops(forecast) if sheds else 0.0
+    done.flops.looks += asking_flops(forecast) if sheds else 0.0
     parameters = int(space.num_params())
     return Estimate(
         parameters,

@@ -7,12 +7,10 @@ same size, at about the same cost.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from efficientllm.models.flops import forward_flops, training_flops
-from efficientllm.pruning.calibration import Calibration, trial_events
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByShape, Course, Standing
@@ -25,13 +23,12 @@ from efficientllm.training.looks import LookRows
 from efficientllm.training.run_plan import RunPlan
 
 StepFlops = Callable[[Widths], Ledger]
-SETTLES = 3  # measurements of a type after which its ratio counts as settled: noise alone moves it at the second
 
 
 @dataclass
 class Simulated:
     """What a run has done so far. over: whether it is where it was to end, and compacted to that. flops: by part;
-    pruning: those of looks, calibration and correction."""
+    pruning: those of looks and correction."""
 
     at: Standing
     allocated: Widths
@@ -39,13 +36,11 @@ class Simulated:
     compactions: int = 0
     refreshes: int = 0
     fresh: bool = False
-    calibration: Calibration = field(default_factory=Calibration)
-    measured: Counter[str] = field(default_factory=Counter)
     flops: Ledger = field(default_factory=Ledger)
 
     @property
     def pruning(self) -> float:
-        return self.flops.looks + self.flops.calibration + self.flops.correction
+        return self.flops.looks + self.flops.correction
 
 
 class Simulation:
@@ -88,8 +83,6 @@ class Simulation:
                 done.flops.correction += 0 if ready else self._inputs(done)
                 seen = self._rows_of(self._batch) if ready else self._rows.correction
             ready = False
-            if options.compares_types:
-                self._calibrate(done, seen)
             before = done.at
             done.at = self._course.bundle(done.at, position, self._guide, options.bound)[-1].after
             done.fresh = False
@@ -116,27 +109,6 @@ class Simulation:
     def _rows_of(self, rows: int) -> int:
         """Those of a pass over so many rows whose inputs are kept."""
         return -(-rows // self._rows.every(rows))
-
-    def _calibrate(self, done: Simulated, seen: int) -> None:
-        """Types that are due, each settled with its SETTLES-th measurement."""
-        feasible, options, live = self._course.feasible(done.at), self._plan.options, done.at.widths
-        parameters = self._course.parameters(live)
-        types = [
-            name
-            for name in self._types
-            if feasible.may_fall(name, live) and done.calibration.due(name, parameters, options.bound)
-        ]
-        forward = forward_flops(self._space, self._rows.measure, self._length, done.allocated)
-        done.flops.calibration += (1 + len(types)) * forward.total if types else 0
-        for name in types:
-            done.calibration.update(name, 1.0, 1.0, parameters)
-            done.measured[name] += 1
-            if done.measured[name] < SETTLES:
-                done.calibration.moved.pop(name, None)
-            if options.correction:
-                number = trial_events(self._space, name, live, least=feasible.least(name), bound=options.bound)
-                after = live.after(name, number)
-                done.flops.calibration += self._solves(done.allocated, live, after, seen)
 
     def _inputs(self, done: Simulated) -> int:
         return forward_flops(self._space, self._rows.correction, self._length, done.allocated).base

@@ -48,36 +48,26 @@ class Probe(Protocol):
         """
         ...
 
-    def measure(self) -> Callable[[], float]:
-        """A function that measures the mean loss in nats on one fixed set of rows, no gradient."""
-        ...
-
 
 @dataclass(frozen=True)
 class PrunerOptions:
     """The method's dials; docs/results/ablations.md for the defaults.
 
     types: pruning types that may be chosen. saliency: name of the criterion, or one for each type (criteria_of).
-    calibrated: compare types by measured loss, not by raw scores. bound: largest share of the live parameters removed
-    between two looks (one larger event falls alone, after a look of its own). correction: the second-order update of
-    what is left; None leaves it out. order: "saliency", or a pruning path (selection.py) towards one fixed shape.
+    bound: largest share of the live parameters removed between two looks (one larger event falls alone, after a look of
+    its own). correction: the second-order update of what is left; None leaves it out. order: "saliency", or a pruning
+    path (selection.py) towards one fixed shape.
     gathers: looks that are taken before the first event of a step where training has taken none (weights at rest).
     seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
     saliency: str | Mapping[str, str]
-    calibrated: bool
     bound: float = 0.05
     correction: SolverOptions | None = None
     order: str = "saliency"
     gathers: int = 1
     seed: int = 0
-
-    @property
-    def compares_types(self) -> bool:
-        """Whether measured losses decide between types; on a pruning path nothing is left to decide."""
-        return self.calibrated and self.order == "saliency"
 
 
 @dataclass(frozen=True)
@@ -98,22 +88,16 @@ class PruneReport:
     be left of it, for the loop to see to; nothing else falls before. flops: of the matrix products in scores and
     solves; passes through the model are the probe's to count.
 
-    refreshes: looks that were taken for a bundle. calibrations: how often types were measured, measured: bundles in
-    them. nonfinite: looks and measured losses that were left out because they are no numbers; blind: all looks were, so
-    that nothing fell of what was due.
-
-    damages: damage per parameter of each type's next event, as last seen, whatever the run's cost is; calibrated where
-    types are compared by measured loss.
+    refreshes: looks that were taken for a bundle. nonfinite: looks that were left out because they are no numbers;
+    blind: all were, so that nothing fell of what was due. damages: damage per parameter of each type's next event, as
+    last seen, whatever the run's cost is.
     """
 
     events: list[AppliedEvent] = field(default_factory=list)
     milestone: int | None = None
     vocabulary: int | None = None
     damages: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, float] = field(default_factory=dict)
     refreshes: int = 0
-    calibrations: int = 0
-    measured: int = 0
     nonfinite: int = 0
     blind: bool = False
     corrections: Corrections = field(default_factory=Corrections)

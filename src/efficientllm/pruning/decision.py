@@ -5,14 +5,14 @@ The engine carries out what is decided here; a plan, which has neither model nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from efficientllm.pruning.calibration import Calibration
 from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.pruning.feasible import FeasibleShapes, arrived, milestone_after
 from efficientllm.pruning.groups import Event, Removal
@@ -111,19 +111,17 @@ class Course:
 
 
 class ByDamage:
-    """Towards the shape of the least damage, or along a pruning path (`order`, selection.py). live: the masks that the
-    ranking reads; what is taken falls there. damages: of each type's next event as last seen, per parameter (as
-    PruneReport has them)."""
+    """Towards the shape of the least damage, or along a pruning path (`order`, selection.py). scores: (rows, units) by
+    type. live: the masks of what is left; what is taken falls there. damages: of each type's next event as last seen,
+    per parameter (as PruneReport has them)."""
 
-    def __init__(
-        self, ranking: Ranking, live: Live, calibration: Calibration | None, types: Sequence[str], order: str
-    ) -> None:
-        self._ranking, self._live = ranking, live
-        self._calibration, self._types, self._order = calibration, types, order
+    def __init__(self, scores: Mapping[str, Tensor], live: Live, types: Sequence[str], order: str) -> None:
+        self._ranking, self._live = Ranking(scores, live), live
+        self._types, self._order = types, order
         self.damages: dict[str, float] = {}
 
     def next(self, widths: Widths, feasible: FeasibleShapes) -> Event:
-        weighed = candidates(self._ranking, widths, feasible=feasible, calibration=self._calibration, types=self._types)
+        weighed = candidates(self._ranking, widths, feasible=feasible, types=self._types)
         self.damages = {each.event.type: each.event.saliency / each.parameters for each in weighed}
         if self._order == "saliency":
             event = least_damage(weighed)
@@ -135,8 +133,7 @@ class ByDamage:
 
     def ahead(self, widths: Widths, feasible: FeasibleShapes) -> float:
         """The least damage on the way to a feasible shape, nats; inf where none is within reach."""
-        ways = damages_ahead(self._ranking, widths, feasible=feasible, calibration=self._calibration, types=self._types)
-        return float(ways.min())
+        return float(damages_ahead(self._ranking, widths, feasible=feasible, types=self._types).min())
 
     def take(self, removal: Event) -> None:
         self._live.remove(removal)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.calibration import Bundle, Calibration, trial
 from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, Shedding
 from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
@@ -21,13 +19,16 @@ from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Event, Removal, Slice, Space
 from efficientllm.pruning.live import Live, part_of
 from efficientllm.pruning.looks import Looks, scores_are_known
-from efficientllm.pruning.readers import Reader, losing_readers, reader_specs
+from efficientllm.pruning.readers import losing_readers, reader_specs
 from efficientllm.pruning.schedule import Schedule
-from efficientllm.pruning.selection import Ranking, next_bundles
 from efficientllm.pruning.shards import ALONE, World, fill
 from efficientllm.pruning.slices import dead_slices, group_slices
 from efficientllm.pruning.tokens import Tokens
 from efficientllm.pruning.widths import Widths
+
+
+class OtherRule(ValueError):
+    """The state of an unfinished run of an earlier version, which would go on by another rule than it has begun by."""
 
 
 class PruningEngine:
@@ -56,7 +57,7 @@ class PruningEngine:
         self.live = Live.full(space.widths)
         criteria = criteria_of(options.saliency, options.types)
         self.looks = Looks(space, params, reduction, criteria=criteria, seed=options.seed)
-        self.calibration, self.tokens = Calibration(), Tokens()
+        self.tokens = Tokens()
         self.events = self.milestone = 0
         self._device = next(iter(params.values())).device
         self.held = self._slices_to_hold()
@@ -123,13 +124,7 @@ class PruningEngine:
                 break
             if names and inputs is None:
                 inputs = probe.inputs(names)
-            self.calibration.units = self.looks.average.units
-            ahead = self.live.copy()
-            ranking = Ranking(self.looks.average.values(), ahead)
-            if self.options.compares_types:
-                self._calibrate(ranking, probe, inputs, report)
-            calibration = self.calibration if self.options.compares_types else None
-            guide = ByDamage(ranking, ahead, calibration, self.options.types, self.options.order)
+            guide = ByDamage(self.looks.average.values(), self.live.copy(), self.options.types, self.options.order)
             if shedding and self.tokens.ask(self.parameters):
                 report.vocabulary = shedding(partial(guide.ahead, self.widths), self.standing)
                 if report.vocabulary:
@@ -141,7 +136,6 @@ class PruningEngine:
             self._act(bundle, inputs, report)
         report.nonfinite += self.looks.nonfinite
         self.looks.nonfinite = 0
-        report.ratios = {name: self.calibration.ratio(name) for name in self.calibration.predicted}
         return report
 
     def due(self, position: float) -> bool:
@@ -179,70 +173,32 @@ class PruningEngine:
 
     def zero(self, events: Sequence[Removal]) -> None:
         """Sets the events' groups to exactly 0.0, weights and optimizer moments alike."""
-        self._zero(events, moments=True)
+        for part in group_slices(self.space, events):
+            for tensor in (self.params[part.name], *self.moments(part.name).values()):
+                fill(tensor, part.dim, part.indices, part.rows)
         if any(of_type(event.type).held for event in events):
             self.held = self._slices_to_hold()
 
-    def _zero(self, removals: Sequence[Removal], *, moments: bool) -> None:
-        for part in group_slices(self.space, removals):
-            for tensor in (self.params[part.name], *(self.moments(part.name).values() if moments else ())):
-                fill(tensor, part.dim, part.indices, part.rows)
-
     def _slices_to_hold(self) -> list[Slice]:
         return [replace(part, indices=part.indices.to(self._device)) for part in dead_slices(self.space, self.live)]
-
-    def _calibrate(
-        self, ranking: Ranking, probe: Probe, inputs: Mapping[str, Tensor] | None, report: PruneReport
-    ) -> None:
-        """Measures what the next bundle of each type that is due does to the loss, corrected as it would be. All share
-        one set of rows, so that their differences are paired. Those that are not finite are left out."""
-        parameters, bound = self.parameters, self.options.bound
-        types = [name for name in self.options.types if self.calibration.due(name, parameters, bound)]
-        bundles = next_bundles(ranking, self.widths, feasible=self.feasible, bound=bound, types=types)
-        if not bundles:
-            return
-        loss = probe.measure()
-        unpruned = loss()
-        report.calibrations += 1
-        for bundle in bundles:
-            increase = self._measured(bundle, loss, inputs, report) - unpruned
-            if math.isfinite(increase) and math.isfinite(bundle.predicted):
-                self.calibration.update(bundle.type, increase, bundle.predicted, parameters)
-            else:
-                report.nonfinite += 1
-        report.measured += len(bundles)
-
-    def _measured(
-        self, bundle: Bundle, loss: Callable[[], float], inputs: Mapping[str, Tensor] | None, report: PruneReport
-    ) -> float:
-        """The loss without a bundle, which is put back."""
-        readers: list[Reader] = []
-        if self.options.correction and inputs is not None:
-            without = self.live.copy()
-            for removal in bundle.removals:
-                without.remove(removal)
-            readers = list(losing_readers(self.space, bundle.removals, without))
-        with trial(self.space, self.params, bundle.removals, [reader.name for reader in readers]):
-            if self.options.correction and inputs is not None and readers:
-                done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
-                report.flops.calibration += done.flops
-            self._zero(bundle.removals, moments=False)
-            return loss()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
         tensors, facts = self.looks.state()
         tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()} | self.tokens.tensors()
-        facts |= {"events": self.events, "rung": self.milestone, "calibration": asdict(self.calibration)}
-        return tensors, facts | self.tokens.facts()
+        return tensors, facts | {"events": self.events, "rung": self.milestone} | self.tokens.facts()
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
-        `space.widths`."""
+        `space.widths`, and OtherRule."""
         self.live = Live.saved(part_of(tensors, LIVE), self.space.widths)
         self.events, self.milestone = facts["events"], facts["rung"]
         self.tokens = Tokens.of(tensors, facts)
+        if not self.finished and facts.get("calibration", {}).get("measured"):
+            raise OtherRule(
+                "its pruning types were compared by measured losses, which this version does not do: go on with the "
+                "version that began it, or begin anew"
+            )
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)
-            self.calibration = Calibration(**facts["calibration"])
         self.held = self._slices_to_hold()

@@ -7,13 +7,12 @@ from dataclasses import astuple, dataclass, fields
 
 @dataclass
 class Ledger:
-    """Floating-point operations: of the student's steps, of looks at the gradient or the inputs for scores' sake, of
-    calibration (its trial corrections included), of correction, of the teacher. Whole numbers, exact while they are
+    """Floating-point operations: of the student's steps, of looks at the gradient or the inputs for scores' sake (or
+    at text in two vocabularies), of correction, of the teacher. Whole numbers, exact while they are
     Python's own; NaN where a run began before they were counted."""
 
     steps: float = 0
     looks: float = 0
-    calibration: float = 0
     correction: float = 0
     teacher: float = 0
 

@@ -27,8 +27,7 @@ MEMORY = 20
 
 
 def scores_are_known(facts: Mapping[str, Any]) -> bool:
-    """Of an engine's saved facts. Those of an earlier version are in another unit: the next look takes scores anew, and
-    what was measured against them is worth nothing."""
+    """Of an engine's saved facts. Those of an earlier version are in another unit: the next look takes scores anew."""
     return isinstance(facts.get("saliency_scale"), Mapping)
 
 

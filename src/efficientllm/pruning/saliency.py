@@ -156,13 +156,7 @@ class MovingAverage:
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1.0
             self.scale[name] = keep * self.scale.get(name, 0.0) + total
 
-    @property
-    def units(self) -> dict[str, float]:
-        """What a share of 1 is worth, by type: the looks' average sum, in the criterion's own unit (nats for
-        taylor's)."""
-        return {name: self.scale[name] / self.weight[name] for name in self.sums}
-
     def values(self) -> dict[str, Tensor]:
         """The averages in the criterion's own unit, on the CPU; an empty dict before the first update."""
-        worth = self.units
+        worth = {name: self.scale[name] / self.weight[name] for name in self.sums}  # of a share of 1: the average sum
         return {name: (total * (worth[name] / self.weight[name])).cpu() for name, total in self.sums.items()}

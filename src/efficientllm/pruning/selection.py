@@ -1,8 +1,8 @@
 """Which event comes next: the run heads for the feasible shape of the least predicted damage, cheapest type first.
 
-A score that ranks units well within a type still has another scale in each type (docs/method.md, "Which type"), so the
-types are compared through measured ratios. Damage per parameter removed (or per unit of another cost) is the one
-currency for all types.
+Damage per parameter removed (or per unit of another cost) is the one currency for all types, by their scores as they
+are. Those in nats share a scale; others may rank units well within a type and still have another scale in each
+(docs/method.md, "Which type").
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.calibration import Bundle, Calibration, trial_events
 from efficientllm.pruning.costs import axes_of, place_of, shape_at, types_along
 from efficientllm.pruning.dimensions import (
     ATTENTION,
@@ -73,10 +72,8 @@ class Ranking:
                 self._orders.pop(other.type, None)
 
 
-def damages_ahead(
-    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, calibration: Calibration | None, types: Sequence[str]
-) -> Tensor:
-    """The calibrated saliency that falls on the way to each feasible shape, fp64 (shapes,); inf out of reach.
+def damages_ahead(ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, types: Sequence[str]) -> Tensor:
+    """The saliency that falls on the way to each feasible shape, fp64 (shapes,); inf out of reach.
 
     A shape far under the target pays for all that it gives up, and one whose width is on its way to that shape's
     aligned stop only for what is left of the way. What falls with a layer or a KV head falls once: the units of the
@@ -85,9 +82,8 @@ def damages_ahead(
     ways = torch.tensor(place_of(widths)) - feasible.shapes
     along_axes, damage = types_along(axes_of(widths)), {}
     for pruning_type, way in zip(along_axes, ways.clamp(min=0).T, strict=True):
-        ratio = calibration.ratio(pruning_type) if calibration is not None else 1.0
         along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
-        damage[pruning_type] = ratio * along[way]
+        damage[pruning_type] = along[way]
     left = dict(zip(along_axes, (feasible.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
     total = torch.zeros(len(feasible.shapes), dtype=torch.float64)
     for pruning_type, own in damage.items():
@@ -97,12 +93,10 @@ def damages_ahead(
     return torch.where(within, total, torch.inf)
 
 
-def least_damaging(
-    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, calibration: Calibration | None, types: Sequence[str]
-) -> Widths:
-    """Of the feasible shapes within reach the one on the way to which the least calibrated saliency falls; ties go to
-    the largest."""
-    total = damages_ahead(ranking, widths, feasible=feasible, calibration=calibration, types=types)
+def least_damaging(ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, types: Sequence[str]) -> Widths:
+    """Of the feasible shapes within reach the one on the way to which the least saliency falls; ties go to the
+    largest."""
+    total = damages_ahead(ranking, widths, feasible=feasible, types=types)
     assert bool((total < torch.inf).any()), "a feasible shape stays within reach (feasible.py)"
     return shape_at(feasible.shapes[total.argmin()].tolist(), axes_of(widths))
 
@@ -117,47 +111,24 @@ class Candidate:
     parameters: int
 
 
-def candidates(
-    ranking: Ranking,
-    widths: Widths,
-    *,
-    feasible: FeasibleShapes,
-    calibration: Calibration | None,
-    types: Sequence[str],
-) -> list[Candidate]:
+def candidates(ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, types: Sequence[str]) -> list[Candidate]:
     """The next event of every type that has more than one unit a row left. `widths` are the live ones.
 
     The price of one is what the run's cost falls by on the type's whole way to the shape that the run heads for,
     shared evenly among the events there: of a cost that is affine in every width, such as parameters, what the event
     itself saves; of a measured one more than the noise between two neighbours.
     """
-    goal = least_damaging(ranking, widths, feasible=feasible, calibration=calibration, types=types)
+    goal = least_damaging(ranking, widths, feasible=feasible, types=types)
     weighed, now = [], feasible.cost(widths)
     for pruning_type in widths.types():
         if pruning_type not in types or widths.count(pruning_type) <= 1:
             continue
         units, saliency = ranking.upcoming(pruning_type, 1)
-        if calibration is not None:
-            saliency *= calibration.ratio(pruning_type)
         way = widths.count(pruning_type) - goal.count(pruning_type)
         price = (now - feasible.cost(widths.after(pruning_type, way))) / way if way else 0.0
         event = Event(pruning_type, units[0], saliency, price)
         weighed.append(Candidate(event, way > 0, feasible.space.event_cost(pruning_type, widths)))
     return weighed
-
-
-def next_bundles(
-    ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes, bound: float, types: Sequence[str]
-) -> list[Bundle]:
-    """Of every type that may fall now the events that calibration measures (calibration.py: trial_events)."""
-    space, bundles = feasible.space, []
-    for pruning_type in types:
-        if not feasible.may_fall(pruning_type, widths):
-            continue
-        number = trial_events(space, pruning_type, widths, least=feasible.least(pruning_type), bound=bound)
-        units, predicted = ranking.upcoming(pruning_type, number)
-        bundles.append(Bundle(pruning_type, [Removal(pruning_type, row) for row in units], predicted))
-    return bundles
 
 
 # The paper's pruning paths (appendix A.2): which type goes first, towards one fixed shape.

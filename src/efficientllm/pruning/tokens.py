@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from efficientllm.pruning.calibration import RENEWED
 from efficientllm.pruning.contract import TOKENS
 
 KEPT = f"{TOKENS}kept"
+RENEWED = 0.2  # share of the parameters that falls before it is asked again
 
 
 @dataclass

@@ -13,6 +13,7 @@ from efficientllm.pruning.decision import ByShape, Course, Standing
 from efficientllm.pruning.feasible import amount
 from efficientllm.pruning.groups import MULTIPLE
 from efficientllm.pruning.schedule import EverySchedule, SpanSchedule
+from efficientllm.training.planning import compared_by_scale
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import idle_floors, types_asked
 
@@ -22,8 +23,17 @@ def advisories_of(recipe: Recipe, plan: PruningPlan | None) -> tuple[str, ...]:
     if recipe.prune is None or plan is None:
         return ()
     prune = recipe.prune
-    said = (_latency(prune), _types(prune, plan), _floors(prune, plan), _source(plan), _rotation(prune, plan))
-    return (*(line for each in (*said, _shapes(prune, plan)) for line in each), *_pace(recipe, plan))
+    said = (
+        _latency(prune),
+        _types(prune, plan),
+        _floors(prune, plan),
+        _source(plan),
+        _rotation(prune, plan),
+        compared_by_scale(prune, plan.options),
+        _shapes(prune, plan),
+        _pace(recipe, plan),
+    )
+    return tuple(line for each in said for line in each)
 
 
 def _rotation(prune: PruneConfig, plan: PruningPlan) -> Iterator[str]:

@@ -48,10 +48,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class LookRows:
-    """Rows of a batch, over all processes, that a gradient, a measured loss and captured inputs are taken from."""
+    """Rows of a batch, over all processes, that a gradient, text to encode anew (training/vocabulary.py) and captured
+    inputs are taken from."""
 
     gradient: int
-    measure: int
+    text: int
     correction: int
 
     @classmethod
@@ -61,9 +62,9 @@ class LookRows:
         def within(tokens: int) -> int:
             return min(rows, max(processes, -(-tokens // length)))
 
-        calibration = min(max(rows * length // 8, LOOK_TOKENS), 8192)
+        text = min(max(rows * length // 8, LOOK_TOKENS), 8192)
         correction = correction_tokens(plan.feasible.space)
-        return cls(within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)), within(calibration), within(correction))
+        return cls(within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)), within(text), within(correction))
 
     def every(self, rows: int) -> int:
         """Of a pass over so many rows every so-manieth is kept as inputs: about as many as a correction wants."""

@@ -3,6 +3,8 @@ against the source's config before anything is spent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from transformers import PretrainedConfig
 
 from efficientllm.config import PruneConfig, Recipe, WidthTarget
@@ -13,7 +15,7 @@ from efficientllm.models.latency_table import load_table
 from efficientllm.models.space import space_of
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.costs import ActiveParams, Cost, KVCache, Params, counts
-from efficientllm.pruning.criteria import criteria_of
+from efficientllm.pruning.criteria import DEFAULT, Criterion, criteria_of
 from efficientllm.pruning.dimensions import ATTENTION
 from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.feasible import FeasibleShapes
@@ -94,21 +96,23 @@ def options_and_milestones(
     """
     cost = cost or Params(space)
     types = types_of(prune, space, cost)
-    in_nats = all(each.nats for each in criteria_of(prune.saliency, types).values())
+    criteria = criteria_of(prune.saliency, types)
+    if prune.vocabulary and not all(each.nats for each in criteria.values()):
+        raise ValueError(
+            "prune.types has vocab, whose damage is in nats, but the other types' is not: leave prune.saliency at "
+            f"{DEFAULT}"
+        )
+    if not isinstance(prune.target, WidthTarget):
+        _refuse_several_scales(criteria)
     options = PrunerOptions(
         types=types,
         saliency=prune.saliency,
-        calibrated=prune.selection == "calibrated" or (prune.selection == "auto" and not in_nats),
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=None if prune.correction == "none" else SolverOptions(),
         order=prune.path or "saliency",
         gathers=_gathers(prune),
         seed=seed,
     )
-    if prune.vocabulary and not (options.calibrated or in_nats):
-        raise ValueError(
-            "prune.types has vocab, whose damage is in nats, but the other types' is not: leave prune.selection at auto"
-        )
     targets = [*milestones_of(prune, space, cost), target_of(prune, space, cost)]
     floors = floors_of(prune, space, cost)
     milestones = [
@@ -125,6 +129,26 @@ def options_and_milestones(
     for feasible, following in zip(milestones[-2::-1], milestones[:0:-1], strict=True):
         feasible.before(following)
     return options, tuple(milestones)
+
+
+def _refuse_several_scales(criteria: Mapping[str, Criterion]) -> None:
+    """Raises ValueError where the types' scores, by which the shape is chosen, are in several units."""
+    scales = {"nats" if each.nats else each.name: f"{name} by {each.name}" for name, each in criteria.items()}
+    if len(scales) > 1:
+        raise ValueError(
+            f"prune.saliency scores {' and '.join(scales.values())}, in units of their own, so that no shape can be "
+            "chosen by them: name one criterion for all types, or give prune.target as widths"
+        )
+
+
+def compared_by_scale(prune: PruneConfig, options: PrunerOptions) -> Iterator[str]:
+    """Says so where the shape is chosen by scores of several types that are not in nats."""
+    names = {each.name for each in criteria_of(options.saliency, options.types).values() if not each.nats}
+    if names and len(options.types) > 1 and not isinstance(prune.target, WidthTarget):
+        yield (
+            f"scores of {', '.join(names)} compare its types by scale only, as they are not in nats: {DEFAULT}, one "
+            "type, or a target given as widths leaves nothing to compare"
+        )
 
 
 def _gathers(prune: PruneConfig) -> int:

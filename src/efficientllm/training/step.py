@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,6 @@ from efficientllm.training.gradient import (
     Precision,
     SummedLoss,
     has_planes,
-    mean_loss,
     micro_batches,
     model_inputs,
     predicted_by_all,
@@ -42,7 +41,7 @@ from efficientllm.training.state import PruningPlan, TrainState
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
 
-Use = Literal["step", "gradient", "measure", "inputs"]  # of a pass
+Use = Literal["step", "gradient", "text", "inputs"]  # of a pass
 
 
 class Passes(ABC):
@@ -60,7 +59,7 @@ class Passes(ABC):
 
     @abstractmethod
     def rows(self, use: Use) -> Pass:
-        """The next rows for a step's own gradient, a gradient to look at, a measured loss, inputs of linear layers."""
+        """The next rows for a step's own gradient, a gradient to look at, text to encode, inputs of linear layers."""
 
     def backward(self, use: Use, names: Sequence[str] = (), gates: GateSums | None = None) -> Tensor:
         """Adds the gradient of the rows' mean loss to .grad, a micro-batch at a time; returns that loss, detached.
@@ -129,16 +128,6 @@ class Passes(ABC):
         state.flops.add(rows.flops)
         return inputs
 
-    def measure(self) -> Callable[[], float]:
-        """Measures the mean loss of one set of rows, in nats, without a gradient."""
-        state, rows = self.state, self.rows("measure")
-
-        def loss() -> float:
-            state.flops.add(rows.flops)
-            return mean_loss(rows.loss, rows.parts, state.runner, state.ranks)
-
-        return loss
-
 
 class Step(Passes):
     """One step of our own loop: its batch, and looks at rows to come.
@@ -182,7 +171,7 @@ class Step(Passes):
 
     def rows(self, use: Use) -> Pass:
         ranks, looks, length = self.state.ranks, self._looks, self._shape[1]
-        wanted = {"step": self._shape[0], "gradient": looks.gradient, "measure": looks.measure}
+        wanted = {"step": self._shape[0], "gradient": looks.gradient, "text": looks.text}
         number = wanted.get(use, looks.correction)
         own = self._batch if use == "step" else self._next_rows(number)
         return Pass(
@@ -229,8 +218,8 @@ class Step(Passes):
         """Operations of a pass, over all processes: the student's and the teacher's."""
         length, distillation = self._shape[1], self._distillation if use == "step" else None
         forward = forward_flops(self.state.space, rows, length)
-        if use == "measure":
-            return Ledger(calibration=forward.total)
+        if use == "text":
+            return Ledger()  # whoever encodes it anew counts its passes
         if use == "inputs":
             assert self.state.pruner is not None
             scored = "inputs" in self.state.pruner.looks.needs

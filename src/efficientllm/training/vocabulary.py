@@ -27,10 +27,10 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
-from efficientllm.pruning.calibration import RENEWED
 from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
+from efficientllm.pruning.tokens import RENEWED
 from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, token_ids
 from efficientllm.training.planning import pruning_plan
@@ -113,7 +113,7 @@ class Vocabulary:
         that of any token, the mean, where it makes fewer than FEWEST_SPLITS. A collective."""
         parts, read = list[tuple[Tensor, bool]](), 0
         while read < 2 * TEXT_TOKENS:
-            rows = step.rows("measure")
+            rows = step.rows("text")
             parts += rows.parts
             own = sum(token_ids(part).numel() for part, counts in rows.parts if counts)
             read += int(state.ranks.over_batch(torch.tensor(own)))
@@ -148,7 +148,7 @@ class Vocabulary:
         if state.ranks.world > 1:
             summed = state.ranks.over_batch(torch.tensor([nats, tokens, flops], dtype=torch.float64))
             nats, tokens, flops = summed.tolist()
-        state.flops.calibration += flops
+        state.flops.looks += flops
         return nats, tokens
 
     def _lines(self, ids: Sequence[list[int]]) -> Tensor:
