@@ -252,7 +252,7 @@ def test_bad_requests_get_one_sentence() -> None:
         PruningCallback(target="40%", steps=5)
     pruner = Pruner(model, optimizer, target="40%", steps=5, **OPTIONS)
     with pytest.raises(ValueError, match="train a step first"):
-        pruner._passes.measure()()
+        pruner._passes.gradient([])
     model(input_ids=batches(1)[0]).logits.sum().backward()
     pruner.observe()
     with pytest.raises(ValueError, match="pass labels to it, or loss_fn"):
