@@ -54,6 +54,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "loop, with vocabulary": {"prune": FREE | {"types": ["attention", "attention_query", "ffn", "stem", "vocab"]}},
     "loop, teacher": {"prune": FREE, "distill": {}},
     "loop, teacher's hidden states": {"prune": FREE, "distill": {"hidden": 1.0}},
+    "loop, 4 steps": {"prune": FREE | {"start": "0%", "end": "16%"}},
+    "loop, within documents": {"prune": FREE, "data": {"within_documents": True}},
+    "ladder": {"prune": FREE | {"ladder": ["80%", "69%"]}},  # for a --target below
+    "iterative": {"prune": FREE | {"mode": "iterative"}},
     "one-shot": {"prune": FREE | {"mode": "one-shot"}},
     "one-shot, loop's shape": {"prune": {"mode": "one-shot", "target": "loop"}},
     "one-shot, teacher": {"prune": FREE | {"mode": "one-shot"}, "distill": {}},
@@ -108,7 +112,7 @@ class Bench:
         recipe["run"] |= {"checkpoint_every": "20%", "keep": 1, "trackers": []}
         if prune := sections.get("prune"):
             sections = sections | {"prune": prune | {"target": self._target(prune["target"], seed)}}
-        return recipe | sections
+        return recipe | {name: recipe.get(name, {}) | keys for name, keys in sections.items()}
 
     def _target(self, target: str | None, seed: int) -> int | dict[str, int]:
         if target is None:
@@ -150,15 +154,24 @@ class Bench:
             cells += [f"{nats:.3f}", f"{bits:.3f}", "" if own == first else difference(own, first)]
         return cells
 
-    def row(self, arm: str, seed: int, base: Losses) -> list[str]:
-        summary, losses = self.summary(arm, seed), self.losses(arm, seed)
+    def rows(self, arm: str, seed: int, base: Losses) -> list[list[str]]:
+        """Of what an arm has made, and of the sizes that it has left on the way."""
+        folder = self.run_folder(arm, seed)
+        rows = [self.row(arm, self.summary(arm, seed), self.losses(arm, seed), base)]
+        for file in sorted(folder.glob("ladder/*/summary.json")):
+            left = json.loads(file.read_text())
+            losses = self.measured(str(file.parent / "model"), file.parent / "held-out.json")
+            rows.append(self.row(f"{arm}, on the way", left | {"result": left}, losses, base))
+        return rows
+
+    def row(self, name: str, summary: dict[str, Any], losses: Losses, base: Losses) -> list[str]:
         result = summary["result"]
-        shape = shape_of(result["widths"]) + (
-            "" if "vocabulary" not in result else f", {result['vocabulary']:,} tokens"
-        )
-        cells = [arm, format_count(result["parameters"]), shape]
-        cells += [format_count(summary["tokens"]), f"{summary['flops']:.2e}", f"{summary['seconds'] / 60:.0f}"]
-        cells.append(f"{summary['peak_memory_bytes'] / 2**30:.1f}")
+        shape = shape_of(result["widths"])
+        shape += f", {result['vocabulary']:,} tokens" if "vocabulary" in result else ""
+        cells = [name, format_count(result["parameters"]), shape]
+        cells += [format_count(summary["tokens"]), f"{summary['flops']:.2e}"]
+        spent = ("seconds", 60, ".0f"), ("peak_memory_bytes", 2**30, ".1f")
+        cells += [format(summary[key] / unit, digits) if key in summary else "" for key, unit, digits in spent]
         return [*cells, *self.cells(losses, base)]
 
 
@@ -173,12 +186,13 @@ HEADER += ("to the first", "books", "bits per byte", "to the first")
 def table(bench: Bench, arms: list[str], seed: int) -> str:
     """Markdown of all arms that have run, the source first."""
     done = [arm for arm in arms if (bench.run_folder(arm, seed) / "summary.json").is_file()]
-    base = bench.losses(done[0], seed)
-    source = bench.measured(bench.source, bench.folder / "held-out.json")
+    base, source = bench.losses(done[0], seed), bench.measured(bench.source, bench.folder / "held-out.json")
     widths = bench.space.widths.record()
     own = ["source", format_count(int(bench.space.num_params())), shape_of(widths), "", "", "", ""]
     own += bench.cells(source, base)
-    rows = [list(HEADER), ["---"] * len(HEADER), own, *(bench.row(arm, seed, base) for arm in done)]
+    rows = [list(HEADER), ["---"] * len(HEADER), own]
+    for arm in done:
+        rows += bench.rows(arm, seed, base)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -192,7 +206,6 @@ def estimate(bench: Bench, number: int) -> str:
     """Time of `number` plain arms, from one micro-batch."""
     model = load_model(bench.source)
     rows = torch.zeros(MICRO_BATCH, LENGTH, dtype=torch.long)
-
     began = time.perf_counter()
     model(input_ids=rows, labels=rows).loss.backward()
     seconds = (time.perf_counter() - began) / rows.numel() * bench.tokens
