@@ -11,8 +11,7 @@ import pytest
 
 from efficientllm.comparison import equal_flops
 from efficientllm.comparison.arms import parse_arm
-from efficientllm.comparison.budget import CLOSE, solved_tokens, tail_cost
-from efficientllm.comparison.equal_flops import Search
+from efficientllm.comparison.equal_flops import CLOSE, Search, solved_tokens, tail_cost
 from efficientllm.comparison.runner import Outcome
 from efficientllm.comparison.work import ArmResult, Work
 

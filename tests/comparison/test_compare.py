@@ -13,7 +13,7 @@ from conftest import World, tiny_model
 from efficientllm.cli import main
 from efficientllm.comparison import report, runner, worker
 from efficientllm.comparison.arms import parse_arms
-from efficientllm.comparison.budget import CLOSE, close
+from efficientllm.comparison.equal_flops import CLOSE, close
 from efficientllm.comparison.forecast import expected_flops
 from efficientllm.comparison.work import Comparison
 from efficientllm.config import Recipe

@@ -11,7 +11,7 @@ import torch
 
 from conftest import World
 from efficientllm.cli import main
-from efficientllm.jobs.determinism import CUBLAS, arithmetic, deterministic, other_bits
+from efficientllm.jobs.device import CUBLAS, arithmetic, deterministic, other_bits
 
 
 def test_what_differs_is_said_and_nothing_else() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from efficientllm.checkpoint.store import disk_errors
 from efficientllm.errors import UsageError
 from efficientllm.files import atomic_path
 from efficientllm.models.generation import savable
@@ -37,7 +37,7 @@ def export_model(
     folder = folder.resolve()
     refuse_foreign(folder)
     with ExitStack() as whole:
-        with _disk_errors(folder):
+        with disk_errors(f"the model to {folder}", mend="free disk space or choose another"):
             partial = whole.enter_context(atomic_path(folder))
             try:
                 model.config = copy.deepcopy(config)
@@ -51,16 +51,8 @@ def export_model(
                 save_tokenizer(tokenizer, partial)
         if extras is not None:
             extras(partial)
-        with _disk_errors(folder):
+        with disk_errors(f"the model to {folder}", mend="free disk space or choose another"):
             whole.close()
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot write the model to {folder} ({error}); free disk space or choose another") from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -33,6 +33,7 @@ READABLE = frozenset({FORMAT})
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
+FREE_AND_GO_ON = "earlier checkpoints are whole: free disk space or mend permissions, then run the same command again"
 T = TypeVar("T")
 # Counts that manifests of earlier versions lack: a sum whose beginning was not counted stays unknown.
 EARLIER = {"flops": UNKNOWN_FLOPS, "skipped_steps": 0, "skipped_in_a_row": 0}
@@ -59,16 +60,12 @@ def save(folder: Path, snapshot: Snapshot, ranks: World = ALONE) -> Path:
 
 
 @contextmanager
-def disk_errors(what: str, ranks: World = ALONE) -> Iterator[None]:
+def disk_errors(what: str, ranks: World = ALONE, mend: str = FREE_AND_GO_ON) -> Iterator[None]:
     """Turns what the disk refuses, to all of these ranks at once, into a UsageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise error_of_all(
-            ranks,
-            f"cannot write {what} ({error}); earlier checkpoints are whole: free disk space or mend permissions, then "
-            "run the same command again",
-        ) from error
+        raise error_of_all(ranks, f"cannot write {what} ({error}); {mend}") from error
 
 
 def _said(what: str, do: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typer.models import CommandInfo
 
 from efficientllm import __version__
-from efficientllm.cli import bench, compare, evaluate, export, keys, plan, report, runs, saliency  # noqa: F401  each module adds its commands
+from efficientllm.cli import bench, compare, evaluate, export, plan, runs, saliency  # noqa: F401  each module adds its commands
 from efficientllm.cli.app import app
 
 # Commands by use, in the order in which `--help` lists them.

@@ -1,4 +1,4 @@
-"""The command that says what a run will need: plan."""
+"""Commands before a run: what a recipe may say (keys), and what it will cost (plan)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,31 @@ if TYPE_CHECKING:
     from efficientllm.planning.memory import StepMemory
     from efficientllm.planning.plan import Estimate
     from efficientllm.planning.sharding import Sharding
+
+
+@app.command()
+@one_sentence()
+def keys(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="One section, such as prune, or one key; default: all.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/recipe.md has it.")] = False,
+) -> None:
+    """List the keys of a recipe with their defaults and meanings."""
+    from efficientllm.config import GONE
+    from efficientllm.config.reference import recipe_keys
+    from efficientllm.reporting.tables import keys_page, print_keys
+
+    found = list(recipe_keys())
+    if section is not None:
+        known = sorted({key.name.split(".")[0] for key in found})
+        found = [key for key in found if (key.name + ".").replace("[]", "").startswith(f"{section}.")]
+        if not found:
+            raise UsageError(f"{section} is neither a section nor a key of a recipe; sections are {', '.join(known)}")
+    if markdown:
+        print(keys_page(found, {key: gone.instead for key, gone in GONE.items()}), end="")
+    else:
+        print_keys(found)
 
 
 @app.command()

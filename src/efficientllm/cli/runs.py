@@ -1,4 +1,4 @@
-"""Commands that train: prune, train, continue, demo."""
+"""Commands that train, and the one that shows what came of it: prune, train, continue, demo, report."""
 
 from __future__ import annotations
 
@@ -77,6 +77,21 @@ def demo(
 
     run_demo(folder, say)
     say(f"report: {write_report([folder / 'compact', folder / 'scratch'], folder, say)}")
+
+
+@app.command()
+@one_sentence()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are overlaid.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the page; default: the first run's.")] = None,
+    samples: Annotated[bool, typer.Option(help="Let source and result write; loads both models, once.")] = True,
+) -> None:
+    """One HTML page of a run, or of several, with its plots as SVG and PNG beside it; for runs under way too."""
+    from efficientllm.jobs.report import write_report
+
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is named twice: name each once")
+    print(write_report(runs, out or runs[0], say, samples=samples))
 
 
 def _run(read: Callable[[], Recipe]) -> None:

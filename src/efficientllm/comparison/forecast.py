@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from efficientllm.comparison.arms import Arm
-from efficientllm.comparison.budget import TRIES
+from efficientllm.comparison.equal_flops import TRIES
 from efficientllm.comparison.rates import MORE
 from efficientllm.comparison.work import Comparison
 from efficientllm.errors import UsageError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from efficientllm.comparison.arms import parse_arm
-from efficientllm.comparison.budget import CLOSE
+from efficientllm.comparison.equal_flops import CLOSE
 from efficientllm.comparison.rates import FACTOR, MORE
 from efficientllm.reporting.tables import markdown
 from efficientllm.sizes import format_count

@@ -37,19 +37,12 @@ def outcome_of(folder: Path) -> Outcome | None:
     return Outcome(summary, windows) if summary is not None and windows is not None else None
 
 
-def known_outcome(recipe: Recipe) -> Outcome | None:
-    """Of a recipe whose run is finished and measured; None where it is not. Raises UsageError where its folder is
-    damaged or belongs to another recipe."""
-    folder = RunFolder(recipe.run.dir)
-    folder.check(recipe)
-    return outcome_of(folder.path)
-
-
 def run_all(recipes: Sequence[Recipe], *, devices: int, say: Callable[[str], None]) -> list[Outcome]:
     """Outcomes in the order of the recipes; of finished runs they are only read. devices: GPUs to spread the others
     over; 0 or 1: one run after another.
 
-    Raises Interrupted, with every run saved, where one of them was stopped by a signal.
+    Raises Interrupted, with every run saved, where one of them was stopped by a signal; UsageError where the folder of
+    one is damaged or belongs to another recipe.
     """
     free: SimpleQueue[str | None] = SimpleQueue()
     for name in _device_names(devices):
@@ -58,8 +51,9 @@ def run_all(recipes: Sequence[Recipe], *, devices: int, say: Callable[[str], Non
 
         def one(numbered: tuple[int, Recipe]) -> Outcome:
             number, recipe = numbered
-            known = known_outcome(recipe)
-            if known is not None:
+            folder = RunFolder(recipe.run.dir)
+            folder.check(recipe)
+            if (known := outcome_of(folder.path)) is not None:
                 return known
             device = free.get()
             try:

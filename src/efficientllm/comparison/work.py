@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from efficientllm.comparison.arms import Arm, arm_recipe
-from efficientllm.comparison.budget import BUDGETS
 from efficientllm.comparison.runner import Outcome, run_all
 from efficientllm.config import Recipe
 from efficientllm.errors import UsageError
@@ -21,6 +20,8 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.loading import load_config
 from efficientllm.pruning.groups import Space
 from efficientllm.training.run_plan import RunPlan, run_plan
+
+BUDGETS = ("tokens", "flops", "pipeline")
 
 Say = Callable[[str], None]
 Loops = Mapping[int, Mapping[str, Any]]  # seed -> summary of its loop

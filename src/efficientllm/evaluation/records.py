@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 Right = Mapping[str, Mapping[str, int]]  # task without subtasks -> number of the record -> 1 where it was right, else 0
@@ -38,16 +39,13 @@ def right_records(output: Mapping[str, Any], metric: str) -> dict[str, dict[str,
 def paired_difference(own: Right, other: Right) -> tuple[float, float] | None:
     """Accuracy minus the other's in [-1, 1] over the records that both were asked, and its standard error: that of the
     mean of the records' differences, nan for a single one. None where there are none."""
-    differences = list(_differences(own, other))
+    differences = [
+        right - other[name][record]
+        for name, records in own.items()
+        for record, right in records.items()
+        if record in other.get(name, {})
+    ]
     if not differences:
         return None
-    number = len(differences)
-    mean = sum(differences) / number
-    squares = sum((each - mean) ** 2 for each in differences)
-    return mean, math.sqrt(squares / (number - 1) / number) if number > 1 else math.nan
-
-
-def _differences(own: Right, other: Right) -> Iterator[int]:
-    for name, records in own.items():
-        theirs = other.get(name, {})
-        yield from (right - theirs[record] for record, right in records.items() if record in theirs)
+    error = math.nan if len(differences) < 2 else statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), error

@@ -38,11 +38,12 @@ from efficientllm.export.gguf_tensors import (
     rope_tensors,
 )
 from efficientllm.export.gguf_tokenizer import Vocabulary, vocabulary_of
-from efficientllm.export.subject import Subject
-from efficientllm.export.tokenizer import end_tokens, tokenizer_of
+from efficientllm.export.subject import Subject, tokenizer_of
 from efficientllm.export.weights import Unfused, Weights
 from efficientllm.files import atomic_path, write_atomically
 from efficientllm.models.experts import is_mixture
+from efficientllm.models.generation import listed
+from efficientllm.models.loading import load_generation_config
 from efficientllm.models.space import head_dim_of
 from efficientllm.reporting.model_card import GGUF, MARK, Card, metadata_of
 from efficientllm.reporting.progress import track
@@ -87,7 +88,9 @@ def export_gguf(
     stored = layout(weights.shapes, written, architecture, config.num_hidden_layers)
     factors = rope_tensors(config, architecture)
     tokenizer = tokenizer_of(subject.folder, say)
-    vocabulary = vocabulary_of(tokenizer, config, end_tokens(subject.folder, say))
+    generation = load_generation_config(str(subject.folder), say)
+    ends = listed(generation.eos_token_id) if generation else []
+    vocabulary = vocabulary_of(tokenizer, config, ends)
     card = subject.card(config, sum(math.prod(each.shape) for each in stored), licence)
     for note in (*vocabulary.notes, *misfits(config, kind), *_window_note(config, architecture)):
         say(note)

@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from efficientllm.checkpoint.export import refuse_foreign, save_tokenizer
 from efficientllm.errors import UsageError
-from efficientllm.export.subject import Subject
-from efficientllm.export.tokenizer import tokenizer_of
+from efficientllm.export.subject import Subject, tokenizer_of
 from efficientllm.export.weights import INDEX, Weights
 from efficientllm.files import atomic_path
 from efficientllm.models.generation import savable

@@ -1,20 +1,22 @@
-"""What is exported: the model folder behind a run, a size of its ladder, or a folder, and what is known of it."""
+"""What is exported: the model folder behind a run, a size of its ladder, or a folder, what is known of it,
+and its tokenizer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from efficientllm import __version__
 from efficientllm.errors import UsageError
 from efficientllm.files import read_json
-from efficientllm.models.loading import located
+from efficientllm.models.loading import load_tokenizer, located
 from efficientllm.models.space import head_dim_of, widths_of
 from efficientllm.reporting.journal import read_journal
 from efficientllm.reporting.model_card import Card, license_of
@@ -82,6 +84,22 @@ def subject_of(path: Path) -> Subject:
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
         raise UsageError(_unfinished(path))
     raise UsageError(f"{path} holds neither a run nor a model: there is no summary.json and no config.json in it")
+
+
+def tokenizer_of(folder: Path, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """Says so where transformers cuts text otherwise than the folder's tokenizer.json: some of its classes build their
+    pre-tokenizer anew. What transformers does counts, since that is how training here has read its text."""
+    tokenizer = load_tokenizer(str(folder), what="model")
+    backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
+    if backend is not None and file.is_file():
+        loaded, there = json.loads(backend.to_str()), json.loads(file.read_text(encoding="utf-8"))
+        differing = [key for key in ("normalizer", "pre_tokenizer") if loaded[key] != there.get(key)]
+        if differing:
+            say(
+                f"transformers {transformers.__version__} loads this tokenizer as {type(tokenizer).__name__}, with "
+                f"another {' and '.join(differing)} than its tokenizer.json has; the export follows transformers"
+            )
+    return tokenizer
 
 
 def _unfinished(run: Path) -> str:

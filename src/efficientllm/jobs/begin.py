@@ -13,7 +13,7 @@ from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import write_json
-from efficientllm.jobs.determinism import arithmetic, other_bits
+from efficientllm.jobs.device import arithmetic, other_bits
 from efficientllm.jobs.job import Job
 from efficientllm.jobs.run_folder import RunFolder
 from efficientllm.jobs.validate import validate

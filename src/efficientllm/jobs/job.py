@@ -37,8 +37,7 @@ from efficientllm.training.gradient import Precision
 from efficientllm.training.run_plan import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan, TrainState
 from efficientllm.training.teacher_cache import FORMAT, CachedTeacher
-
-CHUNK_TOKENS = 1024  # whose logits of both models stand in memory at once: each 200 MB in fp32 for 49,152 words
+from efficientllm.training.vocabulary import CHUNK_TOKENS
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +16,9 @@ from efficientllm.config import DataConfig
 from efficientllm.data.corpus import load_corpora
 from efficientllm.data.sampling import BatchStream
 from efficientllm.errors import UsageError
-from efficientllm.evaluation.probe import Scores, criteria_scores, gradient, judge
+from efficientllm.evaluation.probe import criteria_scores, gradient, judge
 from efficientllm.evaluation.removal import Unit, loss_increases, passes, sample_units
-from efficientllm.files import write_atomically
+from efficientllm.files import write_json
 from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
@@ -60,12 +59,8 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
     limit = model.config.max_position_embeddings
     if request.sequence_length > limit:
         raise UsageError(f"--sequence-length {request.sequence_length} is more than the model's {limit} positions")
-    data = DataConfig.model_validate(
-        {
-            "train": [{"path": path, "text_column": request.text_column} for path in request.data],
-            "sequence_length": request.sequence_length,
-        }
-    )
+    train = [{"path": path, "text_column": request.text_column} for path in request.data]
+    data = DataConfig.model_validate({"train": train, "sequence_length": request.sequence_length})
     training, _ = load_corpora(data, tokenizer, vocab_size=model.config.vocab_size, on_progress=say)
     units = sample_units(space_of(model.config), request.types, request.units, request.seed)
     weights = [corpus.weight for corpus in training]
@@ -81,10 +76,13 @@ def run_probe(request: ProbeRequest, say: Callable[[str], None]) -> dict[str, An
         with progress.track("removing units one by one", removals) as tracker:
             samples = loss_increases(model, units, rows, request.micro_batch, precision, tracker.advance)
     verdict = judge(samples, scores)
-    table = [asdict(sample) | {"scores": _scores_of(scores, sample)} for sample in samples]
+    table = [
+        asdict(each)
+        | {"scores": {name: float(by_type[each.type][each.row, each.unit]) for name, by_type in scores.items()}}
+        for each in samples
+    ]
     result = {"model": request.model, "tokens": token_ids(rows).numel(), "criteria": verdict, "units": table}
-    content = json.dumps(without_nonfinite(result), indent=1, allow_nan=False)
-    write_atomically(request.out / "probe.json", (content + "\n").encode())
+    write_json(request.out / "probe.json", without_nonfinite(result))
     plot_probe(table, list(verdict), request.out / "probe.png")
     return result
 
@@ -98,9 +96,8 @@ def _size(
     say: Callable[[str], None],
 ) -> tuple[int, int]:
     """Rows of a batch and number of batches, and says how long they will take, by one row (1, length) measured."""
-    pair = [_seconds(lambda: loss_increases(model, [], row, 1, precision, lambda _: None), row.device)]
-    pair.append(_seconds(lambda: gradient(model, row, 1, precision), row.device))
-    forward, backward = pair
+    forward = _seconds(lambda: loss_increases(model, [], row, 1, precision, lambda _: None), row.device)
+    backward = _seconds(lambda: gradient(model, row, 1, precision), row.device)
     each = passes(space_of(model.config), units, row.shape[1]) * forward + backward
     tokens = request.tokens or min(MOST_TOKENS, round(60 * MINUTES / each) * row.shape[1])
     rows = max(1, tokens // row.shape[1])
@@ -124,7 +121,3 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken = time.perf_counter() - began
     return taken
-
-
-def _scores_of(scores: Scores, sample: Any) -> dict[str, float]:
-    return {name: float(by_type[sample.type][sample.row, sample.unit]) for name, by_type in scores.items()}

@@ -12,7 +12,7 @@ from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.distributed.watch import watched
 from efficientllm.jobs.begin import begin
-from efficientllm.jobs.determinism import deterministic
+from efficientllm.jobs.device import deterministic
 from efficientllm.jobs.finish import finish, result_line
 from efficientllm.jobs.interruption import Interrupted, StopRequest, stop_signals
 from efficientllm.jobs.job import Job, prepare, teacher_of

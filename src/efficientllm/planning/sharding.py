@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from efficientllm.config import DistributedConfig
 from efficientllm.distributed.layout import fits_whole, mesh_shape
@@ -60,14 +60,12 @@ def sharding_of(
         replicas,
         shards,
         why,
-        StepMemory(
-            step.weights // shards,
-            step.gradients // shards,
-            step.optimizer // shards,
-            step.activations,
-            step.temporary,
-            step.teacher,
-            step.inputs // gpus,
+        replace(
+            step,
+            weights=step.weights // shards,
+            gradients=step.gradients // shards,
+            optimizer=step.optimizer // shards,
+            inputs=step.inputs // gpus,
         ),
         0 if gpus == 1 else FP32 * outside + width * (layered if shards == 1 else 2 * block),
         0 if gpus == 1 else FP32 * outside + (width + FP32) * block,
