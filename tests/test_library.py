@@ -406,11 +406,16 @@ def test_a_compiled_model_is_looked_at_without_the_compiler(how: str, monkeypatc
 
 
 def test_saliency_must_have_been_seen() -> None:
-    """Neither a forgotten observe() nor one after zero_grad() may prune by index order."""
+    """Neither a forgotten observe() nor one after zero_grad() may prune by index order, in any step."""
     model = tiny_model("llama-gqa").train()
-    pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=1, **OPTIONS)
+    pruner = Pruner(model, torch.optim.AdamW(model.parameters()), target="40%", steps=5, **OPTIONS)
     with pytest.raises(ValueError, match="after backward"):
         pruner.observe()
+    with pytest.raises(ValueError, match="call observe"):
+        pruner.step()
+    model(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
+    pruner.observe()
+    pruner.step()
     with pytest.raises(ValueError, match="call observe"):
         pruner.step()
 

@@ -149,7 +149,7 @@ class Pruner:
         bundle takes a look at the current batch, run again: batches to come are the caller's own."""
         if not (self._observed or self.finished):
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
-        self._state.step += 1
+        self._state.step, self._observed = self._state.step + 1, False
         report = prune(self._state, self.calls, self._passes)
         self._passes.hold()
         return report
