@@ -151,6 +151,7 @@ def test_no_token_outweighs_the_rest() -> None:
     torch.testing.assert_close(bounded(gradients[:199].float()), gradients[:199].float(), rtol=0, atol=0)
     gradients[3] = float("nan")
     assert not bounded(gradients).isfinite().all()
+    assert bounded(gradients.to("meta")).shape == gradients.shape  # no value is waited for, where a GPU computes
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3-moe-gqa"])

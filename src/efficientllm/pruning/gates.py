@@ -52,7 +52,7 @@ def bounded(gradients: Tensor) -> Tensor:
         return gradients
     squares = gradients.reshape(len(gradients), -1).square().sum(1)
     place = ((squares > 0).sum() // LARGEST - 1).clamp(min=0)
-    limit = squares.sort(descending=True).values[place]
+    limit = squares.sort(descending=True).values.gather(0, place[None])  # an index would wait for a GPU to say it
     return gradients * (limit / squares).sqrt().clamp(max=1.0).nan_to_num(1.0).view(-1, *[1] * (gradients.ndim - 1))
 
 
