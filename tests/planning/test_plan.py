@@ -169,6 +169,23 @@ def test_the_command_needs_a_config_alone(world: World, tmp_path: Path, capsys: 
     assert not (world.folder / "runs" / "to-plan").exists()
 
 
+@pytest.mark.parametrize(
+    ("prune", "said"),
+    [
+        ({"start": "25%", "end": "50%"}, ", pruned from token 1,536 to 3,072"),
+        ({"start": "25%", "end": None, "every": 1}, ", pruned from token 1,536 on"),
+        ({"mode": "one-shot"}, ", pruned at token 0"),
+        (None, ""),
+    ],
+)
+def test_a_run_says_what_it_is_about_to_do(world: World, prune: dict[str, object] | None, said: str) -> None:
+    recipe = world.recipe("outline")
+    target = {"target": "80%", "floors": {"hidden": 8, "intermediate": 8}}
+    recipe["prune"] = None if prune is None else target | {key: each for key, each in prune.items() if each}
+    plan = run_plan(Recipe.model_validate(recipe), load_config(str(world.folder / "source")))
+    assert plan.outline == "24 steps of 256 tokens (8 rows of 32) at a peak rate of 0.01" + said
+
+
 def test_another_teacher_costs_what_it_costs(world: World) -> None:
     """Twice the layers, twice the operations of its blocks; its weights stand beside the student's."""
     recipe = Recipe.model_validate(world.recipe("taught", distill={"weight": 0.5}))

@@ -244,6 +244,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, say: Callable[[str], None], ran
         if epochs > 1:
             say(f"{corpus.name}: {format_count(len(corpus) * length)} tokens will be read {epochs:.1f} times")
     precision = Precision.choose(recipe.train.precision, device)
+    say(f"{plan.outline}; {device.type}, {precision.name}")
     corpora = [f"{corpus.name} {corpus.key}" for corpus in (*training, *validation)]
     text = batches, training, validation, corpora
     return Job(folder, device, precision, tokenizer, plan, *text, Unlogged(), Trackers(say), ranks)

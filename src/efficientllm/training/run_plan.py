@@ -50,6 +50,19 @@ class RunPlan:
         """Of the whole run, which ends with a whole batch."""
         return self.steps * self.batch_tokens
 
+    @property
+    def outline(self) -> str:
+        """What is about to run: steps, rows, peak rate, and over which tokens it prunes."""
+        recipe = self.recipe
+        said = f"{self.steps:,} steps of {self.batch_tokens:,} tokens ({self.batch_rows:,} rows of {self.length:,})"
+        said += f" at a peak rate of {recipe.train.lr:g}"
+        if recipe.prune is None:
+            return said
+        if recipe.prune.mode != "loop":
+            return f"{said}, pruned at token {recipe.pruning_starts:,}"
+        until = "on" if recipe.prune.every else f"to {recipe.pruning_ends:,}"
+        return f"{said}, pruned from token {recipe.pruning_starts:,} {until}"
+
 
 def run_plan(recipe: Recipe, source: PretrainedConfig) -> RunPlan:
     """The plan of a recipe for a source model with this config. Raises UsageError for what cannot be run on it."""
