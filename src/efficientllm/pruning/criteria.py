@@ -229,7 +229,7 @@ def criteria_of(saliency: str | Mapping[str, str], types: Sequence[str]) -> dict
     for name, each in chosen.items():
         if each.routed and name not in EXPERT_TYPES:
             raise ValueError(
-                f"{each.name} scores experts and not {name}: write prune.saliency {{expert: {each.name}}}, or "
-                "prune.types [expert]"
+                f"{each.name} scores experts and not {name}: write prune.saliency {{expert: {each.name}}}, with "
+                "prune.target as widths, or prune.types [expert]"
             )
     return {name: chosen[name] for name in types}
