@@ -366,7 +366,7 @@ def test_a_run_that_has_measured_losses_is_not_gone_on_with_while_it_prunes(
 
     journal = (folder / "metrics.jsonl").read_text()
     assert as_found({"ffn": 0.1}) == 2
-    assert "its pruning types were compared by measured losses" in " ".join(capsys.readouterr().err.split())
+    assert "the pruning types were compared by measured losses" in " ".join(capsys.readouterr().err.split())
     assert (folder / "metrics.jsonl").read_text() == journal
     assert as_found({}) == 0
     again = load_file(folder / "model" / "model.safetensors")

@@ -45,9 +45,7 @@ GONE: Mapping[str, Gone] = {
     ),
     "prune.calibration_batch": Gone(_UNMEASURED),
     "prune.calibration_batches": Gone("leave it out: one-shot takes its scores from eight batches", (8,)),
-    "prune.calibration_tokens": Gone(
-        "leave it out: losses are not measured any more, scores compare types as they are"
-    ),
+    "prune.calibration_tokens": Gone(_UNMEASURED),
     "prune.order": Gone("set prune.selection to the path, such as prune.selection=ffn-first", ("saliency",)),
     "prune.lr": Gone(f"leave it out: the rate is the same while pruning ({_ABLATION})", ("100%",)),
     "prune.ema": Gone("leave it out: a look counts half once prune.bound has fallen since", (0.5,)),

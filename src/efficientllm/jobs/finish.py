@@ -134,7 +134,7 @@ def summarize(job: Job, state: TrainState, source: dict[str, Any], loss: float) 
         "compactions": len(read_journal(job.folder.compactions.path)),
         "seconds": sum(record["seconds"] for record in metrics),
         # Of all processes that the run has had: after the widest steps it may have been resumed.
-        "peak_memory_bytes": max(peak_memory(job.device), *(line.get("peak_memory_bytes", 0) for line in metrics)),
+        "peak_memory_bytes": max([peak_memory(job.device), *(line.get("peak_memory_bytes", 0) for line in metrics)]),
         "efficientllm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -103,8 +103,8 @@ def fluctuation(inputs: Tensor) -> Tensor:
 def flap(weight: Tensor, variance: Tensor) -> Tensor:
     """Var(X_j) ||W_j||^2 (arXiv 2312.11983, eq. 5).
 
-    Deviation: no bias takes the mean's place (these families have none), so what it would save is lost; scores are
-    compared across types by measured loss, not standardised.
+    Deviation: no bias takes the mean's place (these families have none), so what it would save is lost; scores are not
+    standardised over layers.
     """
     return weight.square().sum(0) * variance
 
@@ -229,7 +229,7 @@ def criteria_of(saliency: str | Mapping[str, str], types: Sequence[str]) -> dict
     for name, each in chosen.items():
         if each.routed and name not in EXPERT_TYPES:
             raise ValueError(
-                f"{each.name} scores experts and not {name}: write prune.saliency {{expert: {each.name}}}, or "
-                "prune.types [expert]"
+                f"{each.name} scores experts and not {name}: write prune.saliency {{expert: {each.name}}}, with "
+                "prune.target as widths, or prune.types [expert]"
             )
     return {name: chosen[name] for name in types}

@@ -196,8 +196,8 @@ class PruningEngine:
         self.tokens = Tokens.of(tensors, facts)
         if not self.finished and facts.get("calibration", {}).get("measured"):
             raise OtherRule(
-                "its pruning types were compared by measured losses, which this version does not do: go on with the "
-                "version that began it, or begin anew"
+                "the pruning types were compared by measured losses, which this version does not do: go on with the "
+                "version that began, or begin anew"
             )
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)

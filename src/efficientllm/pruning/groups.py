@@ -192,8 +192,8 @@ class Removal:
 
 @dataclass(frozen=True)
 class Event(Removal):
-    """A cut, weighed. saliency: predicted loss increase, in nats where the scores are. cost: the price that it
-    is weighed by, what it saves in the run's cost (of a measured one the mean along its type's way, selection.py)."""
+    """A removal, weighed. saliency: predicted loss increase, in nats where the scores are. cost: the price that it is
+    weighed by, what it saves in the run's cost (of a measured one the mean along its type's way, selection.py)."""
 
     saliency: float
     cost: float

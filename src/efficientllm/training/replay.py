@@ -24,8 +24,7 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)  # a row with one prediction stands f
 
 
 class Replay:
-    """Remembers the model's last forward call in training mode, and runs it again: what the pruner measures and
-    refreshes on.
+    """Remembers the model's last forward call in training mode, and runs it again: what the pruner looks at anew.
 
     Keeps references to that call's inputs, and its autocast, until the next one.
     """
