@@ -136,18 +136,18 @@ def test_parts_of_memory(some_family: str) -> None:
     from efficientllm.models.space import space_of
 
     config = tiny_config(some_family)
-    train = {"tokens": 10**6, "batch_tokens": 8 * 32, "lr": 1e-3}
-    small = step_memory(config, TrainConfig(micro_batch=2, **train), 32, bf16=False)
-    large = step_memory(config, TrainConfig(micro_batch=4, **train), 32, bf16=False)
-    less = step_memory(config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 32, bf16=False)
+    train = {"tokens": 10**6, "batch_tokens": 8 * 64, "lr": 1e-3}
+    small = step_memory(config, TrainConfig(micro_batch=2, **train), 64, bf16=False)
+    large = step_memory(config, TrainConfig(micro_batch=4, **train), 64, bf16=False)
+    less = step_memory(config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 64, bf16=False)
     watched = step_memory(
-        config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 32, bf16=False, gates=True
+        config, TrainConfig(micro_batch=4, gradient_checkpointing=True, **train), 64, bf16=False, gates=True
     )
     assert less.total < watched.total
     assert small.weights == small.gradients == small.optimizer // 2 == 4 * space_of(config).num_params()
     assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
     assert less.activations < large.activations
-    logits = 4 * 4 * 32 * config.vocab_size
+    logits = 4 * 4 * 64 * config.vocab_size
     assert large.temporary >= logits
 
 
