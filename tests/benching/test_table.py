@@ -90,10 +90,11 @@ def test_a_table_is_measured_and_a_recipe_names_it(
     loaded = load_table(str(file))
     assert len(loaded.seconds) == 16
     assert loaded.cost()(Widths(2, 40, 4, 2, 52)) > 0
-    # Noise may leave a table of so small a model flat, so that the source's own latency is all that it tells.
+    # Noise may leave a table of so small a model flat, or quite flat, so that no type seems to cost anything.
     prune = {"cost": "latency", "latency_table": str(file), "target": {"latency": "99s"}}
     assert call("plan", world.write("timed", prune=prune | {"floors": {"intermediate": 32}})) == 2
-    assert "is not below the source's" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is not below the source's" in said or "leaves nothing to fall that prune.cost latency counts" in said
 
 
 def test_a_table_that_is_far_off_is_called_so(

@@ -229,7 +229,7 @@ def test_a_mapping_that_mixes_units_needs_a_target_in_widths(world: World) -> No
         UsageError, match=r"ffn by flap.*name one criterion for all types, or give prune\.target as widths"
     ):
         notes(world, "mixed", target="85%", **mixed)
-    assert notes(world, "mixed-widths", target={"hidden": 30}, **mixed) == ()
+    assert notes(world, "mixed-widths", target={"hidden": 30}, **mixed | {"floors": {"hidden": 8}}) == ()
     assert notes(world, "mixed-alone", target="85%", types=["ffn"], **mixed)
 
 
