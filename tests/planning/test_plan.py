@@ -169,6 +169,22 @@ def test_the_command_needs_a_config_alone(world: World, tmp_path: Path, capsys: 
     assert not (world.folder / "runs" / "to-plan").exists()
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_mixture_of_experts_has_a_memory(bf16: bool) -> None:
+    """Of widths for which its products are grouped; twice the experts, twice their weights and as many activations."""
+    train = TrainConfig.model_validate({"tokens": 4096, "batch_tokens": 512, "micro_batch": 2, "lr": 1e-3})
+    few, many = (
+        step_memory(
+            tiny_config("qwen3-moe-gqa", hidden_size=64, moe_intermediate_size=32, num_experts=experts),
+            train, 128, bf16=bf16, gates=True,
+        )
+        for experts in (8, 16)
+    )  # fmt: skip
+    layers = tiny_config("qwen3-moe-gqa").num_hidden_layers
+    assert many.weights - few.weights == 4 * layers * 8 * (3 * 64 * 32 + 64)
+    assert 0 < many.activations - few.activations < 0.2 * few.activations
+
+
 @pytest.mark.parametrize(
     ("prune", "said"),
     [
