@@ -31,13 +31,12 @@ from efficientllm.models.space import space_of, widths_of
 from efficientllm.pruning.dimensions import DIMENSIONS, HIDDEN, LAYERS
 from efficientllm.reporting.trackers import Trackers, check_trackers
 from efficientllm.sizes import format_count
-from efficientllm.training.chunked_loss import is_chunked
+from efficientllm.training.chunked_loss import CHUNK_TOKENS, is_chunked
 from efficientllm.training.distillation import Distillation, LiveTeacher, Teacher
 from efficientllm.training.gradient import Precision
 from efficientllm.training.run_plan import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan, TrainState
 from efficientllm.training.teacher_cache import FORMAT, CachedTeacher
-from efficientllm.training.vocabulary import CHUNK_TOKENS
 
 
 @dataclass

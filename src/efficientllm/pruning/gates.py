@@ -45,8 +45,8 @@ LARGEST = 100  # one token in so many is bounded, those of the largest norm
 
 def bounded(gradients: Tensor) -> Tensor:
     """Gate gradients (tokens, ...) in fp32, those of the hundredth of the tokens with the largest norms scaled down to
-    the least of these norms. Tokens of no gradient are not counted; fewer than 200 stay as they are, and
-    so does what is not finite.
+    the least of these norms. Tokens of no gradient are not counted; fewer than 200 stay as they are, and so does what
+    is not finite.
     """
     if len(gradients) < 2 * LARGEST:
         return gradients

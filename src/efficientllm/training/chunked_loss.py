@@ -22,6 +22,7 @@ from torch.nn import functional
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32; about three times that stands in memory
 AUTO_BYTES = 2**30  # of a micro-batch's logits in fp32, from which `auto` chunks on a GPU
+CHUNK_TOKENS = 1024  # whose logits stand in memory at once: of model and teacher, of text in two encodings
 IGNORED = -100  # label of a token that is not in the loss, to transformers and to data/planes.py as well
 
 

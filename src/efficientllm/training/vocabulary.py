@@ -31,7 +31,7 @@ from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.tokens import RENEWED
-from efficientllm.training.chunked_loss import IGNORED
+from efficientllm.training.chunked_loss import CHUNK_TOKENS, IGNORED
 from efficientllm.training.gradient import Precision, model_inputs, next_tokens, token_ids
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.run_plan import RunPlan
@@ -40,7 +40,6 @@ from efficientllm.training.step import Step
 from efficientllm.training.targets import section_of
 
 TEXT_TOKENS = 4096  # on which two encodings are compared
-CHUNK_TOKENS = 1024  # whose logits stand in memory at once
 STEPS, CANDIDATES = 32, 8  # alignment leaves as many steps of the source's vocabulary; sizes that are weighed
 LEAST_SHARE = 0.02  # of the parameters, that a fall takes: the corpus is encoded anew after each
 LEAST_LEFT = 1 / 3  # of the source's tokens
