@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_model
 from efficientllm.models.space import space_of
-from efficientllm.pruning.criteria import CRITERIA, criteria_of, criterion
+from efficientllm.pruning.criteria import CRITERIA, Criterion, Needs, criteria_of, criterion, reach
 from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import drawn_scores
@@ -56,3 +56,12 @@ def test_unknown_criterion_names_the_nearest() -> None:
 def test_one_that_is_gone_says_what_to_take_instead() -> None:
     with pytest.raises(ValueError, match=r"'taylor-element2' is gone: .*; take taylor-element$"):
         criterion("taylor-element2")
+
+
+@pytest.mark.parametrize(
+    ("needs", "missing"), [("gradient", "element"), ("weights", "element"), ("inputs", "statistic")]
+)
+def test_one_without_its_function_is_refused_where_it_is_made(needs: Needs, missing: str) -> None:
+    with pytest.raises(ValueError, match=f"criterion 'mine' looks at {needs}: give it {missing}="):
+        Criterion("mine", needs, "here", "of a test", "free", column=reach)
+    assert Criterion("mine", "nothing", "here", "of a test", "free").element is None

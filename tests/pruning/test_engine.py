@@ -14,6 +14,7 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.criteria import criteria_of, hessian_flops, inverse_hessian_diagonal
+from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, of_type
 from efficientllm.pruning.engine import OtherRule, PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
@@ -282,14 +283,17 @@ def test_a_run_that_compared_types_by_measured_losses_goes_on_only_once_it_is_ov
     measured: dict[str, float], finished: bool
 ) -> None:
     """The state of an earlier version, of which another rule would choose what is still to fall."""
-    loop = Loop("llama-gqa", correction=None)
+    loop, fresh = Loop("llama-gqa", correction=None), Loop("llama-gqa", correction=None).pruner
     for step in range(1, 11 if finished else 5):
         loop.train_step(float(step))
     tensors, facts = loop.pruner.state()
     facts["calibration"] = {"smoothing": 0.5, "units": {}, "measured": measured, "predicted": measured}
     assert loop.pruner.finished == finished
-    with pytest.raises(OtherRule, match="compared by measured losses") if measured and not finished else nullcontext():
-        loop.pruner.load_state(tensors, facts)
+    refused = bool(measured) and not finished
+    with pytest.raises(OtherRule, match="compared by measured losses") if refused else nullcontext():
+        fresh.load_state(tensors, facts)
+    assert fresh.standing == (Standing(fresh.space.widths, 0, 0) if refused else loop.pruner.standing)
+    assert fresh.live.all_live() == (not fresh.looks.complete) == refused  # refused, nothing has been taken over
 
 
 def test_the_bill_of_a_look_counts_what_each_expert_reads() -> None:

@@ -27,6 +27,7 @@ InputStatistic = Callable[[Tensor], Tensor]
 ColumnScore = Callable[[Tensor, Tensor], Tensor]
 Needs = Literal["gradient", "gates", "weights", "inputs", "nothing"]
 
+SCORED_BY = {"gradient": "element", "weights": "element", "inputs": "statistic"}  # the field of Criterion, by its needs
 DAMPING = 0.01  # of the OBS Hessian, as a share of its mean diagonal (SparseGPT's own value)
 
 
@@ -40,7 +41,8 @@ class Criterion:
     is the score of each X. statistic_flops(tokens, inputs): of its matrix
     products. root: a unit's score is the square root of its sum. nats: a unit's score is the loss increase that its
     fall would bring, so that types compare by their scores as they are. routed: it scores experts and their channels
-    alone, by the tokens that have chosen them; expert(W, X) is the score of an expert as a whole.
+    alone, by the tokens that have chosen them; expert(W, X) is the score of an expert as a whole. Raises ValueError
+    where the function that scores what it looks at is missing.
     """
 
     name: str
@@ -57,6 +59,11 @@ class Criterion:
     nats: bool = False
     routed: bool = False
     expert: ColumnScore | None = None
+
+    def __post_init__(self) -> None:
+        scored_by = SCORED_BY.get(self.needs)
+        if scored_by and getattr(self, scored_by) is None:
+            raise ValueError(f"criterion '{self.name}' looks at {self.needs}: give it {scored_by}=, the score by it")
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:

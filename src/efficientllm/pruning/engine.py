@@ -190,15 +190,16 @@ class PruningEngine:
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
-        `space.widths`, and OtherRule."""
-        self.live = Live.saved(part_of(tensors, LIVE), self.space.widths)
-        self.events, self.milestone = facts["events"], facts["rung"]
-        self.tokens = Tokens.of(tensors, facts)
-        if not self.finished and facts.get("calibration", {}).get("measured"):
+        `space.widths`, and OtherRule; nothing has changed then."""
+        live = Live.saved(part_of(tensors, LIVE), self.space.widths)
+        saved = Standing(live.widths(), facts["events"], facts["rung"])
+        if facts.get("calibration", {}).get("measured") and not self.course.finished(saved):
             raise OtherRule(
                 "the pruning types were compared by measured losses, which this version does not do: go on with the "
                 "version that began, or begin anew"
             )
+        self.live, self.events, self.milestone = live, saved.events, saved.milestone
+        self.tokens = Tokens.of(tensors, facts)
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)
         self.held = self._slices_to_hold()
