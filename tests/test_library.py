@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType as Kind
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments
 
 from conftest import FAMILIES, World, tiny_model
 from efficientllm import Pruner, PruningCallback
@@ -225,7 +225,7 @@ def test_a_trainer_that_stops_early_says_what_is_left_undone() -> None:
     with pytest.warns(
         UserWarning, match=r"training ended at [\d,]+ parameters, above the target: events are left undone"
     ):
-        callback.on_train_end(None, None, None)
+        callback.on_train_end(None, TrainerState(), None)
 
 
 def test_bad_requests_get_one_sentence() -> None:

@@ -61,7 +61,7 @@ class Pruner:
     rows of the batch: copies of one model (DistributedDataParallel, but for static_graph) or its shards (FSDP2). Scores
     and losses are met over them, and all take the same events; all call observe() and step() alike.
 
-    Raises UsageError or ValueError, in one sentence, for what cannot be had.
+    Raises UsageError or ValueError, in one sentence, for what cannot be had; warns on the first process alone.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Pruner:
         if steps < 1:
             raise ValueError("steps must be at least 1: the number of optimizer steps over which to prune")
         decides, milestones = decided(options, model.config, sequence_length or 1)
-        for advice in compared_by_scale(options, decides):
+        for advice in compared_by_scale(options, decides) if ranks.leads else ():
             warnings.warn(advice, stacklevel=2)
         size, feasible = milestones[-1].cost(space.widths), milestones[-1]
         schedule = SpanSchedule(start, start + steps, size, feasible.target, options.curve)
@@ -175,7 +175,7 @@ class Pruner:
                     f"the state to go on from was pruned with {key} {saved[key]}, this Pruner has {own}; ask for "
                     "the same, on the model as it was before pruning, not compacted"
                 )
-        if not scores_are_known(state["facts"]):
+        if self._state.ranks.leads and not scores_are_known(state["facts"]):
             warnings.warn("an earlier version's scores are in another unit: they are taken anew", stacklevel=2)
         self.engine.load_state(state["tensors"], state["facts"])
         self._state.step, self._observed = state["calls"], False

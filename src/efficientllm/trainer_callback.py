@@ -103,7 +103,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.pruner.finished:
+        if not self.pruner.finished and state.is_world_process_zero:
             warnings.warn(
                 f"training ended at {self.pruner.parameters:,} parameters, above the target: events are left undone; "
                 "train longer, or lower span",

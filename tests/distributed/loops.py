@@ -1,35 +1,28 @@
-"""Other people's loops on several processes (`main`): by hand and in transformers' Trainer. Every rank writes down what
-comes out; a single process takes the same path by `by_hand(case, FOLDER)` and `in_trainer(case, FOLDER)`.
+"""Somebody's own loop on several processes, and what it is told. Every rank writes down what comes out; one process
+alone takes the same path by `by_hand(case, FOLDER)`, and `in_trainer(case, FOLDER)` of trainers.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerState
 
 from conftest import tiny_model
+from distributed.scenario import tensors_of
 from efficientllm import Pruner, PruningCallback
-from efficientllm.distributed.launch import joined
 from efficientllm.errors import UsageError
-from efficientllm.pruning.shards import whole
 
 OPTIONS: dict[str, Any] = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 STEPS = 8
@@ -62,16 +55,6 @@ HAND = [
     Case("shards", family="qwen3-gqa", shards=True),
     Case("shards-taylor", family="llama-mha-tied", saliency="taylor-element", shards=True, correction="none"),
 ]
-TRAINER = [
-    Case("trainer-copies", correction="none"),
-    Case("trainer-bf16", bf16=True, family="llama-mha-tied"),
-    Case("trainer-shards", family="qwen3-gqa", shards=True, correction="none"),
-    Case("trainer-shards-tied", family="qwen2-gqa-tied", shards=True, bf16=True),
-]
-SFT = [
-    Case("sft-copies", sft=True, correction="none"),
-    Case("sft-shards", sft=True, family="qwen3-gqa", shards=True, correction="none"),
-]
 
 
 def place() -> tuple[int, int]:
@@ -83,15 +66,10 @@ def batch(step: int) -> torch.Tensor:
 
 
 def write_down(name: str, folder: Path, pruner: Pruner, events: list[Any]) -> None:
-    tensors = {}
-    for key, weight in pruner.model.named_parameters():
-        tensors[key] = whole(weight).clone()
-        moments = pruner.optimizer.state[weight]
-        tensors |= {f"{moment}|{key}": whole(value).clone() for moment, value in moments.items()}
-    tensors |= {f"average|{key}": value for key, value in pruner.state_dict()["tensors"].items()}
     rank, world = place()
-    save_file(tensors, folder / f"{name}-{world}-{rank}.safetensors")
-    (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps([events, pruner.widths.record()]))
+    stem = folder / f"{name}-{world}-{rank}"
+    save_file(tensors_of(pruner._state), stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps([events, pruner.widths.record()]))
 
 
 def by_hand(case: Case, folder: Path) -> None:
@@ -136,103 +114,24 @@ def exact(pruner: Pruner) -> None:
         pruner.engine.options = replace(options, correction=replace(options.correction, tolerance=1e-6))
 
 
-class Killed(TrainerCallback):
-    """SIGKILL to itself at the beginning of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step > 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+def pruner_of(model: Any, **more: Any) -> Pruner:
+    return Pruner(model, torch.optim.AdamW(model.parameters(), lr=1e-3), target="50%", steps=4, **more)
 
 
-def rows() -> list[dict[str, torch.Tensor]]:
-    """Of unequal length, padded, their first tokens not in the loss."""
-    made, generator = [], torch.Generator().manual_seed(7)
-    for ids in torch.randint(1, 61, (96, 12), generator=generator):
-        length, asked = torch.randint(6, 13, (2,), generator=generator).tolist()
-        mask, labels = (torch.arange(12) < length).long(), ids.clone()
-        labels[length:] = -100
-        labels[: asked // 3] = -100
-        made.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
-    return made
-
-
-def arguments(case: Case, folder: Path, **changes: Any) -> TrainingArguments:
-    if case.shards and place()[1] > 1:
-        layers = [f"{case.family.split('-')[0].capitalize()}DecoderLayer"]
-        changes |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layers}}
-    options: dict[str, Any] = {
-        "max_steps": 10, "per_device_train_batch_size": 8 // place()[1], "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3, "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "bf16": case.bf16, "save_steps": 3,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    kind: Any = import_module("trl").SFTConfig if case.sft else TrainingArguments
-    made: TrainingArguments = kind(output_dir=str(folder / f"{case.name}-{place()[1]}-out"), **(options | changes))
-    if "fsdp" in changes:
-        as_on_a_gpu(made)
-    return made
-
-
-def as_on_a_gpu(made: TrainingArguments) -> None:
-    """accelerate 1.15 passes over an FSDP plugin on CPUs and makes copies instead (state.py: MULTI_CPU is not among the
-    kinds that may become FSDP); all that comes after that one choice runs on a CPU as it stands."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    assert made.device.type == "cpu"
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-
-
-def sft_trainer(model: Any, made: TrainingArguments, callbacks: list[TrainerCallback]) -> Any:
-    """On the same rows, which TRL pads and masks itself."""
-    known = Tokenizer(WordLevel({str(number): number for number in range(61)}, unk_token="1"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, pad_token="0", eos_token="0", unk_token="1")
-    data = []
-    for row in rows():
-        held = row["attention_mask"] == 1
-        asked = (row["labels"][held] != -100).int()
-        data.append({"input_ids": row["input_ids"][held].tolist(), "completion_mask": asked.tolist()})
-    data = Dataset.from_list(data)
-    kind: Any = import_module("trl").SFTTrainer
-    return kind(model, made, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
-
-
-def in_trainer(case: Case, folder: Path) -> None:
-    choices = {"saliency": case.saliency, "correction": case.correction} | OPTIONS
-    callback = PruningCallback(target="50%", span=0.7, **choices)
-    made = arguments(case, folder)
-    trainer = Trainer(tiny_model(case.family), made, train_dataset=rows(), callbacks=[callback, Killed(case.end)])  # type: ignore[arg-type]
-    before = folder / f"{case.resume}-{place()[1]}-out" / "checkpoint-3"
-    trainer.train(resume_from_checkpoint=str(before) if case.resume else None)
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    with torch.no_grad():  # FSDP2 leaves some weights gathered after this, in bf16 where it computes so
-        trainer.model.eval()(input_ids=rows()[0]["input_ids"][None])
-    callback.pruner.save_pretrained(folder / f"{case.name}-{place()[1]}-model")
-    write_down(case.name, folder, callback.pruner, [callback.pruner.calls])
-
-
-def refusals(folder: Path) -> list[str]:
+def refusals(group: Any) -> list[str]:
     """What is said to several processes that do not say enough, or whose weights lie in another way."""
-    model, said = tiny_model("llama-gqa"), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    split = tiny_model("llama-gqa")
-    down: Any = split.model.layers[0].mlp.down_proj
+    whole, split, part, sharded = (tiny_model("llama-gqa") for _ in range(4))
     mesh = init_device_mesh("cpu", (place()[1],))
+    down: Any = split.model.layers[0].mlp.down_proj
     down.weight = torch.nn.Parameter(distribute_tensor(down.weight.detach(), mesh, [Shard(1)]))
-    part = tiny_model("llama-gqa")
     fully_shard(part.model.layers[0], mesh=mesh)
-    sharded = tiny_model("llama-gqa")
     fully_shard(sharded, mesh=mesh)
-    group = dist.group.WORLD
+    said = []
     for attempt in (
-        lambda: Pruner(model, optimizer, target="50%", steps=4),
-        lambda: Pruner(split, optimizer, target="50%", steps=4, process_group=group),
-        lambda: Pruner(part, optimizer, target="50%", steps=4, process_group=group),
-        lambda: Pruner(
-            sharded, torch.optim.AdamW(sharded.parameters()), target="50%", steps=4, process_group=group
-        ).compact(),
+        lambda: pruner_of(whole),
+        lambda: pruner_of(split, process_group=group),
+        lambda: pruner_of(part, process_group=group),
+        lambda: pruner_of(sharded, process_group=group).compact(),
     ):
         try:
             attempt()
@@ -241,23 +140,14 @@ def refusals(folder: Path) -> list[str]:
     return said
 
 
-def killed(folder: Path) -> None:
-    with joined():
-        in_trainer(replace(TRAINER[0], name="killed", end=5), folder)
-
-
-def main(folder: Path) -> None:
-    with joined() as ranks:
-        for case in HAND:
-            by_hand(case, folder)
-        in_trainer(replace(TRAINER[0], name="trainer-copies-resumed", resume="killed"), folder)
-        sft = SFT if find_spec("trl") else []
-        for case in (*TRAINER, *sft):
-            in_trainer(case, folder)
-        for case in (*TRAINER[1:], *sft):
-            in_trainer(replace(case, name=f"{case.name}-resumed", resume=case.name), folder)
-        (folder / f"refused-{ranks.rank}.json").write_text(json.dumps(refusals(folder)))
-
-
-def loaded(folder: Path, name: str, world: int) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder / f"{name}-{world}-model")
+def warned(group: Any, leads: bool) -> list[str]:
+    """Of scores that compare types by scale, of an earlier version's, and of events that are left undone."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        callback = PruningCallback(target="50%")
+        callback.pruner = pruner_of(tiny_model("llama-gqa"), process_group=group, saliency="wanda")
+        state = callback.pruner.state_dict()
+        del state["facts"]["saliency_scale"]
+        callback.pruner.load_state_dict(state)
+        callback.on_train_end(None, TrainerState(is_world_process_zero=leads), None)  # type: ignore[arg-type]
+    return [str(each.message) for each in said]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
 from efficientllm.checkpoint.store import checkpoints, load, save
@@ -23,6 +24,7 @@ from efficientllm.distributed.launch import joined
 from efficientllm.distributed.layout import with_mesh
 from efficientllm.distributed.ranks import World
 from efficientllm.models.space import space_of
+from efficientllm.pruning.contract import SCORES
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import whole
 from efficientllm.training.distillation import Distillation, LiveTeacher
@@ -121,11 +123,7 @@ def play(case: Case, ranks: World, folder: Path) -> None:
 
 
 def write_down(path: Path, state: TrainState, events: list[object], losses: list[float], compactions: int) -> None:
-    snapshot = capture(state)
-    tensors = {name: whole(weight).clone() for name, weight in snapshot.weights.items()}
-    for name, moments in snapshot.moments.items():
-        tensors |= {f"{key}|{name}": whole(value).clone() for key, value in moments.items()}
-    tensors |= {name: value.clone() for name, value in snapshot.pruner_tensors.items()}
+    tensors = tensors_of(state)
     facts = {
         "events": events,
         "losses": losses,
@@ -136,6 +134,31 @@ def write_down(path: Path, state: TrainState, events: list[object], losses: list
     if state.ranks.leads:
         save_file(tensors, path.with_suffix(".safetensors"))
         path.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
+    """Weights, moments and what the pruner keeps, each whole; a collective."""
+    snapshot = capture(state)
+    tensors = {name: whole(weight).clone() for name, weight in snapshot.weights.items()}
+    for name, moments in snapshot.moments.items():
+        tensors |= {f"{key}|{name}": whole(value).clone() for key, value in moments.items()}
+    return tensors | {name: value.clone() for name, value in snapshot.pruner_tensors.items()}
+
+
+def outcome(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What is written down of a case: facts and tensors."""
+    return json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors")
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same zeros but in averages of scores, and fp32 sums in another order: relative 1e-3."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        scale = float(value.float().abs().max()) or 1.0
+        assert torch.equal(found[key] == 0, value == 0) or key.startswith(SCORES), f"{key}: other zeros"
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-3, atol=2e-3 * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def main(folder: Path) -> None:
