@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
+from efficientllm.jobs import probing
+from efficientllm.jobs.probing import ProbeRequest
 from efficientllm.models.flops import forward_flops, teacher_flops
 from efficientllm.models.loading import load_config, load_tokenizer
 from efficientllm.models.space import space_of
@@ -209,6 +211,17 @@ def test_criteria_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("criteria") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in CRITERIA)
+
+
+def test_probe_takes_its_device_and_how_many_rows_it_passes_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("probe", "model", "--data", "text", "--device", "cuda:99") == 2
+    assert "device 'cuda:99' is not available here; set train.device, or --device" in capsys.readouterr().err
+    asked: list[ProbeRequest] = []
+    monkeypatch.setattr(probing, "run_probe", lambda request, say: asked.append(request) or {"criteria": {"flap": {}}})
+    assert call("probe", "model", "--data", "text", "--device", "cpu", "--micro-batch", "2", "--seed", "5") == 0
+    assert [(each.device, each.micro_batch, each.seed) for each in asked] == [("cpu", 2, 5)]
 
 
 def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.CaptureFixture[str]) -> None:

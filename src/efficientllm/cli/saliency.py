@@ -24,8 +24,10 @@ def probe(
         int | None, typer.Option(min=1, help="Tokens to measure on; default: as many as 10 minutes allow.")
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 256,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; fewer where memory is short.")] = 4,
     depth: Annotated[bool, typer.Option("--depth", help="Whole layers too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
 ) -> None:
     """Measure how well every criterion predicts what removing a unit of this model really costs."""
     from efficientllm.jobs.probing import ProbeRequest, run_probe
@@ -42,7 +44,9 @@ def probe(
             units,
             tokens,
             sequence_length,
-            seed=seed,
+            micro_batch,
+            seed,
+            device,
         ),
         say,
     )

@@ -33,7 +33,9 @@ def choose_device(wanted: str, ranks: World = ALONE) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"train.device '{wanted}' is not available here; set it to auto or cpu") from error
+        raise UsageError(
+            f"device '{wanted}' is not available here; set train.device, or --device of a command, to auto or cpu"
+        ) from error
     return device
 
 
