@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,16 +103,8 @@ class Subject:
         self.plan = self._plan() if prunable else None
         train: Any = self.settings
         self.state = start(model, train, self.plan)
-        self._engine = self.state.pruner
+        self._engine, self._rows = self.state.pruner, RandomRows(shape)
         self._compiled: list[Callable[..., Any]] = []
-        self._steps = train_steps(
-            self.state,
-            RandomRows(shape),
-            train,
-            self.plan,
-            steps=10**9,
-            precision=Precision.choose(self.settings.precision, device),
-        )
 
     def _plan(self) -> PruningPlan:
         """Towards the paper's share, as the pace allows; tensors are not cut to size by themselves."""
@@ -149,7 +142,10 @@ class Subject:
         self.settings.loss = kind.loss
         synchronise(self.device)
         began = time.perf_counter()
-        record = next(self._steps)
+        train: Any = self.settings
+        precision = Precision.choose(train.precision, self.device)
+        # A loop of its own for every step: one reads its settings when it begins.
+        record = next(train_steps(self.state, self._rows, train, self.plan, steps=10**9, precision=precision))
         synchronise(self.device)
         return time.perf_counter() - began, record
 
@@ -178,7 +174,7 @@ class Subject:
         assert plan is not None
         engine.options = replace(engine.options, bound=1.0)
         self.pace.least = 0.96 * self.state.allocated_parameters
-        probe: Any = None  # one bundle, not corrected, asks the loop for nothing
+        probe: Any = SimpleNamespace(vocabulary=lambda *_: None)  # all that one bundle, not corrected, asks for
         engine.step(self.state.tokens, probe)
         widths = compaction_widths(self.state, replace(plan, compact_at=0.0))
         assert widths is not None

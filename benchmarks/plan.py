@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from efficientllm.config import TrainConfig
 from efficientllm.training.gradient import Precision, update
 from efficientllm.training.state import start
-from efficientllm.training.step import Step
+from efficientllm.training.step import OwnBatches
 from efficientllm.models.space import build
 
 def held(key):
@@ -41,8 +41,10 @@ class Batches:
 
 def steps(config, rows, length):
     state = start(build(config), train, None)
+    passes = OwnBatches(state, Batches(config, rows, length), train, None, precision)
     for state.step in range(3):
-        Step(state, Batches(config, rows, length), train, None, precision).backward("step")
+        passes.begin()
+        passes.own()
         update(state.optimizer, state.model.parameters(), lr=1e-3, clip=1.0)
 
 tiny = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -40,7 +40,7 @@ from efficientllm.training.optim import check_trains, optimizer_like
 from efficientllm.training.planning import compared_by_scale, decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
-from efficientllm.training.state import PruningPlan, assemble, capture, prune
+from efficientllm.training.state import PruningPlan, assemble, capture
 
 RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})  # prune keys that say how our own loop is run
 
@@ -150,7 +150,7 @@ class Pruner:
         if not (self._observed or self.finished):
             raise ValueError("step() has no saliency to go by; call observe() after every backward()")
         self._state.step, self._observed = self._state.step + 1, False
-        report = prune(self._state, self.calls, self._passes)
+        report = self._passes.prune(self.calls)
         self._passes.hold()
         return report
 

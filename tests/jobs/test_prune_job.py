@@ -216,16 +216,17 @@ def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The gradient turns to NaN at chosen steps; what follows is as if their batches had been read and no more."""
-    from efficientllm.training.step import Step, Use
+    from efficientllm.training.looks import Use
+    from efficientllm.training.passes import Passes
 
-    real, calls, bad = Step.backward, [0], {3, 4, 9}
+    real, calls, bad = Passes.backward, [0], {3, 4, 9}
 
-    def poisoned(step: Step, use: Use, *more: object) -> torch.Tensor:
+    def poisoned(passes: Passes, use: Use, *more: object) -> torch.Tensor:
         calls[0] += use == "step"
-        loss = real(step, use, *more)  # type: ignore[arg-type]
+        loss = real(passes, use, *more)  # type: ignore[arg-type]
         return loss * float("nan") if use == "step" and calls[0] in bad else loss
 
-    monkeypatch.setattr(Step, "backward", poisoned)
+    monkeypatch.setattr(Passes, "backward", poisoned)
     path = world.write("poisoned", prune={"bound": 1.0})
     assert call("prune", path) == 0
     folder = world.folder / "runs" / "poisoned"

@@ -243,12 +243,12 @@ def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
 def test_out_of_memory_names_the_mend(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from efficientllm.training.step import Step
+    from efficientllm.training.passes import Passes
 
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Step, "backward", refuse)
+    monkeypatch.setattr(Passes, "backward", refuse)
     assert call("prune", world.write("memory")) == 2
     assert "lower train.micro_batch" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from efficientllm.models.space import space_of
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.correction import SolverOptions
 from efficientllm.pruning.criteria import criteria_of, hessian_flops, inverse_hessian_diagonal
-from efficientllm.pruning.decision import Standing
+from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.dimensions import ATTENTION_QUERY, DEFAULT_TYPES, of_type
 from efficientllm.pruning.engine import OtherRule, PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
@@ -80,6 +80,9 @@ class Loop:
         with captured_inputs(self.model, names) as inputs:
             self.model(input_ids=self.ids)
         return inputs
+
+    def vocabulary(self, guide: ByDamage, at: Standing) -> None:
+        return None
 
     def train_step(self, position: float, observe: bool = True) -> object:
         self.ids = torch.randint(0, 61, (4, 12), generator=self.generator)

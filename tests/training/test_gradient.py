@@ -13,7 +13,7 @@ from efficientllm.config import TrainConfig
 from efficientllm.training.gradient import Precision, update
 from efficientllm.training.optim import build_optimizer, learning_rate
 from efficientllm.training.state import start
-from efficientllm.training.step import Step
+from efficientllm.training.step import OwnBatches
 
 CPU = Precision.choose("auto", torch.device("cpu"))
 
@@ -26,7 +26,9 @@ def test_unequal_micro_batches_add_up(micro_batch: int) -> None:
     want.backward()
     train = TrainConfig(tokens=100, lr=1.0, micro_batch=micro_batch)
     batches: Any = SimpleNamespace(batch=lambda step: ids)
-    got = Step(start(parts, train, None), batches, train, None, CPU).backward("step")
+    passes = OwnBatches(start(parts, train, None), batches, train, None, CPU)
+    passes.begin()
+    got = passes.own()
     assert float(got) == pytest.approx(float(want.detach()), rel=1e-5)
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,7 @@ from efficientllm.pruning.slices import dead_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
-from efficientllm.training.looks import LookRows
+from efficientllm.training.looks import rows_by_use
 from efficientllm.training.loop import train_steps
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import TrainState, capture, restore, start
@@ -163,10 +163,10 @@ def test_captured_rows_are_spread_over_the_batch_whatever_the_micro_batches() ->
 def test_rows_of_a_look() -> None:
     plan = pruning_plan(recipe(), tiny_model("llama-gqa").config)
     assert plan is not None
-    assert LookRows.of(plan, 8, 256) == LookRows(gradient=2, text=2, correction=2)  # 52 inputs at most
-    assert LookRows.of(plan, 1024, 256) == LookRows(gradient=256, text=32, correction=2)
-    assert LookRows.of(plan, 4, 64) == LookRows(4, 4, 4)  # never more than a batch
-    assert LookRows.of(plan, 64, 256, processes=8).correction == 8
+    assert rows_by_use(plan, 8, 256) == {"step": 8, "gradient": 2, "text": 2, "inputs": 2}  # 52 inputs at most
+    assert rows_by_use(plan, 1024, 256) == {"step": 1024, "gradient": 256, "text": 32, "inputs": 2}
+    assert rows_by_use(plan, 4, 64) == {"step": 4, "gradient": 4, "text": 4, "inputs": 4}  # never more than a batch
+    assert rows_by_use(plan, 64, 256, processes=8)["inputs"] == 8
 
 
 def test_a_run_goes_on_bit_for_bit_with_its_looks_and_its_bill(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, model_inputs, predicted_tokens, row_losses, summed_loss
 from efficientllm.training.state import start
-from efficientllm.training.step import Step
+from efficientllm.training.step import OwnBatches
 from efficientllm.training.teacher_cache import CachedTeacher
 
 CPU = Precision("cpu", bf16=False)
@@ -93,7 +93,9 @@ def test_a_step_is_the_mean_over_all_labels(micro_batch: int) -> None:
     want.backward()
     train = TrainConfig(tokens=100, lr=1.0, micro_batch=micro_batch)
     batches: Any = SimpleNamespace(batch=lambda step: LABELLED)
-    got = Step(start(parts, train, None), batches, train, None, CPU).own()
+    passes = OwnBatches(start(parts, train, None), batches, train, None, CPU)
+    passes.begin()
+    got = passes.own()
     assert float(got) == pytest.approx(float(want.detach()), rel=1e-5)
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)

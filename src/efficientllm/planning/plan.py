@@ -19,7 +19,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
-from efficientllm.training.looks import LookRows, captured_inputs_of
+from efficientllm.training.looks import captured_inputs_of, kept_every, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.vocabulary import asking_flops, expected
@@ -156,8 +156,8 @@ def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:
     """Of the rows whose inputs a step with events keeps (training/capture.py), in a single process."""
     if plan.pruning is None or (plan.pruning.options.correction is None and "inputs" not in _needs(plan)):
         return 0
-    looks = LookRows.of(plan.pruning, plan.batch_rows, plan.length)
-    rows = -(-plan.batch_rows // looks.every(plan.batch_rows))
+    wanted = rows_by_use(plan.pruning, plan.batch_rows, plan.length)["inputs"]
+    rows = -(-plan.batch_rows // kept_every(plan.batch_rows, wanted))
     return rows * plan.length * captured_inputs_of(plan.space) * (2 if bf16 else 4)
 
 

@@ -19,7 +19,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import narrower
-from efficientllm.training.looks import LookRows
+from efficientllm.training.looks import kept_every, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 
 StepFlops = Callable[[Widths], Ledger]
@@ -53,7 +53,7 @@ class Simulation:
         self._batch, self._length = run.batch_rows, run.length
         self._recomputes, self._compiles = train.gradient_checkpointing, train.compile
         self._watched = not (train.compile or run.recipe.distill)  # a step's own pass shows its gates
-        self._rows = LookRows.of(plan, self._batch, self._length)
+        self._rows = rows_by_use(plan, self._batch, self._length)
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
         self._types = [name for name in space.types if name in plan.options.types]
@@ -81,7 +81,7 @@ class Simulation:
             seen = self._refresh(done, options.gathers if not bundles else 1, ready=ready)
             if options.correction and not seen:
                 done.flops.correction += 0 if ready else self._inputs(done)
-                seen = self._rows_of(self._batch) if ready else self._rows.correction
+                seen = self._rows_of(self._batch) if ready else self._rows["inputs"]
             ready = False
             before = done.at
             done.at = self._course.bundle(done.at, position, self._guide, options.bound)[-1].after
@@ -97,21 +97,21 @@ class Simulation:
         seen = 0
         if self._needs & {"gradient", "gates"} and not done.fresh:
             done.refreshes += gathers
-            passed = forward_flops(self._space, self._rows.gradient, self._length, done.allocated)
+            passed = forward_flops(self._space, self._rows["gradient"], self._length, done.allocated)
             done.flops.looks += gathers * training_flops(passed, gradient_checkpointing=self._recomputes)
-            seen = 0 if self._compiles else self._rows_of(self._rows.gradient)
+            seen = 0 if self._compiles else self._rows_of(self._rows["gradient"])
         done.fresh = True
         if "inputs" in self._needs and not seen:
             done.flops.looks += self._inputs(done) * (gathers - ready)
-            seen = self._rows_of(self._batch) if ready else self._rows.correction
+            seen = self._rows_of(self._batch) if ready else self._rows["inputs"]
         return seen
 
     def _rows_of(self, rows: int) -> int:
         """Those of a pass over so many rows whose inputs are kept."""
-        return -(-rows // self._rows.every(rows))
+        return -(-rows // kept_every(rows, self._rows["inputs"]))
 
     def _inputs(self, done: Simulated) -> int:
-        return forward_flops(self._space, self._rows.correction, self._length, done.allocated).base
+        return forward_flops(self._space, self._rows["inputs"], self._length, done.allocated).base
 
     def _solves(self, wide: Widths, before: Widths, after: Widths, rows: int) -> int:
         """A solve for each tensor that loses inputs, of so many rows, and its readers' update. A type that falls takes

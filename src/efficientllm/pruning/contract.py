@@ -14,14 +14,10 @@ from efficientllm.pruning.groups import Event
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.widths import Widths
 
-if TYPE_CHECKING:  # these two know of the engine's options
-    from efficientllm.pruning.decision import Standing
-    from efficientllm.pruning.feasible import FeasibleShapes
+if TYPE_CHECKING:  # which knows of the engine's options
+    from efficientllm.pruning.decision import ByDamage, Standing
 
 Moments = Callable[[str], Mapping[str, Tensor]]
-# Says how many rows of the vocabulary are to be left before anything else falls; None: it stays as it is. It is told
-# the least damage on the way to some feasible shape (nats, inf where none is within reach), and where the run is.
-Shedding = Callable[[Callable[["FeasibleShapes"], float], "Standing"], int | None]
 LIVE, SCORES = "live.", "saliency."  # what the names of an engine's tensors begin with
 ORIGIN, TOKENS = "origin.", "tokens."  # and of those that say which of the source's units, and tokens, are left
 PREFIXES = (LIVE, SCORES, ORIGIN, TOKENS)
@@ -46,6 +42,11 @@ class Probe(Protocol):
 
         Layers that read one tensor share it here too.
         """
+        ...
+
+    def vocabulary(self, guide: ByDamage, at: Standing) -> int | None:
+        """Asked before a bundle: how many rows of the vocabulary are to be left before anything else falls; None: it
+        stays as it is. guide: says the damage on the way to some feasible shape. at: where the run is."""
         ...
 
 

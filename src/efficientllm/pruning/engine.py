@@ -1,16 +1,19 @@
-"""The method in two calls, for any training loop: observe() after the backward pass, step() after the update."""
+"""The method in two calls, for any training loop: observe() after the backward pass, step() after the update.
+
+Our own loop makes the two halves of observe() itself, since a step that is not finite lies between them: clear_dead()
+before the gradient's norm is taken, looks.observe() once that is known to be a number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions, Shedding
+from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
@@ -106,12 +109,12 @@ class PruningEngine:
                 fill(gradient, part.dim, part.indices, part.rows)
 
     @torch.no_grad()
-    def step(self, position: float, probe: Probe, shedding: Shedding | None = None) -> PruneReport:
+    def step(self, position: float, probe: Probe) -> PruneReport:
         """Carries out every event that is due at `position` (the schedule's unit).
 
         Removes at most `bound` of the live parameters (or one larger event) between two looks; where more is due, the
-        probe looks anew, without a weight update. Where all looks have been left out as no numbers, nothing falls.
-        shedding: asked before a bundle whether tokens are to fall first, in which case nothing else does.
+        probe looks anew, without a weight update. Where all looks have been left out as no numbers, nothing falls, nor
+        where tokens are to fall first.
         """
         report = PruneReport()
         self.looks.begin()
@@ -125,10 +128,9 @@ class PruningEngine:
             if names and inputs is None:
                 inputs = probe.inputs(names)
             guide = ByDamage(self.looks.average.values(), self.live.copy(), self.options.types, self.options.order)
-            if shedding and self.tokens.ask(self.parameters):
-                report.vocabulary = shedding(partial(guide.ahead, self.widths), self.standing)
-                if report.vocabulary:
-                    break
+            report.vocabulary = probe.vocabulary(guide, self.standing)
+            if report.vocabulary:
+                break
             limit = self.options.bound * self.parameters
             bundle = self.course.bundle(self.standing, position, guide, self.options.bound)
             report.damages = guide.damages

@@ -116,13 +116,13 @@ def predicted_tokens(rows: Tensor) -> int:
 
 
 def predicted_by_all(own: Tensor, number: int, ranks: World) -> float:
-    """What is predicted in so many rows of all processes, divided by these. own: this process's rows of them."""
+    """What is predicted in so many rows of all processes together. own: this process's rows of them."""
     if not has_planes(own):  # all alike
-        return number * (own.shape[1] - 1) / ranks.world
+        return number * (own.shape[1] - 1)
     predicted = float(predicted_tokens(own))
     if ranks.world > 1:
         predicted = float(ranks.over_batch(torch.tensor([predicted], dtype=torch.float64)))
-    return max(1.0, predicted) / ranks.world
+    return max(1.0, predicted)
 
 
 @torch.no_grad()

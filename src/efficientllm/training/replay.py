@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from efficientllm.models.parts import body
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.shards import fill
-from efficientllm.training.capture import Watch, watched_gates
+from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import IGNORED
-from efficientllm.training.looks import Pass
+from efficientllm.training.looks import Use
+from efficientllm.training.passes import Pass, Passes
 from efficientllm.training.state import TrainState
-from efficientllm.training.step import Passes, Use
 
-ONE = torch.zeros(1, 2, dtype=torch.int64)  # a row with one prediction stands for the batch: its loss is a mean already
+BATCH = torch.zeros(1, 0, dtype=torch.int64)  # stands for the rows of the batch, which only the caller knows
 
 
 class Replay:
@@ -173,9 +173,14 @@ class CurrentBatch(Passes):
             counted = self._replay.counted
             own = torch.tensor([1.0 if counted is None else counted], dtype=torch.float64)
             weight = float(own * ranks.world / ranks.over_batch(own.clone()))
-        return Pass([(ONE, True)], partial(self._of_batch, weight), limit=-(-self.tokens // ranks.world))
+        # Each process's loss is a mean already: as if it predicted one token.
+        return Pass([(BATCH, True)], partial(self._of_batch, weight), predicted=ranks.world)
 
-    def _of_batch(self, weight: float, rows: Tensor) -> Tensor:
+    def keeping(self, use: Use, names: Sequence[str]) -> AbstractContextManager[Inputs]:
+        limit = -(-self.tokens // self.state.ranks.world)
+        return captured_inputs(self.state.model, names, limit, waits=True)
+
+    def _of_batch(self, weight: float, _rows: Tensor) -> Tensor:
         self._replay.running = True
         try:
             with self._eager():

@@ -20,7 +20,7 @@ from efficientllm.distributed.ranks import ALONE, World
 from efficientllm.models.experts import prepare
 from efficientllm.models.parts import blocks, recompute
 from efficientllm.models.space import empty_model, space_of
-from efficientllm.pruning.contract import ORIGIN, Probe, PruneReport, Shedding
+from efficientllm.pruning.contract import ORIGIN
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
@@ -151,16 +151,6 @@ def assemble(
             setattr(state, name, getattr(snapshot, name))
         state.flops = Ledger(**snapshot.flops)  # which a snapshot, made of JSON values, has as a dict
     return state
-
-
-def prune(state: TrainState, position: float, probe: Probe, shedding: Shedding | None = None) -> PruneReport:
-    """The events that are due at a position of the schedule; what looks have left in .grad is cleared."""
-    assert state.pruner is not None
-    report = state.pruner.step(position, probe, shedding)
-    state.flops.add(report.flops)
-    if report.events or report.refreshes:
-        state.optimizer.zero_grad(set_to_none=True)
-    return report
 
 
 def capture(state: TrainState) -> Snapshot:

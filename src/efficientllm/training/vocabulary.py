@@ -27,7 +27,7 @@ from efficientllm.models.flops import forward_flops
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT, body, logits_of
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import Falling, Merges, cut_tokenizer, with_vocabulary
-from efficientllm.pruning.decision import Standing
+from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.tokens import RENEWED
@@ -36,7 +36,7 @@ from efficientllm.training.gradient import Precision, model_inputs, next_tokens,
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan, TrainState
-from efficientllm.training.step import Step
+from efficientllm.training.step import OwnBatches
 from efficientllm.training.targets import section_of
 
 TEXT_TOKENS = 4096  # on which two encodings are compared
@@ -87,11 +87,12 @@ class Vocabulary:
         fallen = self.falling.ids[: self.config.vocab_size - rows]
         return torch.from_numpy(np.setdiff1d(np.arange(self.config.vocab_size), fallen))
 
-    def choose(
-        self, state: TrainState, step: Step, ahead: Callable[[FeasibleShapes], float], at: Standing
-    ) -> int | None:
-        """What pruning.contract.Shedding asks for. step: whose rows to come encodings are compared on. A collective."""
+    def choose(self, state: TrainState, passes: OwnBatches, guide: ByDamage, at: Standing) -> int | None:
+        """As of pruning.contract.Probe.vocabulary. passes: on whose rows to come encodings are compared. A
+        collective."""
         assert state.pruner is not None
+        if not state.pruner.tokens.ask(state.pruner.parameters):
+            return None
         with state.ranks.patience():  # minutes of Python where the vocabulary is large
             _ = self.falling, self.milestones
         within = {
@@ -99,20 +100,20 @@ class Vocabulary:
             for size, milestones in self.milestones.items()
             if milestones[at.milestone].cost(at.widths) > milestones[at.milestone].target
         }
-        rate = self.rate(state, step) if within else 0.0
-        best, chosen = ahead(state.pruner.feasible), None
+        rate = self.rate(state, passes) if within else 0.0
+        best, chosen = guide.ahead(at.widths, state.pruner.feasible), None
         for size, feasible in within.items():
-            total = ahead(feasible) + rate * self.falling.cost(self.config.vocab_size - size)
+            total = guide.ahead(at.widths, feasible) + rate * self.falling.cost(self.config.vocab_size - size)
             if total < best:
                 best, chosen = total, size
         return chosen
 
-    def rate(self, state: TrainState, step: Step) -> float:
+    def rate(self, state: TrainState, passes: OwnBatches) -> float:
         """Nats that each token more costs, as looked at in the smallest vocabulary, where the difference is the most;
         that of any token, the mean, where it makes fewer than FEWEST_SPLITS. A collective."""
         parts, read = list[tuple[Tensor, bool]](), 0
         while read < 2 * TEXT_TOKENS:
-            rows = step.rows("text")
+            rows = passes.rows("text")
             parts += rows.parts
             own = sum(token_ids(part).numel() for part, counts in rows.parts if counts)
             read += int(state.ranks.over_batch(torch.tensor(own)))
