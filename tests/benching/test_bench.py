@@ -1,33 +1,18 @@
-"""The command: order of the runs, a whole measurement in processes of their own, and what is refused."""
+"""The command: a whole measurement in processes of their own, and what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
 
-from conftest import World, need_llamacpp, tiny_config, tiny_model
-from efficientllm.benching import process, table
-from efficientllm.benching.settings import Settings
-from efficientllm.benching.subjects import BenchModel
+from conftest import World, need_llamacpp, tiny_model
 from efficientllm.cli import main
-from efficientllm.errors import UsageError
-from efficientllm.models.space import widths_of
 from efficientllm.reporting.report_page import page as report_page
 from efficientllm.reporting.run_record import read_run
-from processes import start, wait_for
 
 SHORT = ("--prompt", "9", "--generate", "4", "--threads", "1", "--device", "cpu")
 
@@ -36,32 +21,6 @@ def call(*argv: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(each) for each in argv])
     return int(stop.value.code or 0)
-
-
-def test_models_take_turns_and_warm_ups_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int]] = []
-
-    @contextmanager
-    def recorded(name: str) -> Iterator[Callable[..., Any]]:
-        def call(function: Callable[..., Any], *arguments: Any) -> Any:
-            if function.__name__ == "_load":
-                return {}
-            asked.append((name, *arguments))
-            return {"prefill_seconds": float(len(asked))}, {"peak": len(asked)}
-
-        yield call
-
-    monkeypatch.setattr(process, "process_of", recorded)
-    settings = Settings(8, 4, (1, 4), 2, "transformers", "cpu", "float32", 1)
-    found = process.measure_all([BenchModel(name, name, {}) for name in "ab"], settings)
-    assert asked == [
-        ("b", 1), ("a", 1), ("b", 4), ("a", 4),  # not counted
-        ("a", 1), ("b", 1), ("a", 4), ("b", 4),
-        ("b", 1), ("a", 1), ("b", 4), ("a", 4),
-    ]  # fmt: skip
-    assert [each["prefill_seconds"] for each in found[0]["samples"][1]] == [5.0, 10.0]
-    assert [each["prefill_seconds"] for each in found[1]["samples"][4]] == [8.0, 11.0]
-    assert [each["memory"]["peak"] for each in found] == [12, 11]  # of the last run
 
 
 def test_a_whole_measurement(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,84 +92,6 @@ def test_a_whole_measurement_in_llamacpp(world: World, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ((os.kill, signal.SIGKILL), ", which the system does to it when memory runs out; see what it printed above"),
-        ((os.kill, signal.SIGABRT), " by SIGABRT; see what it printed above"),
-        ((os._exit, 3), " with exit code 3; see what it printed above"),
-    ],
-)
-def test_a_process_that_dies_is_one_sentence(
-    how: tuple[Callable[..., Any], int], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    act, argument = how
-    if argument != signal.SIGKILL:
-        monkeypatch.setattr(process, "get_context", lambda method: get_context("forkserver"))  # imports nothing anew
-    with process.process_of("mine") as call:
-        pid = call(os.getpid)
-        with pytest.raises(UsageError, match=f"^the process that measured mine has died{said}$"):
-            call(act, *([pid] if act is os.kill else []), argument)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def hold(pid_file: Path) -> None:
-    FileLock(f"{pid_file}.lock").acquire()
-    pid_file.write_text(str(os.getpid()))
-    time.sleep(900)
-
-
-def ask(pid_file: Path) -> None:
-    with process.process_of("mine") as call:
-        call(hold, pid_file)
-
-
-@pytest.mark.slow
-def test_the_process_ends_when_the_one_that_asks_is_killed(tmp_path: Path) -> None:
-    log, pid_file = tmp_path / "log", tmp_path / "pid"
-    asking = start(log, ask, pid_file, daemon=False)
-    wait_for(lambda: pid_file.exists() and bool(pid_file.read_text()), asking.is_alive, log)
-    asking.kill()
-    try:
-        FileLock(tmp_path / "pid.lock").acquire(timeout=60)  # which the end of a process releases
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
-        MemoryError(),
-    ],
-)
-@pytest.mark.parametrize("when", ["loading", "loading, wrapped", "measuring"])
-def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, when: str) -> None:
-    def fail(*_: object) -> Any:
-        if when == "loading, wrapped":
-            raise UsageError("cannot load the weights") from error
-        raise error
-
-    load = fail if when.startswith("loading") else lambda source, settings: None
-    monkeypatch.setattr(process, "loader", lambda settings: load)
-    monkeypatch.setattr(process, "measure", fail)
-    with pytest.raises(UsageError, match=r"mine .*does not fit in the memory of the device; (lower|choose)"):
-        process.Measured("mine", Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)).run(1)
-
-
-def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Any:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-
-    monkeypatch.setattr(table, "_turn", fail)
-    config, settings = tiny_config("llama-gqa"), Settings(8, 4, (1,), 1, "transformers", "cpu", "float32", 1)
-    with pytest.raises(UsageError, match="two models of that size with 12 tokens do not fit in the memory"):
-        table.latencies(config, [widths_of(config)], settings)
-
-
-@pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["--batch", "0"], "--batch 0 is not a list of positive numbers"),
@@ -220,11 +101,10 @@ def test_memory_that_runs_out_under_a_table_is_one_sentence(monkeypatch: pytest.
         (["--repeats", "0"], "Invalid value for '--repeats'"),
         (["--threads", "0"], "Invalid value for '--threads'"),
         (["--prompt", "61"], "takes 64 positions at most; --prompt 61 and --generate 4 make 65"),
-        (["--dtype", "int3"], "--dtype int3 is not known"),
-        (["--device", "cuda:99"], "--device cuda:99 cannot be measured here"),
-        (["--device", "mps"], "--device mps cannot be measured"),
-        (["--device", "abacus"], "--device abacus cannot be measured here"),
-        (["--backend", "onnx"], "--backend onnx is not known; choose transformers or llamacpp"),
+        (["--dtype", "int3"], "--dtype int3 cannot be measured here; choose auto, float32, bfloat16, float16"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be measured here; choose auto, cpu"),
+        (["--device", "mps"], "--device mps cannot be measured here"),
+        (["--backend", "onnx"], "--backend onnx cannot be measured here; choose transformers, llamacpp"),
         (["--json", "."], "--json . is a folder"),
     ],
 )
@@ -260,8 +140,8 @@ def test_llamacpp_is_refused_where_it_is_missing(
     ("argv", "sentence"),
     [
         (["--dtype", "q4_k_m"], "written by llama-quantize alone"),
-        (["--dtype", "float32"], "is no GGUF type"),
-        (["--device", "cuda"], "choose auto, cpu or gpu"),
+        (["--dtype", "float32"], "--dtype float32 cannot be measured here; choose auto, f32"),
+        (["--device", "cuda"], "--device cuda cannot be measured here; choose auto, cpu"),
         (["--prompt", "61"], "takes 64 positions at most"),
     ],
 )

@@ -8,10 +8,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from multiprocessing import active_children, get_context, parent_process
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from efficientllm.reporting.progress import tracked
 WARM_UPS = 1  # runs of each batch before the first that counts
 FULL = "does not fit in the memory of the device"
 Timing = dict[str, float]  # prefill_seconds of the prompts, decode_seconds of all decode steps
+Run = Callable[[int], tuple[Timing, dict[str, int | None]]]  # a batch -> one run of it, and `memory` of the process
 
 
 def turn(models: int, repeat: int) -> list[int]:
@@ -44,28 +45,26 @@ def measure(backend: Any, batch: int, clock: Callable[[], float] = time.perf_cou
     return {"prefill_seconds": first - ready, "decode_seconds": last - first}
 
 
-class Measured:
-    """A loaded model in the process that measures it."""
+def loaded(source: str, settings: Settings) -> Run:
+    """Loads a model in this process, and returns what measures it. Memory is in bytes: resident `before` the model was
+    loaded, but with all that its libraries take; the `peak` since, and the `device_peak` of a GPU."""
+    torch.set_num_threads(settings.threads)
+    load, cuda = _loader(settings), settings.device.startswith("cuda")
+    before = resident()
+    with memory_in_a_sentence(f"{source} {FULL}", "choose a smaller --dtype"):
+        backend = load(source, settings)
 
-    def __init__(self, source: str, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads)
-        self.source, self.settings = source, settings
-        load = loader(settings)
-        self.before = resident()
-        with memory_in_a_sentence(f"{source} {FULL}", "choose a smaller --dtype"):
-            self.backend = load(source, settings)
-
-    def run(self, batch: int) -> tuple[Timing, dict[str, int | None]]:
-        """And bytes: resident before the model was loaded, and the most since, in main memory and of the GPU."""
-        device, what = self.settings.device, f"{self.source} with {batch} sequences of {self.settings.context} tokens"
+    def run(batch: int) -> tuple[Timing, dict[str, int | None]]:
+        what = f"{source} with {batch} sequences of {settings.context} tokens"
         with memory_in_a_sentence(f"{what} {FULL}", "lower --batch or --prompt"):
-            sample = measure(self.backend, batch)
-        taken = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
-        return sample, {"before": self.before, "peak": peak_resident(), "device_peak": taken}
+            sample = measure(backend, batch)
+        taken = torch.cuda.max_memory_allocated(settings.device) if cuda else None
+        return sample, {"before": before, "peak": peak_resident(), "device_peak": taken}
+
+    return run
 
 
-def loader(settings: Settings) -> Callable[[str, Settings], Any]:
-    """What loads a model, once the libraries themselves take all the memory that they will."""
+def _loader(settings: Settings) -> Callable[[str, Settings], Any]:
     if settings.backend == "llamacpp":
         from efficientllm.benching.llamacpp_backend import LlamaCppBackend
 
@@ -82,46 +81,78 @@ def measure_all(subjects: list[BenchModel], settings: Settings) -> list[dict[str
     Within a repeat every batch goes round the models, beginning with another one each time. Raises UsageError where a
     model cannot be loaded or measured.
     """
-    runs = [
+    turns = [
         (repeat, batch, index)
         for repeat in range(-WARM_UPS, settings.repeats)
         for batch in settings.batches
         for index in turn(len(subjects), repeat)
     ]
     with ExitStack() as stack:
-        calls = [stack.enter_context(process_of(subject.name)) for subject in subjects]
-        for call, subject in zip(calls, subjects, strict=True):
-            call(_load, subject.source, settings)
+        runs = [
+            stack.enter_context(process_of(name, partial(loaded, source, settings))) for name, source, _ in subjects
+        ]
         found: list[dict[str, Any]] = [{"samples": {batch: [] for batch in settings.batches}} for _ in subjects]
-        for repeat, batch, index in stack.enter_context(tracked("bench", runs)):
-            sample, found[index]["memory"] = calls[index](_run, batch)
+        for repeat, batch, index in stack.enter_context(tracked("bench", turns)):
+            sample, found[index]["memory"] = runs[index](batch)
             if repeat >= 0:
                 found[index]["samples"][batch].append(sample)
     return found
 
 
 @contextmanager
-def process_of(name: str) -> Iterator[Callable[..., Any]]:
-    """A function that calls another one in a process of its own, which is killed in the end. It raises UsageError where
-    that process has died."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
-        others = active_children()
-        pool.submit(os.getpid)  # starts it
-        (child,) = (each for each in active_children() if each not in others)
+def process_of(name: str, load: Callable[[], Run]) -> Iterator[Run]:
+    """The `load()` of a process of its own, which is killed in the end. UsageErrors there are raised here, and one
+    where the process has died."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, load))
+    process.start()
+    there.close()  # else its end would not be seen here
 
-        def call(function: Callable[..., Any], *arguments: Any) -> Any:
-            try:
-                return pool.submit(function, *arguments).result()
-            except BrokenProcessPool:
-                pool.shutdown()  # once that is done, the exit code is known
-                how = _died(child.exitcode or 0)
-                raise UsageError(f"the process that measured {name} has died{how}; see what it printed above") from None
-
+    def answer() -> Any:
         try:
-            call(os.getpid)
-            yield call
-        finally:
-            child.kill()
+            found = here.recv()
+        except (EOFError, ConnectionResetError):
+            process.join()
+            how = _died(process.exitcode or 0)
+            raise UsageError(f"the process that measured {name} has died{how}; see what it printed above") from None
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def run(batch: int) -> Any:
+        here.send(batch)
+        return answer()
+
+    try:
+        answer()
+        yield run
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, load: Callable[[], Run]) -> None:
+    """In the process: says when the model is loaded, then measures every batch that it is sent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then kills this one
+    os.dup2(2, 1)  # what libraries print is none of the page
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run = load()
+        pipe.send(None)
+        while True:
+            pipe.send(run(pipe.recv()))
+    except UsageError as error:
+        pipe.send(error)
+
+
+def _end_with_parent() -> None:
+    """A model that is being loaded or measured would else stay to the end of that."""
+    asking = parent_process()
+    assert asking is not None
+    asking.join()
+    os._exit(1)
 
 
 def _died(code: int) -> str:
@@ -129,29 +160,3 @@ def _died(code: int) -> str:
     if code == -signal.SIGKILL:
         return ", which the system does to it when memory runs out"
     return f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
-
-
-def _end_with_parent() -> None:
-    """Its queue would not end a process whose asking process was killed: both of the queue's ends are open here."""
-    asking = parent_process()
-    assert asking is not None
-    asking.join()
-    os._exit(1)
-
-
-def _quiet() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then kills this one
-    os.dup2(2, 1)  # what libraries print is none of the page
-    transformers.utils.logging.disable_progress_bar()
-
-
-_here: list[Measured] = []  # in the process that measures it
-
-
-def _load(source: str, settings: Settings) -> None:
-    _here.append(Measured(source, settings))
-
-
-def _run(batch: int) -> tuple[Timing, dict[str, int | None]]:
-    return _here[0].run(batch)

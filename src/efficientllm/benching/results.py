@@ -32,21 +32,13 @@ def ratios(own: Sequence[float], first: Sequence[float]) -> Spread:
 def result_of(subjects: list[BenchModel], settings: Settings, found: list[dict[str, Any]]) -> dict[str, Any]:
     """settings, machine, and of each model facts, memory, and by batch all samples and what follows.
 
-    Seconds, tokens per second, bytes. Ratios are to the first model, above 1 where this one is
-    faster, paired repeat by repeat.
+    Seconds, tokens per second, bytes. Ratios are to the first model, above 1 where this one is faster.
     """
-    models = [
-        {
-            "model": subject.name,
-            "facts": subject.facts,
-            "memory": each["memory"],
-            "batches": {
-                str(batch): _batch(batch, own, found[0]["samples"][batch], settings)
-                for batch, own in each["samples"].items()
-            },
-        }
-        for subject, each in zip(subjects, found, strict=True)
-    ]
+    models = []
+    for subject, each in zip(subjects, found, strict=True):
+        firsts = found[0]["samples"]
+        batches = {str(batch): _batch(batch, own, firsts[batch], settings) for batch, own in each["samples"].items()}
+        models.append({"model": subject.name, "facts": subject.facts, "memory": each["memory"], "batches": batches})
     return {"settings": asdict(settings) | {"warm_ups": WARM_UPS}, "machine": machine(settings), "models": models}
 
 
@@ -61,17 +53,19 @@ def _batch(batch: int, own: list[Timing], first: list[Timing], settings: Setting
 
 def machine(settings: Settings) -> dict[str, str]:
     """What the figures were measured on: processor or GPU, and the versions that computed."""
-    if settings.device == "gpu":  # llama.cpp takes all that it finds and does not say which these are
+    if settings.device == "cpu":
+        device = _processor()
+    elif settings.device == "gpu":  # llama.cpp takes all that it finds and does not say which these are
         boards = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        name = ", ".join(boards) or "an accelerator that llama.cpp does not name"
+        device = ", ".join(boards) or "an accelerator that llama.cpp does not name"
     else:
-        name = torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else _processor()
+        device = torch.cuda.get_device_name(settings.device)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if settings.backend == "llamacpp":
         import llama_cpp
 
         versions = {"llama-cpp-python": llama_cpp.__version__}
-    return {"python": platform.python_version(), "device": name} | versions
+    return {"python": platform.python_version(), "device": device} | versions
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,16 +38,41 @@ class Settings:
 
 def resolved(asked: Settings, models: list[str]) -> Settings:
     """Device and dtype as they will be. Raises UsageError for what is not here."""
-    if asked.backend == "transformers":
-        device = torch_device(asked.device)
-        return replace(asked, device=device, dtype=torch_dtype(asked.dtype, device))
-    if asked.backend != "llamacpp":
-        raise UsageError(f"--backend {asked.backend} is not known; choose transformers or llamacpp")
+    _chosen("--backend", asked.backend, dict.fromkeys(("transformers", "llamacpp"), ""))
+    if asked.backend == "llamacpp":
+        return _for_llamacpp(asked, models)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    best = gpus[0] if gpus else "cpu"
+    named = {"auto": best, "cpu": "cpu"} | ({"cuda": best} if gpus else {}) | {gpu: gpu for gpu in gpus}
+    device = _chosen("--device", asked.device, named)
+    half = "bfloat16" if device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    dtypes = {"auto": "float32" if device == "cpu" else half} | {each: each for each in DTYPES}
+    return replace(asked, device=device, dtype=_chosen("--dtype", asked.dtype, dtypes))
+
+
+def _for_llamacpp(asked: Settings, models: list[str]) -> Settings:
+    """Device `cpu` or `gpu` (all layers); dtype the GGUF type that folders become. A .gguf file keeps its own."""
     for name in ("llama_cpp", "gguf"):
         if importlib.util.find_spec(name) is None:
             mend = 'pip install "efficientllm[llamacpp]"'
             raise UsageError(f"--backend llamacpp needs {name}, which is not installed: {mend}")
-    return replace(asked, device=llamacpp_device(asked.device), dtype=llamacpp_dtype(asked.dtype, models))
+    import llama_cpp
+
+    offloads = bool(llama_cpp.llama_supports_gpu_offload())
+    devices = {"auto": "gpu", "cpu": "cpu", "gpu": "gpu"} if offloads else {"auto": "cpu", "cpu": "cpu"}
+    device = _chosen("--device", asked.device, devices)
+    return replace(asked, device=device, dtype=llamacpp_dtype(asked.dtype, models))
+
+
+def llamacpp_dtype(wanted: str, models: list[str]) -> str:
+    """The GGUF type that folders are exported to, f16 where it is left open."""
+    from efficientllm.export.gguf_tensors import K_QUANTS, WRITTEN
+
+    if wanted != "auto" and any(model.endswith(".gguf") for model in models):
+        raise UsageError(f"--dtype {wanted} cannot change a .gguf file; leave it out (folders become f16 files)")
+    if wanted in K_QUANTS:
+        raise UsageError(f"--dtype {wanted} is written by llama-quantize alone; name the .gguf file that it made")
+    return _chosen("--dtype", wanted, {"auto": "f16"} | {each: each for each in WRITTEN})
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -57,46 +83,8 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def torch_device(wanted: str) -> str:
-    """`cpu` or `cuda:N`; auto takes the GPU where there is one. Raises UsageError for what is not there."""
-    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    device = {"auto": "cuda:0" if len(here) > 1 else "cpu", "cuda": "cuda:0"}.get(wanted, wanted)
-    if device not in here:
-        raise UsageError(f"--device {wanted} cannot be measured here; choose auto, {', '.join(here)}")
-    return device
-
-
-def torch_dtype(wanted: str, device: str) -> str:
-    """auto: float32 on a CPU, bfloat16 (float16 where there is none) on a GPU; the same for all models."""
-    if wanted == "auto" and device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if wanted not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {wanted} is not known; choose auto, {', '.join(DTYPES)}")
-    return "float32" if wanted == "auto" else wanted
-
-
-def llamacpp_device(wanted: str) -> str:
-    """`cpu` or `gpu`. Raises UsageError where this build of llama.cpp knows no accelerator."""
-    import llama_cpp
-
-    if wanted not in ("auto", "cpu", "gpu"):
-        raise UsageError(f"--device {wanted} is not llama.cpp's; choose auto, cpu or gpu (all layers)")
-    offloads = bool(llama_cpp.llama_supports_gpu_offload())
-    if wanted == "gpu" and not offloads:
-        raise UsageError("--device gpu: this build of llama.cpp computes on the CPU alone")
-    return "gpu" if offloads and wanted != "cpu" else "cpu"
-
-
-def llamacpp_dtype(wanted: str, models: list[str]) -> str:
-    """The GGUF type that folders are exported to, f16 where it is left open. A .gguf file keeps its own."""
-    from efficientllm.export.gguf_tensors import K_QUANTS, WRITTEN
-
-    if wanted == "auto":
-        return "f16"
-    if any(model.endswith(".gguf") for model in models):
-        raise UsageError(f"--dtype {wanted} cannot change a .gguf file; leave it out (folders become f16 files)")
-    if wanted in K_QUANTS:
-        raise UsageError(f"--dtype {wanted} is written by llama-quantize alone; name the .gguf file that it made")
-    if wanted not in WRITTEN:
-        raise UsageError(f"--dtype {wanted} is no GGUF type; choose auto, {', '.join(WRITTEN)}")
-    return wanted
+def _chosen(option: str, value: str, choices: Mapping[str, str]) -> str:
+    """What a choice means here. Raises UsageError for what is none."""
+    if value not in choices:
+        raise UsageError(f"{option} {value} cannot be measured here; choose {', '.join(choices)}")
+    return choices[value]

@@ -89,11 +89,10 @@ def measure_table(config: PretrainedConfig, settings: Settings, grid: Grid, held
     asked = {name: getattr(settings, name) for name in ("dtype", "device", "threads", "prompt", "generate")}
     measured_on = MeasuredOn(**model, **asked, batch=settings.batches[0], machine=machine(settings))
     table = LatencyTable(measured_on, grid, tuple(medians[: len(shapes)]))
-    cost = table.cost()
-    checks = [
-        {"widths": widths.record(), "seconds": seconds, "predicted": cost(widths), "error": cost(widths) / seconds - 1}
-        for widths, seconds in zip(held_out, medians[len(shapes) :], strict=True)
-    ]
+    cost, checks = table.cost(), []
+    for widths, seconds in zip(held_out, medians[len(shapes) :], strict=True):
+        told = {"widths": widths.record(), "seconds": seconds, "predicted": cost(widths)}
+        checks.append(told | {"error": cost(widths) / seconds - 1})
     errors = [abs(check["error"]) for check in checks]
     more = {
         "held_out": checks,
@@ -130,8 +129,9 @@ def latencies(
     finally:
         gc.unfreeze()
         torch.set_num_threads(before)  # another number would change the order of sums in a later training here
-    ranges = [(max(each) - min(each)) / statistics.median(each) for each in ratios]
-    return [statistics.median(each) * statistics.median(source) for each in ratios], ranges
+    medians = [statistics.median(each) for each in ratios]
+    ranges = [(max(each) - min(each)) / median for each, median in zip(ratios, medians, strict=True)]
+    return [median * statistics.median(source) for median in medians], ranges
 
 
 def _model_of(config: PretrainedConfig, widths: Widths, settings: Settings) -> TransformersBackend:

@@ -55,50 +55,53 @@ def bench(
     import torch
 
     from efficientllm.benching.settings import Settings, parse_batches, resolved
+    from efficientllm.jobs.interruption import stopping
 
     count = torch.get_num_threads() if threads is None else threads
     batches = parse_batches(batch or ("1" if table else "1,4"))
     settings = resolved(Settings(prompt, generate, batches, repeats, backend, device, dtype, count), models)
-    if table is not None:
-        _check_table(models, settings, table, out)
-        _measure_table(models[0], settings, table, levels or 3, held_out or 8, depth)
-    elif depth or levels is not None or held_out is not None:
+    _check(models, settings, table, out, of_table=depth or levels is not None or held_out is not None)
+    with stopping(STOPPED):
+        if table is None:
+            _measure(models, settings, out)
+        else:
+            _measure_table(models[0], settings, table, levels or 3, held_out or 8, depth)
+
+
+def _check(models: list[str], settings: Settings, table: Path | None, out: Path | None, *, of_table: bool) -> None:
+    """Raises UsageError for options that do not go together. of_table: whether there are any that go with a table."""
+    if table is None and of_table:
         raise UsageError("--levels, --held-out and --depth are of a table of latencies: add --table FILE")
-    elif out is not None and out.is_dir():
+    if out is not None and out.is_dir():
         raise UsageError(f"--json {out} is a folder; name a file")
-    else:
-        _measure(models, settings, out)
-
-
-def _measure(models: list[str], settings: Settings, out: Path | None) -> None:
-    """Measures, prints the page, and writes it into the file asked for and the folders of the runs among the models."""
-    from efficientllm.benching import process
-    from efficientllm.benching.results import result_of
-    from efficientllm.benching.subjects import homes, subjects
-    from efficientllm.files import write_json
-    from efficientllm.jobs.interruption import stopping
-    from efficientllm.reporting.bench_table import bench_page
-    from efficientllm.reporting.journal import without_nonfinite
-
-    with stopping(STOPPED), tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
-        asked = subjects(models, settings, Path(temporary), say)
-        result = result_of(asked, settings, process.measure_all(asked, settings))
-    print(bench_page(result))
-    kept = [home / "bench" / f"{settings.backend}.json" for home in homes(models)]
-    for file in [*([out] if out else []), *kept]:
-        write_json(file, without_nonfinite(result))
-
-
-def _check_table(models: list[str], settings: Settings, file: Path, out: Path | None) -> None:
-    """Raises UsageError for what a table of latencies cannot be measured with."""
+    if table is None:
+        return
     if len(models) != 1 or len(settings.batches) != 1:
         raise UsageError("--table is of one model's widths and of one --batch: name one of each")
     if settings.backend != "transformers":
         raise UsageError(f"--table measures in transformers; leave out --backend {settings.backend}")
     if out is not None:
         raise UsageError("--json goes with a comparison of models; --table FILE is itself JSON: leave one out")
-    if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(f"--table {file} cannot be written; name a file in a folder that is there")
+    if table.is_dir() or not table.parent.is_dir():
+        raise UsageError(f"--table {table} cannot be written; name a file in a folder that is there")
+
+
+def _measure(models: list[str], settings: Settings, out: Path | None) -> None:
+    """Measures, prints the page, and writes it into the file asked for and the folders of the runs among the models."""
+    from efficientllm.benching.process import measure_all
+    from efficientllm.benching.results import result_of
+    from efficientllm.benching.subjects import homes, subjects
+    from efficientllm.files import write_json
+    from efficientllm.reporting.bench_table import bench_page
+    from efficientllm.reporting.journal import without_nonfinite
+
+    with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
+        asked = subjects(models, settings, Path(temporary), say)
+        result = result_of(asked, settings, measure_all(asked, settings))
+    print(bench_page(result))
+    kept = [home / "bench" / f"{settings.backend}.json" for home in homes(models)]
+    for file in [*([out] if out else []), *kept]:
+        write_json(file, without_nonfinite(result))
 
 
 def _measure_table(model: str, settings: Settings, file: Path, levels: int, held_out: int, depth: bool) -> None:
@@ -106,15 +109,12 @@ def _measure_table(model: str, settings: Settings, file: Path, levels: int, held
     from efficientllm.benching.subjects import config_of
     from efficientllm.benching.table import grid_of, held_out_shapes, measure_table
     from efficientllm.files import write_json
-    from efficientllm.jobs.interruption import stopping
     from efficientllm.models.latency_table import off_by
     from efficientllm.reporting.bench_table import table_page
 
     config = config_of(model, settings)
     grid = grid_of(config, levels, depth=depth)
-    with stopping(STOPPED):
-        shapes = held_out_shapes(config, grid, held_out)
-        content = measure_table(config, settings, grid, shapes)
+    content = measure_table(config, settings, grid, held_out_shapes(config, grid, held_out))
     write_json(file, content)
     print(table_page(content, str(file)))
     if doubt := off_by(content["median_error"]):
