@@ -55,6 +55,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "loop, teacher": {"prune": FREE, "distill": {}},
     "loop, teacher's hidden states": {"prune": FREE, "distill": {"hidden": 1.0}},
     "loop, 4 steps": {"prune": FREE | {"start": "0%", "end": "16%"}},
+    "loop, 20 steps": {"prune": FREE | {"end": "80%"}},
     "loop, within documents": {"prune": FREE, "data": {"within_documents": True}},
     "ladder": {"prune": FREE | {"ladder": ["80%", "69%"]}},  # for a --target below
     "iterative": {"prune": FREE | {"mode": "iterative"}},

@@ -19,10 +19,10 @@ from efficientllm.models.vocabulary import cut_tokenizer
 from efficientllm.pruning.tokens import KEPT, Tokens
 from efficientllm.training import vocabulary
 from efficientllm.training.gradient import Precision, next_tokens
-from efficientllm.training.loop import _spares_a_step
 from efficientllm.training.run_plan import run_plan
 from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of, snapshot_of
 from efficientllm.training.state import TrainState
+from efficientllm.training.step import OwnBatches
 from efficientllm.training.vocabulary import Vocabulary, asking_flops, expected, sizes_below, with_tokens
 
 
@@ -150,12 +150,14 @@ def test_missing_tokens_have_no_logit_whatever_the_chunk(monkeypatch: pytest.Mon
 
 
 def test_nothing_is_left_to_a_step_that_does_not_come() -> None:
-    """A milestone and the target take a step each."""
-    plan: Any = SimpleNamespace(milestones=(1, 2))
+    """A milestone and the target take a step each. step: those done, this one included where events follow it."""
+    plan, chooser = SimpleNamespace(milestones=(1, 2), at_rest=False), SimpleNamespace(choose=lambda *_: 200)
     spares = []
-    for step, milestone in ((2, 0), (3, 0), (3, 1), (4, 1)):
-        state: Any = SimpleNamespace(step=step, pruner=SimpleNamespace(milestone=milestone))
-        spares.append(_spares_a_step(state, plan, 5))
+    for step, milestone in ((3, 0), (4, 0), (4, 1), (5, 1)):
+        state = SimpleNamespace(step=step)
+        passes: Any = SimpleNamespace(_vocabulary=chooser, _plan=plan, _steps=5, state=state)
+        at: Any = SimpleNamespace(milestone=milestone)
+        spares.append(OwnBatches.vocabulary(passes, cast(Any, None), at) == 200)
     assert spares == [True, False, True, False]
 
 
