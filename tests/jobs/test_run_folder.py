@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,20 @@ def test_a_fingerprint_is_of_what_a_run_is_to_learn(world: World) -> None:
     assert len(fingerprint(recipe)) == 8
     longer = Recipe.model_validate(world.recipe("one", train={"tokens": 48 * 256}))
     assert fingerprint(recipe) != fingerprint(longer)
+
+
+# Of which the finished run has had no occasion.
+RARE = {
+    "metrics": {"validation_bits_per_byte", "nonfinite"},
+    "events": {"cost", "saved"},
+    "compactions": {"vocabulary"},
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_the_docs_name_every_key_of_a_run_s_records(finished: Path, name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}.jsonl` |"))
+    lines = read_journal(finished / f"{name}.jsonl")
+    assert set(re.findall(r"`(\w+)`", row)) - RARE[name] == set().union(*lines)
+    assert name != "metrics" or ", ".join(lines[0]["flops_by_part"]) in row
