@@ -336,7 +336,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
 def test_a_run_that_has_measured_losses_is_not_gone_on_with_while_it_prunes(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder of an earlier version: refused as it is found, unless nothing was measured yet; whose bill is kept."""
+    """The folder of an earlier version: refused as it is found, unless nothing was measured yet; whose bill is kept.
+    Once its pruning is over it is trained on in another one: here the recipe would hide what it was pruned by."""
     recipe = world.write(
         "measured",
         train={"tokens": 8 * 256},
@@ -357,13 +358,15 @@ def test_a_run_that_has_measured_losses_is_not_gone_on_with_while_it_prunes(
         shutil.rmtree(each)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("selection: raw", "selection: auto"))
-    manifest = json.loads((first / "manifest.json").read_text())
 
-    def as_found(measured: dict[str, float]) -> int:
+    def as_found(measured: dict[str, float], checkpoint: Path = first, *more: str) -> int:
+        file = checkpoint / "manifest.json"
         facts = {"calibration": {"smoothing": 0.5, "units": {}, "measured": measured, "predicted": measured}}
-        found = manifest | {"pruner": manifest["pruner"] | facts, "flops": manifest["flops"] | {"calibration": 1000}}
-        (first / "manifest.json").write_text(json.dumps(found))
-        return call("prune", recipe)
+        found = json.loads(file.read_text())
+        found["pruner"] |= facts
+        found["flops"]["calibration"] = 1000
+        file.write_text(json.dumps(found))
+        return call("prune", recipe, *more)
 
     journal = (folder / "metrics.jsonl").read_text()
     assert as_found({"ffn": 0.1}) == 2
@@ -373,6 +376,13 @@ def test_a_run_that_has_measured_losses_is_not_gone_on_with_while_it_prunes(
     again = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
     assert json.loads((folder / "summary.json").read_text())["flops"] == summary["flops"] + 1000
+    config.write_text(config.read_text().replace("selection: raw", "selection: calibrated"))
+    capsys.readouterr()
+    assert call("prune", recipe) == 2
+    last = checkpoints(folder / "checkpoints")[-1]
+    assert f"choose another run.dir, with resume={last} to go on from there" in capsys.readouterr().err
+    assert as_found({"ffn": 0.1}, last, f"resume={last}", f"run.dir={folder}-on", "train.tokens=2304") == 0
+    assert load_file(Path(f"{folder}-on") / "model" / "model.safetensors").keys() == weights.keys()
 
 
 def test_full_disk_leaves_the_previous_checkpoint_whole(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,21 @@ def placed(recipe: Recipe) -> Recipe:
     """The recipe in its own run folder, or, where that holds a run of another recipe, in one beside it.
 
     An arm that takes the loop's shape is another run once the loop's best rate has changed, and so is one that is
-    given other tokens to meet a budget; both runs stay, and each is found again. So does one of an older version.
+    given other tokens to meet a budget; both runs stay, and each is found again by the recipe that it holds, since
+    another version may have named its folder by another fingerprint. So does one that this version does not take.
     """
-    try:
-        if RunFolder(recipe.run.dir).difference(recipe) is None:
+    folder = RunFolder(recipe.run.dir)
+    with suppress(OlderRun):
+        if folder.difference(recipe) is None:
             return recipe
-    except OlderRun:
-        pass
-    run = recipe.run.model_copy(update={"dir": f"{recipe.run.dir}-{fingerprint(recipe)}"})
+    beside = sorted(folder.path.parent.glob(f"{folder.path.name}-{'?' * len(fingerprint(recipe))}"))
+    found = next((str(path) for path in beside if _holds(RunFolder(path), recipe)), None)
+    run = recipe.run.model_copy(update={"dir": found or f"{recipe.run.dir}-{fingerprint(recipe)}"})
     return recipe.model_copy(update={"run": run})
+
+
+def _holds(folder: RunFolder, recipe: Recipe) -> bool:
+    try:
+        return folder.begun and folder.difference(recipe) is None
+    except UsageError:
+        return False

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from efficientllm.checkpoint.store import checkpoints
 from efficientllm.config import Recipe, dump_recipe, without_gone
 from efficientllm.config.reference import free_keys
 from efficientllm.errors import UsageError
@@ -93,11 +94,16 @@ class RunFolder:
                 ) from error
             yield
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of a run to go on from, or to read."""
+        return self.config.is_file() and (self.summary.is_file() or bool(checkpoints(self.checkpoints)))
+
     def difference(self, recipe: Recipe) -> tuple[str, Any, Any] | None:
         """The first essential key, with both values, in which the run begun here differs from a recipe; None where none
         does or nothing was begun. Writes nothing. Raises UsageError where config.yaml is damaged, and OlderRun where it
         is a recipe no longer."""
-        if not self.config.is_file() or not (any(self.checkpoints.glob("step-*")) or self.summary.is_file()):
+        if not self.begun:
             return None
         try:
             # Through Recipe, so that a key which a newer version has added or dropped counts with its default.
@@ -108,8 +114,10 @@ class RunFolder:
                     each["run"].pop("validate_every", None)
             return first_difference(old, new)
         except UsageError as error:
+            saved = checkpoints(self.checkpoints)
+            on = f", with resume={saved[-1]} to go on from there" if saved else ""
             raise OlderRun(
-                f"run folder {self.path} was begun by another version: {error}; choose another run.dir"
+                f"run folder {self.path} was begun by another version: {error}; choose another run.dir{on}"
             ) from error
         except (OSError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
             raise UsageError(f"{self.config} is damaged; restore it or choose another run.dir") from error
