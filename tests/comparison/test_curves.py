@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientllm.reporting import comparison_plot
-from efficientllm.reporting.comparison_plot import _curve, _joined, plot_comparison
+from efficientllm.reporting import plot_measurements
+from efficientllm.reporting.plot_measurements import _curve, _joined, plot_comparison
 
 
 def folder_of(path: Path, tokens: int, validated: Sequence[int]) -> Path:
@@ -41,7 +41,7 @@ def test_every_arm_is_in_the_legend_and_the_legend_beside_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(comparison_plot, "save_figure", lambda figure, out: drawn.append(figure) or out)
+    monkeypatch.setattr(plot_measurements, "save_figure", lambda figure, out: drawn.append(figure) or out)
     whole = [folder_of(tmp_path / "one", 1000, (5, 10)), folder_of(tmp_path / "two", 1100, (5, 10))]
     silent = [folder_of(tmp_path / "three", 1000, ()), whole[0]]
     arms = {"loop": whole, "partly": silent, "never": silent[:1]}

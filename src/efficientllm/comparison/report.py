@@ -16,8 +16,8 @@ from efficientllm.comparison.work import ArmResult, Comparison, Say, summary_of
 from efficientllm.errors import UsageError
 from efficientllm.files import write_atomically, write_json
 from efficientllm.jobs.report import write_report
-from efficientllm.reporting.comparison_plot import plot_comparison
 from efficientllm.reporting.journal import without_nonfinite
+from efficientllm.reporting.plot_measurements import plot_comparison
 
 
 def compare_and_report(comparison: Comparison, say: Say) -> Path:

@@ -23,7 +23,7 @@ from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.reporting.journal import without_nonfinite
-from efficientllm.reporting.probe_plot import plot_probe
+from efficientllm.reporting.plot_measurements import plot_probe
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.training.gradient import Precision, token_ids
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from efficientllm.pruning.dimensions import DIMENSIONS, of_type
 from efficientllm.pruning.history import fallen_at
-from efficientllm.reporting.plot_style import FONT_SIZE, count_label, dress
+from efficientllm.reporting.plot_style import counted, panels
 from efficientllm.reporting.run_record import RunRecord
 from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
 
@@ -23,23 +23,21 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
     shown = [run for run in runs if run.source_widths and run.events]
     if not shown:
         return None
-    figure = Figure(figsize=(8.4, 2.6 * len(shown) + 0.4), layout="constrained")
-    for axes, run in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown, strict=True):
+    figure, drawn = panels(len(shown), 2.6 * len(shown) + 0.4)
+    for axes, run in zip(drawn, shown, strict=True):
         assert run.source_widths is not None
         thirds = (len(run.events) // 3, 2 * len(run.events) // 3, -1)
         stages = [run.source_widths.record(), *(dict(run.events[index]["widths"]) for index in thirds)]
         names = [name for name in LABELS if name in stages[0]]
-        for place, stage in enumerate(stages):
-            shares = [stage[width] / stages[0][width] for width in names]
-            offset = np.arange(len(names)) + 0.2 * (place - 1.5)
-            label = ("source", "a third of the events", "two thirds", "end")[place]
-            axes.bar(offset, shares, width=0.19, color=str(0.75 - 0.2 * place), edgecolor="#0072B2", label=label)
-            for x, share, width in zip(offset, shares, names, strict=True):
-                axes.text(x, share, str(stage[width]), ha="center", va="bottom", fontsize=FONT_SIZE - 3, clip_on=True)
+        for place, label in enumerate(("source", "a third of the events", "two thirds", "end")):
+            widths = [stages[place][name] for name in names]
+            shares = [width / stages[0][name] for width, name in zip(widths, names, strict=True)]
+            offset, grey = np.arange(len(names)) + 0.2 * (place - 1.5), str(0.75 - 0.2 * place)
+            bars = axes.bar(offset, shares, width=0.19, color=grey, edgecolor="#0072B2", label=label)
+            axes.bar_label(bars, map(str, widths), fontsize=7)
         axes.set_xticks(range(len(names)), [LABELS[name] for name in names])
-        axes.set_ylim(0, 1.45)
-        dress(axes, "", "share of the source's", title=run.name)
-        axes.legend(fontsize=FONT_SIZE - 1.5, frameon=False, ncols=4, loc="upper right")
+        axes.set(ylim=(0, 1.45), ylabel="share of the source's", title=run.name)
+        axes.legend(ncols=4, loc="upper right")
     return figure
 
 
@@ -58,23 +56,20 @@ def units(runs: Sequence[RunRecord]) -> Figure | None:
         maps += [(run, kind, table) for kind, table in fallen.items() if table.shape[1] > 1]
     if not maps:
         return None
-    heights = [0.55 + min(2.2, 0.12 * table.shape[0]) for _, _, table in maps]
-    figure = Figure(figsize=(8.4, sum(heights) + 0.5 * len(maps)), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(len(maps), 1, height_ratios=heights))
-    last = max(float(table[np.isfinite(table)].max()) for _, _, table in maps)
-    image = None
-    for axes, (run, kind, table) in zip(panels, maps, strict=True):
-        shown = np.ma.masked_invalid(table)
-        axes.set_facecolor("#9A9A9A")
-        image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="plasma_r", norm=Normalize(0, last))
-        axes.set_title(kind if len(runs) == 1 else f"{run.name}: {kind}", fontsize=FONT_SIZE, loc="left")
+    heights = [0.55 + min(2.2, 0.12 * len(table)) for *_, table in maps]
+    figure, drawn = panels(len(maps), sum(heights) + 0.5 * len(maps), height_ratios=heights)
+    colours = Normalize(0, max(float(table[np.isfinite(table)].max()) for *_, table in maps))
+    for axes, (run, kind, table) in zip(drawn, maps, strict=True):
         within = of_type(kind).within
-        axes.set_ylabel(DIMENSIONS[within].label if within else "model", fontsize=FONT_SIZE - 1)
-        axes.set_xlabel("unit of the source", fontsize=FONT_SIZE - 1)
-        axes.tick_params(labelsize=FONT_SIZE - 2)
+        axes.set(facecolor="#9A9A9A", title=kind if len(runs) == 1 else f"{run.name}: {kind}")
+        axes.imshow(np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap="plasma_r", norm=colours)
+        axes.set_ylabel(DIMENSIONS[within].label if within else "model", fontsize=9)
+        axes.set_xlabel("unit of the source", fontsize=9)
+        axes.grid(False)
+        axes.spines.top.set_visible(True)
+        axes.tick_params(labelsize=8)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True, nbins="auto", min_n_ticks=1))
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(panels), shrink=0.7, label="tokens when it fell")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(count_label))
+    bar = figure.colorbar(drawn[-1].images[0], ax=drawn, shrink=0.7, label="tokens when it fell")
+    counted(bar.ax.yaxis)
     return figure

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, series of numbers, dressed axes and legends, a figure as a file or as inline SVG.
+"""What all pictures share: style, colours, series of numbers, legends, a figure as a file or as inline SVG.
 
 Drawn with matplotlib's object interface, which needs no display and leaves pyplot's global state alone.
 """
@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from efficientllm.files import write_atomically
 from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.sizes import format_count
+
+Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 # Okabe and Ito's palette: told apart with any colour vision; line styles tell them apart in grey
 _STYLES: tuple[tuple[str, Any], ...] = (
@@ -37,10 +42,23 @@ PHASE_COLOUR = "#F3F3F3"
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RUN_LINES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 RUN_MARKERS = ("o", "s", "^", "D")
-FONT_SIZE = 10
-DOTS_PER_INCH = 130
+WIDTH = 8.4  # inches
 LINE_OF_LEGEND = 0.21  # inches
 ROOM_OF_LEGEND = 90  # characters side by side under a plot
+_RC = {
+    "figure.constrained_layout.use": True, "figure.titlesize": 13, "figure.titleweight": "bold", "savefig.dpi": 130,
+    "axes.titlesize": 10, "axes.labelsize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.axisbelow": True, "axes.grid": True, "grid.color": "#000000", "grid.alpha": 0.12, "grid.linewidth": 0.7,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 8.5, "legend.frameon": False,
+    "svg.hashsalt": "efficientllm",
+}  # fmt: skip
+
+
+@contextmanager
+def styled(**more: Any) -> Iterator[None]:
+    """While figures are made, and once more while they are rendered: matplotlib reads its settings in both."""
+    with matplotlib.rc_context(_RC | more):
+        yield
 
 
 def run_style(index: int) -> tuple[str, Any, str]:
@@ -49,95 +67,77 @@ def run_style(index: int) -> tuple[str, Any, str]:
     return RUN_COLOURS[index % len(RUN_COLOURS)], RUN_LINES[again], RUN_MARKERS[again]
 
 
-def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Iterable[Mapping[str, Any]], key: str) -> Points:
     """(tokens, values) of the records that have a number under `key`; a diverged loss is recorded as null."""
-    return columns([(record["tokens"], record[key]) for record in records if record.get(key) is not None])
+    return points((record["tokens"], record.get(key)) for record in records)
 
 
-def columns(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    table = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+def points(pairs: Iterable[tuple[float, float | None]]) -> Points:
+    """The pairs that have a value, as two arrays."""
+    table = np.asarray([pair for pair in pairs if pair[1] is not None], dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """The centred mean over about a fiftieth of the run (at least three steps), cut short at its ends."""
-    at = np.arange(len(values))
-    reach = len(values) // 100 + 1
-    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return (total[last] - total[first]) / (last - first)
+def panels(count: int = 1, height: float = 3.4, **more: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, one above another. height: inches of the figure; more: for Figure.subplots."""
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, list(figure.subplots(count, 1, squeeze=False, **more).flat)
 
 
-def limit_to(axes: Axes, values: Sequence[float]) -> None:
-    """Fits the axis to `values`, so that one spike of the raw loss does not flatten everything else."""
-    if len(values):
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low) or 0.05
-        axes.set_ylim(low - margin, high + margin)
+def counted(*axes: Axis) -> None:
+    """Ticks of these axes as 469M."""
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda value, _position: format_count(round(value))))
 
 
-def panel(height: float = 3.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8.4, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def dress(axes: Axes, xlabel: str, ylabel: str, *, title: str = "", pad: float = 6) -> None:
-    """pad: points between title and panel, where `legend_above` puts its row."""
-    axes.set_xlabel(xlabel, fontsize=FONT_SIZE)
-    axes.set_ylabel(ylabel, fontsize=FONT_SIZE)
-    axes.set_title(title, loc="left", fontsize=FONT_SIZE, pad=pad)
-    axes.tick_params(which="both", labelsize=FONT_SIZE - 1)
-    axes.grid(True, color="#000000", alpha=0.12, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines["top"].set_visible(False)
-
-
-def tokens_axis(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(count_label))
+def tokens_axis(axes: Axes, label: str = "training tokens") -> None:
+    counted(axes.xaxis)
     axes.set_xlim(left=0)
+    axes.set_xlabel(label)
 
 
-def legend_above(axes: Axes, handles: Sequence[Any]) -> None:
+def labelled(*panels: Axes) -> dict[str, Any]:
+    """label -> what has it in these panels, each once."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return found
+
+
+def legend_above(axes: Axes, named: Mapping[str, Any]) -> None:
     """A legend in a row between title and panel, where it hides no data."""
     style: dict[str, Any] = {"handlelength": 1.8, "columnspacing": 1.2, "borderaxespad": 0.1, "borderpad": 0.2}
-    style |= {
-        "ncols": max(len(handles), 1),
-        "frameon": False,
-        "fontsize": FONT_SIZE - (1.5 if len(handles) < 5 else 2.5),
-    }
-    legend = axes.legend(handles=list(handles), loc="lower left", bbox_to_anchor=(0.0, 1.0), **style)
+    style |= {"ncols": max(len(named), 1), "fontsize": 8.5 if len(named) < 5 else 7.5}
+    legend = axes.legend(named.values(), named, loc="lower left", bbox_to_anchor=(0.0, 1.0), **style)
     legend.set_in_layout(False)  # a long one must not make the panel narrower
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend below the axes, for which the figure grows by as much."""
-    ncols = max(1, min(len(labels), ROOM_OF_LEGEND // (max(map(len, labels), default=0) + 6)))
-    figure.set_figheight(figure.get_figheight() + LINE_OF_LEGEND * -(-len(labels) // ncols))
-    style: dict[str, Any] = {"fontsize": FONT_SIZE - 1.5, "frameon": False, "ncols": ncols}
-    figure.legend(list(handles), list(labels), loc="outside lower center", **style)
-
-
-def count_label(value: float, _position: int | None = None) -> str:
-    return format_count(round(value))
+def legend_below(figure: Figure) -> None:
+    """A legend of all that has a label below the panels, for which the figure grows by as much."""
+    named = labelled(*figure.axes)
+    ncols = max(1, min(len(named), ROOM_OF_LEGEND // (max(map(len, named), default=0) + 6)))
+    figure.set_figheight(figure.get_figheight() + LINE_OF_LEGEND * -(-len(named) // ncols))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=ncols)
 
 
 def save_figure(figure: Figure, out: Path) -> Path:
     """Renders to memory first: a picture is never half-written; the same records give the same bytes."""
-    kind = "svg" if out.suffix.lower() == ".svg" else "png"
-    content = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "efficientllm"}):
-        figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-    write_atomically(out, content.getvalue())
+    write_atomically(out, _rendered(figure, "svg" if out.suffix.lower() == ".svg" else "png"))
     return out
 
 
 def inline_svg(figure: Figure, name: str) -> str:
     """SVG for an HTML page; ids carry the figure's name, so that figures of a page do not take each other's shapes."""
-    content = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(content, format="svg", metadata={"Date": None}, transparent=False)
-    text = content.getvalue()
+    more = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}
+    text = _rendered(figure, "svg", **more).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+
+
+def _rendered(figure: Figure, kind: str, **more: Any) -> bytes:
+    content = io.BytesIO()
+    with styled(**more):
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return content.getvalue()

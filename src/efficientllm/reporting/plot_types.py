@@ -6,17 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from efficientllm.pruning.dimensions import ATTENTION, ATTENTION_QUERY
 from efficientllm.pruning.widths import Widths
-from efficientllm.reporting.plot_style import TYPE_STYLES, columns, dress, legend_below, panel, run_style, tokens_axis
+from efficientllm.reporting.plot_style import TYPE_STYLES, Points, legend_below, panels, points, run_style, tokens_axis
 from efficientllm.reporting.run_record import RunRecord
-
-Points = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -32,65 +29,62 @@ class Quantity:
     def draw(self, axes: Axes, run: RunRecord) -> None:
         """A line a type, in the type's colour; where saliency is drawn, a tick an event."""
         for kind, (colour, line, label) in TYPE_STYLES.items():
-            at, values = self.curve(run, kind)
             if kind == ATTENTION and run.source_widths and run.source_widths.count(ATTENTION_QUERY) == 1:
                 label = "attention (heads)"  # without grouped queries a KV group is an ordinary head
-            if len(at):
-                axes.plot(at, values, color=colour, linestyle=line, label=label, **self.style)
+            self.plot(axes, self.curve(run, kind), colour, line, label)
             if self is SALIENCY:
-                taken = [event for event in run.events if event["type"] == kind]
-                at, values = _positive([(event["tokens"], event.get("damage_per_parameter")) for event in taken])
-                axes.plot(at, values, "|", color=colour, markersize=6, alpha=0.6)
+                taken = (event for event in run.events if event["type"] == kind)
+                ticks = _positive((event["tokens"], event.get("damage_per_parameter")) for event in taken)
+                axes.plot(*ticks, "|", color=colour, markersize=6, alpha=0.6)
+        self.finish(axes)
+
+    def plot(self, axes: Axes, curve: Points, colour: str, line: Any, label: str) -> None:
+        if len(curve[0]):
+            axes.plot(*curve, color=colour, linestyle=line, label=label, **self.style)
+
+    def finish(self, axes: Axes) -> None:
         self.scale(axes)
+        axes.set_ylabel(self.unit)
 
 
 def by_type(quantity: Quantity, runs: Sequence[RunRecord]) -> Figure | None:
     """One run: a panel with a line a type. Several: a panel a type with a line a run, all in their runs' colours."""
-    found = {kind: [quantity.curve(run, kind) for run in runs] for kind in TYPE_STYLES}
-    kinds = [kind for kind, curves in found.items() if any(len(at) for at, _ in curves)]
+    kinds = [kind for kind in TYPE_STYLES if any(len(quantity.curve(run, kind)[0]) for run in runs)]
     if not kinds:
         return None
     if len(runs) == 1:
-        figure, axes = panel()
-        panels: Sequence[Axes] = [axes]
-        quantity.draw(axes, runs[0])
-        handles, labels = axes.get_legend_handles_labels()
+        figure, drawn = panels()
+        quantity.draw(drawn[0], runs[0])
     else:
-        figure = Figure(figsize=(8.4, 1.0 + 2.1 * len(kinds) if len(kinds) > 1 else 3.4), layout="constrained")
-        panels = list(np.atleast_1d(figure.subplots(len(kinds), 1, sharex=True)))
-        named: dict[str, Any] = {}
-        for axes, kind in zip(panels, kinds, strict=True):
-            for index, (at, values) in enumerate(found[kind]):
+        figure, drawn = panels(len(kinds), max(3.4, 1.0 + 2.1 * len(kinds)), sharex=True)
+        for axes, kind in zip(drawn, kinds, strict=True):
+            for index, run in enumerate(runs):
                 colour, line, _ = run_style(index)
-                if len(at):
-                    drawn = axes.plot(at, values, color=colour, linestyle=line, **quantity.style)
-                    named.setdefault(runs[index].name, drawn[0])
-            quantity.scale(axes)
-        labels, handles = list(named), list(named.values())
-    for axes, kind in zip(panels, kinds, strict=False):
-        last = axes is panels[-1]
-        dress(axes, "training tokens" if last else "", quantity.unit, title=kind if len(runs) > 1 else "")
-        tokens_axis(axes)
-    legend_below(figure, handles, labels)
+                quantity.plot(axes, quantity.curve(run, kind), colour, line, run.name)
+            quantity.finish(axes)
+            axes.set_title(kind)
+    for axes in drawn:
+        tokens_axis(axes, "training tokens" if axes is drawn[-1] else "")
+    legend_below(figure)
     return figure
 
 
-def _positive(pairs: Sequence[tuple[float, float | None]]) -> Points:
+def _positive(pairs: Any) -> Points:
     """What a logarithmic axis can show."""
-    return columns([(tokens, value) for tokens, value in pairs if value is not None and value > 0.0])
+    return points((tokens, value) for tokens, value in pairs if value is not None and value > 0.0)
 
 
 def _saliency(run: RunRecord, kind: str) -> Points:
-    return _positive([(line["tokens"], (line.get("saliency") or {}).get(kind)) for line in run.metrics])
+    return _positive((line["tokens"], (line.get("saliency") or {}).get(kind)) for line in run.metrics)
 
 
 def _ratio(run: RunRecord, kind: str) -> Points:
     source = run.source_widths
     if source is None or kind not in source.types():
-        return columns([])
+        return points([])
     seen = ((line["tokens"], Widths(**line["widths"]).count(kind)) for line in run.metrics if "widths" in line)
     lines = [(tokens, 1 - left / source.count(kind)) for tokens, left in seen]
-    return columns([(0.0, 0.0), *lines]) if any(ratio > 0 for _, ratio in lines) else columns([])
+    return points([(0.0, 0.0), *lines] if any(ratio > 0 for _, ratio in lines) else [])
 
 
 SALIENCY = Quantity(
