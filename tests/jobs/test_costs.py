@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from conftest import World, tiny_config
-from efficientllm.cli import main
 from efficientllm.config import load_recipe
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
@@ -22,15 +21,10 @@ from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training.advisories import advisories_of
 from efficientllm.training.planning import pruning_plan
+from processes import call
 
 SPACE = space_of(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
 FLOORS = {"intermediate": 8, "hidden": 8}
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 def result(world: World, name: str) -> dict[str, Any]:

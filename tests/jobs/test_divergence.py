@@ -14,14 +14,8 @@ import torch
 
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.reporting.journal import read_journal
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints, load
-from efficientllm.cli import main
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE
 from efficientllm.models.loading import load_config
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
 from efficientllm.training.run_plan import run_plan
+from processes import call
 
 TRAIN = {"tokens": 12 * 256, "batch_tokens": 256, "micro_batch": 4, "lr": 1e-2}
 RUN = {"checkpoint_every": 256, "keep": 12}
 PRUNE: dict[str, Any] = {"target": "60%", "end": "60%", "floors": {"intermediate": 8}}
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 
 from conftest import World
-from efficientllm.cli import main
 from efficientllm.distributed.ranks import ALONE
 from efficientllm.jobs import finish, report
 from efficientllm.jobs.run_folder import RunFolder
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 @pytest.mark.parametrize(("written", "read"), [(2.5, 2.5), (math.inf, math.nan), (math.nan, math.nan)])

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.jobs import probing
 from efficientllm.jobs.probing import ProbeRequest
 from efficientllm.models.flops import forward_flops, teacher_flops
@@ -23,12 +22,7 @@ from efficientllm.models.loading import load_config, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 def records(world: World, name: str, kind: str) -> list[dict[str, Any]]:

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.reporting.journal import read_journal
-from processes import codes, pid_of, run_and_die, start, start_command, steps_done, wait_for
+from processes import call, codes, pid_of, run_and_die, start, start_command, steps_done, wait_for
 
 RELOAD = """
 import json, sys, torch
@@ -34,13 +33,6 @@ tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embedd
 print(json.dumps({"logits": logits[0, -1].tolist(), "text": text, "tied": tied,
                   "parameters": sum(p.numel() for p in model.parameters())}))
 """
-
-
-def call(*argv: str | Path) -> int:
-    """The command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 def test_run_folder_says_what_happened(finished: Path) -> None:

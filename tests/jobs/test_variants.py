@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.config import Recipe
 from efficientllm.jobs import prune as prune_job
 from efficientllm.jobs.finish import generation_settings
@@ -27,12 +26,7 @@ from efficientllm.jobs.samples import write_samples
 from efficientllm.models.loading import load_tokenizer
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 def losses(folder: Path) -> list[float]:

@@ -30,18 +30,12 @@ from efficientllm.jobs.samples import samples, write_samples
 from efficientllm.jobs.vocabulary import check_goes_on
 from efficientllm.models.space import build
 from efficientllm.reporting.journal import read_journal
-from processes import codes, run_and_die, start, start_ranks
+from processes import call, codes, run_and_die, start, start_ranks
 
 pytestmark = pytest.mark.slow
 
 TYPES = ["attention", "attention_query", "ffn", "stem", "vocab"]
 TEXTS = ["the model learns", "naïve 日本語 😀\x00\t  x", "strength brought the thread  \n\n0123456789"]
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")
