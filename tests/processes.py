@@ -1,5 +1,5 @@
-"""Processes that start at once: forked from one that has imported everything, where a start of Python takes ten seconds
-of a slow core. What becomes of them is real: signals, exit codes, collectives."""
+"""The command line in this process, and processes that start at once: forked from one that has imported everything,
+where a start of Python takes ten seconds of a slow core. What becomes of these is real: signals, codes, collectives."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from efficientllm.cli import main
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["efficientllm.jobs.prune", "efficientllm.models.space"])
 STARTED: list[BaseProcess] = []
+
+
+def call(*argv: str | Path) -> int:
+    """The command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in argv])
+    return int(stop.value.code or 0)
 
 
 @atexit.register
@@ -112,3 +122,9 @@ def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], log: Path
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Of two runs' results, bit for bit."""
+    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)

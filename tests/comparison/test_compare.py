@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from conftest import World, tiny_model
-from efficientllm.cli import main
 from efficientllm.comparison import report, runner, worker
 from efficientllm.comparison.arms import parse_arms
 from efficientllm.comparison.equal_flops import CLOSE, close
@@ -19,12 +18,7 @@ from efficientllm.comparison.work import Comparison
 from efficientllm.config import Recipe
 from efficientllm.jobs import report as jobs_report
 from efficientllm.planning.plan import estimate_of
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 @pytest.fixture

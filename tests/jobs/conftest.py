@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import World
-from efficientllm.cli import main
 from efficientllm.reporting.plots import plot_run
+from processes import call
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,5 @@ def finished(world: World) -> Path:
     """The folder of a finished run at the world's recipe, with its picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("efficientllm.jobs.finish.plot_run", plot_run)
-        with pytest.raises(SystemExit) as stop:
-            main(["prune", str(world.write("calm"))])
-    assert not stop.value.code
+        assert call("prune", world.write("calm")) == 0
     return world.folder / "runs" / "calm"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from conftest import World, tiny_config
-from efficientllm.cli import main
 from efficientllm.config import load_recipe
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import FlopsPerToken
@@ -22,15 +21,11 @@ from efficientllm.pruning.widths import Widths
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training.advisories import advisories_of
 from efficientllm.training.planning import pruning_plan
+from processes import call
 
 SPACE = space_of(tiny_config("llama-gqa", vocab_size=300, tie_word_embeddings=True))
 FLOORS = {"intermediate": 8, "hidden": 8}
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+ABOUT = MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {})
 
 
 def result(world: World, name: str) -> dict[str, Any]:
@@ -47,11 +42,14 @@ def write_table(path: Path, scale: float = 1.0, error: float | None = None, **ch
         for queries in grid[3]
         for ffn in grid[4]
     ]
-    about = MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {})
-    content = table_content(LatencyTable(about, grid, tuple(seconds)), {"median_error": error})
+    content = table_content(LatencyTable(ABOUT, grid, tuple(seconds)), {"median_error": error})
     content["measured_on"] |= changes
     path.write_text(json.dumps(content))
     return path
+
+
+def by_latency(table: Path) -> dict[str, object]:
+    return {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
 
 
 def test_flops_as_target_and_currency(world: World) -> None:
@@ -80,10 +78,9 @@ def test_kv_cache_takes_what_it_counts_and_nothing_else(world: World) -> None:
 
 def test_latency_by_a_table(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write_table(tmp_path / "table.json")
-    prune = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
-    path = world.write("fast", prune=prune, train={"tokens": 12 * 256})
+    path = world.write("fast", prune=by_latency(table), train={"tokens": 12 * 256})
     assert call("prune", path) == 0
-    cost = LatencyTable(MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {}), *_grid(table)).cost()
+    cost = LatencyTable(ABOUT, *_grid(table)).cost()
     saved = cost(SPACE.widths) - cost(Widths(**result(world, "fast")["widths"]))
     assert saved >= 0.4 * cost(SPACE.widths)
     events = read_journal(world.folder / "runs" / "fast" / "events.jsonl")
@@ -135,10 +132,8 @@ def test_tables_that_do_not_fit(
         table.write_text("{}")
     else:
         write_table(table, **changes)
-    asked = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS} | prune
-    assert call("plan", world.write("refused", prune=asked)) == 2
-    said = capsys.readouterr().err
-    assert message in " ".join(said.split())
+    assert call("plan", world.write("refused", prune=by_latency(table) | prune)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", '"many"'])
@@ -147,15 +142,13 @@ def test_a_grid_of_no_numbers_is_refused(
 ) -> None:
     table = write_table(tmp_path / "table.json")
     table.write_text(table.read_text().replace("[8, 24, 40]", f"[8, 24, {value}]"))
-    asked = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
-    assert call("plan", world.write("refused", prune=asked)) == 2
+    assert call("plan", world.write("refused", prune=by_latency(table))) == 2
     assert "is no table of latencies" in capsys.readouterr().err
 
 
 def test_a_table_that_misses_a_width_nothing_may_narrow() -> None:
     """Of another source: no floor and no type of the recipe is at fault."""
-    about = MeasuredOn("llama", 6, 300, "float32", "cpu", 1, 8, 4, 1, {})
-    table = LatencyTable(about, ((3, 4), (8, 40), (1, 2), (1, 2), (60, 80)), (1.0,) * 32)
+    table = LatencyTable(ABOUT, ((3, 4), (8, 40), (1, 2), (1, 2), (60, 80)), (1.0,) * 32)
     source = SPACE.widths
     with pytest.raises(UsageError, match=r"covers layers 3 to 4, .* for 2 to 2; measure one of this source"):
         table.check_range("t.json", source.changed(hidden=8), source)
@@ -166,8 +159,7 @@ def test_a_table_that_misses_a_width_nothing_may_narrow() -> None:
 
 def test_llama_and_mistral_without_a_window_share_a_table() -> None:
     """They compute the same function; with a window it is another one."""
-    about = MeasuredOn("llama", 6, 61, "float32", "cpu", 1, 8, 4, 1, {})
-    table = LatencyTable(about, ((2,),) * 5, (1.0,))
+    table = LatencyTable(replace(ABOUT, vocabulary=61), ((2,),) * 5, (1.0,))
     mistral = tiny_config("mistral-gqa-tied")
     assert family_of(mistral) == "llama"
     table.check("t.json", mistral)
@@ -188,8 +180,7 @@ def test_plan_says_what_the_table_was_measured_on(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: float | None, said: str
 ) -> None:
     table = write_table(tmp_path / "table.json", error=error, machine={"device": "A processor"})
-    asked = {"cost": "latency", "latency_table": str(table), "target": {"latency": "0.6x"}, "floors": FLOORS}
-    assert call("plan", world.write("told", prune=asked)) == 0
+    assert call("plan", world.write("told", prune=by_latency(table))) == 0
     found = " ".join(capsys.readouterr().err.split())
     assert f"latency by {table}: float32 on cpu (A processor), " in found
     assert said in found
@@ -203,10 +194,8 @@ def notes(world: World, name: str, **prune: object) -> tuple[str, ...]:
 
 def test_types_that_stay_out_are_named(world: World) -> None:
     (note, shapes) = notes(world, "out", cost="kv-cache", target={"kv_cache": "60%"}, floors=None)
-    assert (
-        note
-        == "prune.cost kv-cache does not count attention_query, ffn, stem: the result keeps the source's width there"
-    )
+    uncounted = "prune.cost kv-cache does not count attention_query, ffn, stem"
+    assert note == f"{uncounted}: the result keeps the source's width there"
     assert shapes == "at 58 bytes of KV cache per token: one shape is feasible, of 48 bytes of KV cache per token"
     assert notes(world, "in", target={"hidden": 30}, floors={"hidden": 8}) == ()
 
@@ -250,6 +239,8 @@ def test_a_run_says_how_much_is_left_to_choose(world: World) -> None:
             "narrows what prune.cost kv-cache does not count (ffn): leave prune.cost out",
         ),
         ({"target": {"kv_cache": "10%"}}, "is below 48, the least that the floors and the pruning types allow"),
+        ({"cost": "latency", "target": {"latency": "60%"}}, "prune.cost latency needs prune.latency_table"),
+        (by_latency(Path("none.json")), "there is no prune.latency_table none.json; measure one"),
     ],
 )
 def test_costs_that_do_not_fit(
@@ -257,11 +248,3 @@ def test_costs_that_do_not_fit(
 ) -> None:
     assert call("plan", world.write("refused", prune={"cost": "kv-cache"} | prune)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_table_that_is_not_there(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    prune = {"cost": "latency", "target": {"latency": "60%"}}
-    assert call("plan", world.write("refused", prune=prune)) == 2
-    assert "prune.cost latency needs prune.latency_table" in capsys.readouterr().err
-    assert call("plan", world.write("refused", prune=prune | {"latency_table": "none.json"})) == 2
-    assert "there is no prune.latency_table none.json; measure one" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import World
-from efficientllm.cli import main
 from efficientllm.jobs.device import CUBLAS, arithmetic, deterministic, other_bits
+from processes import call
 
 
 def test_what_differs_is_said_and_nothing_else() -> None:
@@ -51,24 +51,20 @@ def test_the_recipe_s_switch_is_on_while_a_run_runs(world: World, monkeypatch: p
 
     monkeypatch.setattr(prune, "checkpoint", checkpoint)
     recipe = world.write("determined", train={"tokens": 1024, "deterministic": True})
-    with pytest.raises(SystemExit) as stop:
-        main(["prune", str(recipe)])
-    assert not stop.value.code
+    assert call("prune", recipe) == 0
     assert set(seen) == {True}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_resumed_run_says_that_it_began_with_other_threads(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, folder = world.write("threads", train={"tokens": 1024}), world.folder / "runs" / "threads"
-    with pytest.raises(SystemExit):
-        main(["prune", str(recipe)])
+    assert call("prune", recipe) == 0
     source = json.loads((folder / "source.json").read_text())
     assert source["threads"] == torch.get_num_threads()
     (folder / "summary.json").unlink()
     (folder / "source.json").write_text(json.dumps(source | {"threads": 64}))
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["prune", str(recipe)])
+    assert call("prune", recipe) == 0
     said = capsys.readouterr().err
     assert said.count("where the run began with 64: the last bits may differ") == 1
     assert "CPU kernels" not in said

@@ -14,14 +14,8 @@ import torch
 
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.reporting.journal import read_journal
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +91,34 @@ def test_a_checkpoint_of_something_else_is_refused(
     command = "train" if "prune=null" in more else "prune"
     assert call(command, diverged[0], f"run.dir={world.folder / 'runs' / 'refused'}", *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gradient turns to NaN at chosen steps; what follows is as if their batches had been read and no more."""
+    from efficientllm.training.looks import Use
+    from efficientllm.training.passes import Passes
+
+    real, calls, bad = Passes.backward, [0], {3, 4, 9}
+
+    def poisoned(passes: Passes, use: Use, *more: object) -> torch.Tensor:
+        calls[0] += use == "step"
+        loss = real(passes, use, *more)  # type: ignore[arg-type]
+        return loss * float("nan") if use == "step" and calls[0] in bad else loss
+
+    monkeypatch.setattr(Passes, "backward", poisoned)
+    path = world.write("poisoned", prune={"bound": 1.0})
+    assert call("prune", path) == 0
+    folder = world.folder / "runs" / "poisoned"
+    lines = read_journal(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 9]
+    assert lines[-1]["skipped_steps"] == json.loads((folder / "summary.json").read_text())["skipped_steps"] == 3
+    assert not {event["step"] for event in read_journal(folder / "events.jsonl")} & {3, 4, 9}
+    assert "step 3 was skipped" in capsys.readouterr().err
+    calls[0], bad = 0, set(range(20, 100))
+    assert call("prune", world.write("diverged", prune={"bound": 1.0})) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 steps in a row" in said
+    assert "the last good checkpoint is" in said
+    assert "step-00000016" in said

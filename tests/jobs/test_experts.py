@@ -9,28 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints, load
-from efficientllm.cli import main
 from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE
 from efficientllm.models.loading import load_config
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
 from efficientllm.training.run_plan import run_plan
+from processes import call, same_weights
 
 TRAIN = {"tokens": 12 * 256, "batch_tokens": 256, "micro_batch": 4, "lr": 1e-2}
 RUN = {"checkpoint_every": 256, "keep": 12}
 PRUNE: dict[str, Any] = {"target": "60%", "end": "60%", "floors": {"intermediate": 8}}
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +77,7 @@ def test_a_run_that_is_gone_on_with_ends_bitwise_as_the_calm_one(world: World, s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "COMPACT_AT", 0.9)
         assert call("prune", recipe) == 0
-    one, other = (load_file(run / "model" / "model.safetensors") for run in (pruned, again))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(pruned, again)
 
 
 @pytest.mark.parametrize(

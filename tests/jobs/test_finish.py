@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,12 @@ from typing import Any
 import pytest
 
 from conftest import World
-from efficientllm.cli import main
+from efficientllm.config import Recipe
 from efficientllm.distributed.ranks import ALONE
 from efficientllm.jobs import finish, report
 from efficientllm.jobs.run_folder import RunFolder
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from efficientllm.models.loading import load_tokenizer
+from processes import call
 
 
 @pytest.mark.parametrize(("written", "read"), [(2.5, 2.5), (math.inf, math.nan), (math.nan, math.nan)])
@@ -62,3 +59,29 @@ def test_the_peak_of_memory_is_that_of_all_processes_that_a_run_has_had(world: W
     (folder / "summary.json").unlink()
     assert call("prune", recipe) == 0
     assert json.loads((folder / "summary.json").read_text())["peak_memory_bytes"] == 1 << 60
+
+
+def test_generation_settings_of_the_source_survive(world: World, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(world.folder / "source", source)
+    settings = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    recipe = world.write("generation", source=str(source), train={"tokens": 1024})  # type: ignore[arg-type]
+    assert call("prune", recipe, "prune.end=100%") == 0
+    saved = json.loads((world.folder / "runs" / "generation" / "model" / "generation_config.json").read_text())
+    assert {key: saved[key] for key in settings} == settings
+
+
+def test_the_end_of_text_of_another_tokenizer_stops_generation(world: World, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(world.folder / "source", source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    tokenizer = str(world.folder / "tokenizer")
+    job: Any = SimpleNamespace(
+        recipe=Recipe.model_validate(world.recipe("eos", source=str(source), tokenizer=tokenizer)),  # type: ignore[arg-type]
+        tokenizer=load_tokenizer(tokenizer),
+        tokens=None,
+    )
+    settings = finish.generation_settings(job)
+    assert settings is not None
+    assert settings.eos_token_id == [7, job.tokenizer.eos_token_id]

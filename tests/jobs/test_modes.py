@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import World
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
 from efficientllm.jobs import probing
 from efficientllm.jobs.probing import ProbeRequest
 from efficientllm.models.flops import forward_flops, teacher_flops
@@ -23,12 +22,7 @@ from efficientllm.models.loading import load_config, load_tokenizer
 from efficientllm.models.space import space_of
 from efficientllm.pruning.criteria import CRITERIA
 from efficientllm.reporting.journal import read_journal
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 def records(world: World, name: str, kind: str) -> list[dict[str, Any]]:
@@ -118,11 +112,6 @@ def test_whole_layers_fall_too(world: World) -> None:
     assert metrics[-1]["validation_loss"] < metrics[0]["loss"]
 
 
-def test_fewer_layers_need_the_type(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("prune", world.write("shallow", prune={"target": {"layers": 1}})) == 2
-    assert "needs pruning type 'depth'" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def ladder(world: World) -> Path:
     """The recipe of a finished run that has left two sizes on its way."""
@@ -176,37 +165,6 @@ def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"ladder": ["120%"]}, "120%"),
-        ({"ladder": [90_000_000]}, "is not below the source's"),
-        ({"ladder": ["60%", "80%"]}, "put the largest first"),
-        ({"ladder": ["40%"]}, "put the largest first"),
-        ({"selection": "ffn-first"}, "give prune.target as widths"),
-        ({"ladder": ["50.2%"], "align": 16}, "choose sizes further apart"),
-        ({"mode": "iterative", "end": None, "start": "99%"}, "raise train.tokens"),
-        ({"mode": "one-shot"}, "prune.end has no effect with prune.mode one-shot"),
-        ({"saliency": "wandda"}, "did you mean 'wanda'"),
-    ],
-)
-def test_bad_requests_get_one_sentence(
-    world: World, prune: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        assert call("prune", world.write("unwise", prune=prune)) == 2
-    finally:
-        shutil.rmtree(world.folder / "runs" / "unwise", ignore_errors=True)
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-
-
-def test_continue_wants_a_snapshot(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("continue", world.folder) == 2
-    assert "is not a snapshot of a ladder" in capsys.readouterr().err
-
-
 def test_criteria_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("criteria") == 0
     out = capsys.readouterr().out
@@ -224,7 +182,7 @@ def test_probe_takes_its_device_and_how_many_rows_it_passes_at_once(
     assert [(each.device, each.micro_batch, each.seed) for each in asked] == [("cpu", 2, 5)]
 
 
-def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distillation_in_the_loop_and_in_recovery(world: World) -> None:
     assert call("prune", world.write("taught", distill={"weight": 0.7})) == 0
     losses = [record["loss"] for record in records(world, "taught", "metrics")]
     assert losses[0] < 0.5 * 5.6  # at first the student is the teacher: no divergence, three tenths of the loss
@@ -235,8 +193,6 @@ def test_distillation_in_the_loop_and_in_recovery(world: World, capsys: pytest.C
     rows = (cache / "keys.bin").stat().st_size // 16
     assert rows == 24 * 8
     assert records(world, "cached", "metrics")[-1]["loss"] == records(world, "cached-again", "metrics")[-1]["loss"]
-    assert call("prune", world.write("greedy", distill={"top_k": 20})) == 2
-    assert "distill.top_k is gone" in capsys.readouterr().err
 
 
 def test_hidden_states_of_a_ladder_and_of_what_goes_on_from_it(
@@ -258,19 +214,6 @@ def test_hidden_states_of_a_ladder_and_of_what_goes_on_from_it(
     capsys.readouterr()
     assert call("prune", world.write("narrow", distill=distill | {"teacher": str(milestone / "model")})) == 2
     assert "choose a teacher of the source's shape, or leave distill.hidden out" in capsys.readouterr().err
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from conftest import tiny_model
-
-    tiny_model("llama-gqa").save_pretrained(tmp_path)
-    assert call("prune", world.write("foreign", distill={"teacher": str(tmp_path)})) == 2
-    assert "has another vocabulary (61 entries)" in capsys.readouterr().err
-    assert not (world.folder / "runs" / "foreign" / "source.json").exists()  # before anything is loaded or measured
-    assert call("prune", world.write("untaught", distill={"weight": 0.5}), "init=random") == 2
-    assert "distill.teacher is missing" in capsys.readouterr().err
 
 
 def test_a_stem_that_is_turned_first(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,5 +238,3 @@ def test_a_stem_that_is_turned_first(world: World, tmp_path: Path, capsys: pytes
     assert "prune.rotate auto: the source is pruned as it stands, since its LM head is its embedding" in (
         capsys.readouterr().err
     )
-    assert call("prune", world.write("idle", prune={"rotate": "auto", "types": ["ffn"]})) == 2
-    assert "prune.rotate has no effect where prune.types leaves out stem" in capsys.readouterr().err

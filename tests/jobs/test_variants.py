@@ -9,30 +9,20 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from conftest import World, tiny_model
 from efficientllm.checkpoint.store import checkpoints
-from efficientllm.cli import main
-from efficientllm.config import Recipe
 from efficientllm.jobs import prune as prune_job
-from efficientllm.jobs.finish import generation_settings
 from efficientllm.jobs.samples import write_samples
 from efficientllm.models.loading import load_tokenizer
 from efficientllm.reporting.journal import read_journal
 from efficientllm.training import planning
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 def losses(folder: Path) -> list[float]:
@@ -204,67 +194,3 @@ def test_ctrl_c_during_export_still_finishes(world: World, monkeypatch: pytest.M
     recipe = world.write("late", train={"tokens": 1024})
     assert call("prune", recipe, "prune.end=100%") == 130
     assert (world.folder / "runs" / "late" / "summary.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["source.json", "summary.json", "config.yaml", "metrics.jsonl"])
-def test_a_damaged_record_is_named(world: World, finished: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = world.folder / "runs" / "records"
-    shutil.copytree(finished, folder)
-    try:
-        if name != "summary.json":
-            (folder / "summary.json").unlink()
-        if name != "config.yaml":
-            (folder / "config.yaml").unlink()
-        (folder / name).write_text("{half\nof a record")
-        assert call("prune", world.write("records")) == 2
-    finally:
-        shutil.rmtree(folder)
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert name in last
-
-
-def test_micro_batch_may_change_on_resume_but_not_the_rows_of_validation(
-    world: World, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = world.folder / "runs" / "freer"
-    shutil.copytree(finished, folder)
-    (folder / "summary.json").unlink()
-    shutil.rmtree(checkpoints(folder / "checkpoints")[-1])
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["prune"]["selection"]  # as an older version, which had no such key, would have left it
-    config["prune"]["ema"] = 0.5  # or one that had a key which has gone since
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    recipe = world.write("freer")
-    assert call("prune", recipe, "run.validation_tokens=64") == 2
-    assert "run.validation_tokens=auto, not 64" in capsys.readouterr().err
-    assert call("prune", recipe, "train.micro_batch=2") == 0
-    assert losses(folder)[-1] == pytest.approx(losses(finished)[-1], abs=1e-2)
-
-
-def test_out_of_memory_names_the_mend(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from efficientllm.training.passes import Passes
-
-    def refuse(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Passes, "backward", refuse)
-    assert call("prune", world.write("memory")) == 2
-    assert "lower train.micro_batch" in capsys.readouterr().err
-
-
-def test_the_end_of_text_of_another_tokenizer_stops_generation(world: World, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(world.folder / "source", source)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    tokenizer = str(world.folder / "tokenizer")
-    job: Any = SimpleNamespace(
-        recipe=Recipe.model_validate(world.recipe("eos", source=str(source), tokenizer=tokenizer)),  # type: ignore[arg-type]
-        tokenizer=load_tokenizer(tokenizer),
-        tokens=None,
-    )
-    settings = generation_settings(job)
-    assert settings is not None
-    assert settings.eos_token_id == [7, job.tokenizer.eos_token_id]

@@ -14,34 +14,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import World, tiny_config, world_of
 from efficientllm.checkpoint.store import checkpoints
 from efficientllm.cli import main
-from efficientllm.config import load_recipe
 from efficientllm.errors import UsageError
 from efficientllm.export.subject import subject_of
 from efficientllm.jobs.finish import result_line
-from efficientllm.jobs.run_folder import RunFolder
-from efficientllm.jobs.samples import samples, write_samples
+from efficientllm.jobs.samples import write_samples
 from efficientllm.jobs.vocabulary import check_goes_on
 from efficientllm.models.space import build
 from efficientllm.reporting.journal import read_journal
-from processes import codes, run_and_die, start, start_ranks
+from processes import call, codes, run_and_die, same_weights, start, start_ranks
 
 pytestmark = pytest.mark.slow
 
 TYPES = ["attention", "attention_query", "ffn", "stem", "vocab"]
 TEXTS = ["the model learns", "naïve 日本語 😀\x00\t  x", "strength brought the thread  \n\n0123456789"]
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +69,7 @@ def test_tokens_fall_and_the_result_speaks_what_is_left(shed: Path) -> None:
     assert source["vocabulary"] == 640
     assert result["vocabulary"] < 600
     assert 0.57 * source["parameters"] < result["parameters"] <= 0.6 * source["parameters"]
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(shed / "model"),
-        AutoTokenizer.from_pretrained(shed / "model"),
-    )
+    model, tokenizer = (kind.from_pretrained(shed / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert len(tokenizer) == model.config.vocab_size == len(model.get_input_embeddings().weight) == result["vocabulary"]
     assert model.config.eos_token_id == tokenizer.eos_token_id
     for text in TEXTS:
@@ -98,8 +85,10 @@ def test_tokens_fall_and_the_result_speaks_what_is_left(shed: Path) -> None:
         result["validation_bits_per_byte"] == lines[-1]["validation_bits_per_byte"] < source["validation_bits_per_byte"]
     )
     write_samples(shed, print)
-    samples = json.loads((shed / "samples.json").read_text())
-    assert all("prunes its own heads the model" in each["result"] for each in samples)  # by its own tokenizer
+    written = json.loads((shed / "samples.json").read_text())
+    assert len(written) == 3
+    assert all(each["prompt"] and each["source"] for each in written)
+    assert all("prunes its own heads the model" in each["result"] for each in written)  # by its own tokenizer
 
 
 def test_killed_and_resumed_is_bitwise_the_same(rare: World, shed: Path) -> None:
@@ -111,9 +100,7 @@ def test_killed_and_resumed_is_bitwise_the_same(rare: World, shed: Path) -> None
         process = start(log, run_and_die, (["prune", str(recipe)], f"efficientllm.{function}", number))
         assert codes([process]) == [-signal.SIGKILL], log.read_text()[-3000:]
     assert call("prune", recipe) == 0
-    own, other = (load_file(each / "model" / "model.safetensors") for each in (folder, shed))
-    assert own.keys() == other.keys()
-    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert same_weights(folder, shed)
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
         assert (folder / "model" / name).read_bytes() == (shed / "model" / name).read_bytes()
 
@@ -219,12 +206,6 @@ def test_a_plan_counts_them(rare: World, capsys: pytest.CaptureFixture[str]) -> 
     assert "26.4" in said.out  # 60 % of the whole source
 
 
-def test_samples_are_in_each_model_s_own_tokens(rare: World, shed: Path) -> None:
-    written = samples(load_recipe(shed / "config.yaml", dumped=True), RunFolder(shed))
-    assert len(written) == 3
-    assert all(each["prompt"] and each["result"] for each in written)
-
-
 @pytest.mark.parametrize(
     ("family", "prune"),
     [
@@ -238,10 +219,7 @@ def test_another_cost_and_experts(rare: World, family: str, prune: dict[str, obj
     build(tiny_config(family, vocab_size=640, tie_word_embeddings=False)).save_pretrained(source)
     for file in (rare.folder / "source").glob("tokenizer*"):
         shutil.copy(file, source / file.name)
-    recipe = rare.recipe(family, source=str(source), train=LONG, prune=PRUNE | prune)
-    path = rare.folder / f"{family}.yaml"
-    path.write_text(json.dumps(recipe))
-    assert call("prune", path) == 0
+    assert call("prune", rare.write(family, source=str(source), train=LONG, prune=PRUNE | prune)) == 0
     run = rare.folder / "runs" / family
     summary = json.loads((run / "summary.json").read_text())
     assert summary["target_reached"]

@@ -22,12 +22,7 @@ from efficientllm.planning.memory import StepMemory, step_memory
 from efficientllm.planning.plan import Estimate, estimate_of
 from efficientllm.training import planning
 from efficientllm.training.run_plan import run_plan
-
-
-def call(*argv: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in argv])
-    return int(stop.value.code or 0)
+from processes import call
 
 
 def planned(world: World, recipe: dict[str, object]) -> Estimate:

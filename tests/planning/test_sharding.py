@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from conftest import World, tiny_config
-from efficientllm.cli import main
 from efficientllm.config import DistributedConfig
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory
 from efficientllm.planning.sharding import sharding_of
+from processes import call
 
 STEP = StepMemory(4000, 4000, 8000, 500, 100)
 
@@ -38,10 +38,7 @@ def test_shards_divide_the_state_and_not_the_activations(shard: str, pieces: int
 
 def test_gpu_hours_do_not_depend_on_their_number(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     def planned(*options: str) -> dict[str, object]:
-        argv = ["plan", str(recipe), "--gpu", "l4-24gb", "--json", *options]
-        with pytest.raises(SystemExit) as stop:
-            main(argv)
-        assert not stop.value.code
+        assert call("plan", recipe, "--gpu", "l4-24gb", "--json", *options) == 0
         found: dict[str, object] = json.loads(capsys.readouterr().out)
         return found
 
@@ -49,7 +46,5 @@ def test_gpu_hours_do_not_depend_on_their_number(world: World, capsys: pytest.Ca
     one, four = planned(), planned("--gpus", "4")
     assert one["gpu_hours"] == four["gpu_hours"] == pytest.approx(4 * four["hours"])  # type: ignore[operator]
     assert four["sharding"]["replicas"] == 4  # type: ignore[index]
-    with pytest.raises(SystemExit) as stop:
-        main(["plan", str(recipe), "--gpu", "l4-24gb", "--gpus", "3"])
-    assert stop.value.code == 2
+    assert call("plan", recipe, "--gpu", "l4-24gb", "--gpus", "3") == 2
     assert "does not divide over 3 GPUs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The reference of recipe keys: complete, and as the repository shows it."""
+"""The reference of recipe keys: complete, as the repository shows it, and of the words that the code knows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.cli import main
-from efficientllm.config import PruneConfig, Recipe
-from efficientllm.config.reference import recipe_keys
+from efficientllm.config import CostTarget, PruneConfig, Recipe, Trait
+from efficientllm.config.reference import free_keys, recipe_keys
+from efficientllm.models.flops import FlopsPerToken
+from efficientllm.pruning.costs import ActiveParams, KVCache, Params, TableCost
+from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES, VOCAB
+from efficientllm.pruning.schedule import CURVES
+from efficientllm.pruning.selection import ORDERS
+from processes import call
 
-ROOT = Path(__file__).parents[1]
-
-
-def call(*argv: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    return int(stop.value.code or 0)
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_key_is_there_with_what_it_is_without_being_set() -> None:
@@ -58,9 +57,21 @@ def test_one_section_or_key_and_a_wrong_name(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_keys_that_may_change_on_resume_are_listed() -> None:
-    from efficientllm.jobs.run_folder import FREE_KEYS
-
     page = (ROOT / "docs" / "distributed.md").read_text()
-    for section, keys in FREE_KEYS.items():
+    for section, keys in free_keys().items():
         line = next(line for line in page.splitlines() if line.startswith(f"| `{section}` |"))
         assert set(re.findall(r"`(\w+)`", line)) == {section, *keys}
+    assert free_keys()["data"] == {"cache_dir", "workers"}
+    assert PruneConfig.having(Trait.ARM) == {"target", "cost", "ladder", "mode", "saliency", "correction"}
+
+
+def test_lists_of_words_are_those_of_the_pruning_room() -> None:
+    """Words that a type checker is to know stand in config a second time."""
+    words = {key.name.removeprefix("prune."): key.choices for key in recipe_keys()}
+    assert words["types"] == (*PRUNING_TYPES, *EXPERT_TYPES, VOCAB)
+    assert set(words["curve"]) == {*CURVES, "exponential"}
+    assert set(words["selection"]) == {"raw", "interleaved", *ORDERS}
+    costs = (Params, ActiveParams, FlopsPerToken, KVCache, TableCost)
+    assert words["cost"] == tuple(each.__dataclass_fields__["name"].default for each in costs)
+    sizes = {name.replace("_", "-") for name in CostTarget.model_fields}
+    assert sizes == {*words["cost"]} - {"params"}
