@@ -8,9 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from efficientllm.reporting import plots
 from efficientllm.reporting.plot_style import run_style
 from efficientllm.reporting.report_page import _models
 from efficientllm.reporting.run_record import read_run
+from reporting.pages import CHROMIUM, DESKTOP, PHONE, Page, browse, crops, edited, side_by_side
 
 FIGURES = ["loss", "saliency", "ratio", "architecture", "units", "throughput"]
 
@@ -47,30 +45,6 @@ def run(world: World) -> Path:
 def no_files_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn for the page alone: what `run` left has the files, whose rendering is two thirds of a report's time."""
     monkeypatch.setattr(jobs_report, "save_figure", lambda figure, out: out)
-
-
-class Page(HTMLParser):
-    """ids of figures, paths drawn in each, and every reference that leads out of the page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.paths: dict[str, int] = {}
-        self.outside: list[str] = []
-        self.tags: list[str] = []
-        self.figure: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self.tags.append(tag)
-        if tag == "figure":
-            self.figure = values["id"]
-            self.paths[self.figure] = 0
-        if tag in ("path", "use", "image") and self.figure:
-            self.paths[self.figure] += 1
-        for name in ("href", "src", "xlink:href"):
-            if values.get(name, "#")[0] != "#" and not values[name].startswith("data:"):
-                self.outside.append(values[name])
 
 
 def test_a_finished_run_shows_everything(run: Path) -> None:
@@ -159,22 +133,6 @@ def test_a_damaged_run_is_shown_as_far_as_it_goes(
     assert "is no run folder" in capsys.readouterr().err
 
 
-def edited(run: Path, folder: Path, **files: Any) -> Path:
-    """A copy of the run's records. files: name without dots -> what becomes of its content (None: unchanged)."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report*", "checkpoints", "model", ".lock"))
-    for name, change in files.items():
-        file = folder / name.replace("__", "/").replace("_json", ".json")
-        file.parent.mkdir(exist_ok=True)
-        if file.suffix == ".jsonl":
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            file.write_text(
-                "".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in change(lines))
-            )
-        else:
-            file.write_text(json.dumps(change))
-    return folder
-
-
 WIDTHS = {"layers": 2, "hidden": 40, "heads": 4, "kv_heads": 2, "intermediate": 52}
 DAMAGES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # files, sentences on the page, figures left out
     "all losses null, no parameters": (
@@ -226,23 +184,22 @@ def test_what_is_damaged_costs_itself_alone(run: Path, tmp_path: Path, damage: s
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
 
 
-def test_a_figure_that_fails_is_a_note(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_that_fails_is_a_note_on_a_page_with_all_else(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else, of a run that was evaluated: what its tasks were measured with, too."""
+
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(plots, "_throughput", fail)
-    assert call("report", run, "--out", tmp_path) == 0
-    text = (tmp_path / "report.html").read_text()
-    assert "the figure of throughput is left out: by nothing" in text
-    assert list(Page(text).paths) == [name for name in FIGURES if name != "throughput"]
-
-
-def test_the_page_says_how_tasks_were_measured(run: Path, tmp_path: Path) -> None:
     results = {"results": {"piqa": {"acc,none": 0.5125, "acc_stderr,none": 0.0625}}}
     results |= {"harness": "0.4.13", "limit": 40, "num_fewshot": 0}
     folder = edited(run, tmp_path / "measured", eval__results_json=results)
     assert call("report", folder, "--no-samples") == 0
     text = (folder / "report.html").read_text()
+    assert "the figure of throughput is left out: by nothing" in text
+    assert list(Page(text).paths) == [name for name in FIGURES if name != "throughput"]
     assert "<td>piqa</td><td>acc</td><td>0.5125</td><td>0.0625</td>" in text
     assert "lm-evaluation-harness 0.4.13; zero-shot; only the first 40 records of each task" in text
 
@@ -262,65 +219,6 @@ def test_many_runs_are_told_apart_below_the_data(run: Path) -> None:
         assert all(axes.get_window_extent().y0 > top for axes in figure.axes), name
         assert all(axes.get_window_extent().height > 120 for axes in figure.axes), name
         assert legend.get_window_extent().x1 < figure.bbox.x1, name
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-# Reports of the page itself: where its figures lie, and whether it or they have to be scrolled sideways.
-WHERE = """<script>
-const places = [...document.querySelectorAll("figure")].map(figure => {
-  const { left, top, width, height } = figure.getBoundingClientRect(), box = figure.querySelector(".wide")
-  return [figure.id, left, top, width, height, box.scrollWidth > box.clientWidth]
-})
-console.info("PLACES" + JSON.stringify([innerWidth, document.documentElement.scrollWidth, places]) + "END")
-</script></body>"""
-DESKTOP, PHONE, TALL = 900, 360, 6000
-
-
-def browse(page: Path, folder: Path, *flags: str) -> tuple[list[str], set[str], Path]:
-    """Console messages, addresses asked for, and a picture of the page."""
-    assert CHROMIUM is not None
-    folder.mkdir()
-    log, picture = folder / "net.json", folder / "page.png"
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
-    kept = ["--enable-logging=stderr", f"--log-net-log={log}", f"--screenshot={picture}", "--hide-scrollbars"]
-    size = f"--window-size={DESKTOP + PHONE},{TALL}"
-    command = [CHROMIUM, *quiet, *kept, size, *flags, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    urls = re.findall(r'"url":"(https?://[^"]+)"', log.read_text())
-    console = re.findall(r"CONSOLE[^\n]*", done.stderr)
-    return console, {url for url in urls if "google" not in url}, picture
-
-
-def side_by_side(run: Path, folder: Path, *, control: bool) -> Path:
-    """The run's page on a desktop and on a phone; control: and a page that does what is looked for."""
-    (folder / "report.html").write_text((run / "report.html").read_text().replace("</body>", WHERE))
-    (folder / "control.html").write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("heard")</script>')
-    frame = '<iframe src="{}" style="position:absolute;border:0;top:0;left:{}px;width:{}px;height:{}px"></iframe>'
-    frames = [frame.format("report.html", 0, DESKTOP, TALL), frame.format("report.html", DESKTOP, PHONE, TALL)]
-    frames += [frame.format("control.html", 0, 1, 1)] if control else []
-    page = folder / "both.html"
-    page.write_text(f"<!doctype html><body style='margin:0'>{''.join(frames)}</body>")
-    return page
-
-
-def crops(console: list[str], picture: Path) -> Iterator[tuple[int, str, bool, np.ndarray]]:
-    """Width of the screen, name, whether it has to be scrolled, and the picture of every figure."""
-    from matplotlib.image import imread
-
-    shown = imread(picture)[..., :3]
-    assert shown.shape[:2] == (TALL, DESKTOP + PHONE)
-    for found in (re.search("PLACES(.*)END", line) for line in console):
-        if found is None:
-            continue
-        screen, whole, places = json.loads(found[1])
-        assert whole <= screen  # the page itself is never scrolled sideways
-        for name, left, top, width, height, scrolled in places:
-            assert top + height < TALL
-            x = int(left) + (DESKTOP if screen == PHONE else 0)
-            yield screen, name, scrolled, shown[int(top) : int(top + height), x : x + int(width)]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
