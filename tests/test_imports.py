@@ -26,7 +26,7 @@ ALLOWED = {
     "distributed": {"errors", "config", "pruning"},
     "training": {"errors", "config", "models", "pruning", "distributed"},
     "checkpoint": {"errors", "files", "models", "training", "distributed", ""},
-    "evaluation": {"errors", "data", "models", "pruning", "training", "distributed"},
+    "evaluation": {"errors", "data", "models", "pruning", "training", "distributed", "reporting"},
     "reporting": {"errors", "files", "sizes", "pruning"},
     "export": {"errors", "files", "sizes", "models", "checkpoint", "reporting", ""},
     "jobs": {

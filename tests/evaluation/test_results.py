@@ -8,25 +8,22 @@ from typing import Any
 
 import pytest
 
-from efficientllm.evaluation.harness import EvalRequest, accuracy, describe, joined_with, known_results, results_file
-from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean
-from efficientllm.reporting.evaluation_table import eval_rows
+from efficientllm.evaluation.harness import EvalRequest, joined_with, known_results, results_file
+from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean, eval_rows
+from efficientllm.reporting.evaluation_table import accuracy
 
 
 def test_a_task_without_accuracy_is_shown_by_its_first_metric() -> None:
     values = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.125, "other,none": 3.0}
-    assert accuracy(values) == (0.25, "exact_match", 0.125)
-    assert describe(values) == "exact_match 0.25 +- 0.125"
-    assert accuracy({"acc,none": 0.5, "acc_norm,none": 0.75})[:2] == (0.75, "acc_norm")
+    assert accuracy(values) == ("exact_match", 0.25, 0.125)
+    assert str(accuracy(values)) == "0.25 ± 0.12 exact_match"
+    assert accuracy({"acc,none": 0.5, "acc_norm,none": 0.75}) == ("acc_norm", 0.75, None)
     found = {"m": {"results": {"gsm8k": values, "boolq": {"acc,none": 0.5, "acc_stderr,none": 0.01}}}}
-    columns = {"gsm8k": "gsm8k", "boolq": "BoolQ", "piqa": "PIQA"}
-    assert list(eval_rows(found, columns, {}, accuracy))[1] == [
-        "m",
-        "0.25 ± 0.12 exact_match",
-        "50.00 ± 1.0 a",
-        "-",
-        "-",
-    ]
+    head, own, *paper = eval_rows(found, ["gsm8k", "boolq", "piqa"])
+    assert head == ["model", "gsm8k", "BoolQ", "PIQA", "Avg of 7"]
+    assert own == ["m", "0.25 ± 0.12 exact_match", "50.00 ± 1.0 a", "-", "-"]
+    assert paper[0] == ["paper: SmolLM-135M (600B tokens)", "-", "59.85", "68.55", "49.87"]
+    assert len(list(eval_rows(found, ["gsm8k"]))) == 2  # the paper has no such task
 
 
 def test_the_mean_is_that_of_the_paper() -> None:

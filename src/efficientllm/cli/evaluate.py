@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +58,7 @@ def evaluate(
         if out is not None:  # after every model: what comes next may end in any way
             write_json(out, found)
     if found:
-        _show(found, request)
+        _show(found, names)
     _say_what_is_missing(found, failed)
 
 
@@ -100,22 +100,20 @@ def _measure(
         say(f"{file}: kept apart, since results.json beside it holds figures over all records")
 
 
-def _show(found: dict[str, dict[str, Any]], request: EvalRequest) -> None:
-    from efficientllm.evaluation.harness import accuracy
-    from efficientllm.evaluation.records import paired_difference
-    from efficientllm.evaluation.tasks import PAPER, TASKS
-    from efficientllm.reporting.evaluation_table import difference_rows, eval_rows, records_asked
+def _show(found: dict[str, dict[str, Any]], tasks: Sequence[str]) -> None:
+    from efficientllm.evaluation.records import difference_rows
+    from efficientllm.evaluation.tasks import eval_rows
+    from efficientllm.reporting.evaluation_table import evaluation_way
     from efficientllm.reporting.tables import markdown
 
-    columns = {task: f"{TASKS.get(task, task)}" for task in request.tasks}
-    print(markdown(list(eval_rows(found, columns, PAPER, accuracy))))
-    differences = list(difference_rows(found, columns, paired_difference))
+    print(markdown(list(eval_rows(found, tasks))))
+    differences = difference_rows(found, tasks)
     if differences:
         print(f"\n{markdown(differences)}")
     any_result = next((each for each in found.values() if each["results"]), None)
     if any_result:
         versions = ", ".join(f"{task} v{number}" for task, number in any_result["versions"].items())
-        print(f"\nlm-evaluation-harness {any_result['harness']}; {versions}; zero-shot; {records_asked(any_result)}")
+        print(f"\n{evaluation_way(any_result)}; {versions}")
 
 
 def _say_what_is_missing(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> None:

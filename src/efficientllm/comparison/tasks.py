@@ -12,7 +12,6 @@ from efficientllm.comparison.work import ArmResult, Say, summary_of
 from efficientllm.errors import UsageError
 from efficientllm.evaluation.harness import (
     EvalRequest,
-    accuracy,
     check_tasks,
     evaluate,
     joined_with,
@@ -24,6 +23,7 @@ from efficientllm.evaluation.harness import (
 from efficientllm.files import write_json
 from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
+from efficientllm.reporting.evaluation_table import accuracy
 
 
 def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: str, say: Say) -> None:
@@ -67,7 +67,7 @@ def _without_accuracy(results: Mapping[str, Any], tasks: Iterable[str]) -> dict[
 def task_accuracy(outcome: Outcome, task: str, request: EvalRequest) -> float | None:
     """Accuracy in [0, 1] of one run, normalised by length where the harness reports that; None where unmeasured."""
     known = known_results(_model_and_results(outcome, request)[1]).get("results", {})
-    return accuracy(known[task])[0] if task in known and not _without_accuracy(known, [task]) else None
+    return accuracy(known[task]).value if task in known and not _without_accuracy(known, [task]) else None
 
 
 def _model_and_results(outcome: Outcome, request: EvalRequest) -> tuple[Path, Path]:

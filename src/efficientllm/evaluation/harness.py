@@ -21,6 +21,7 @@ from efficientllm.errors import UsageError
 from efficientllm.evaluation.offline import check_folder, local_data
 from efficientllm.evaluation.records import drawn, right_records
 from efficientllm.evaluation.tasks import TASKS, common_sense_mean
+from efficientllm.reporting.evaluation_table import accuracy, figures_of
 
 Say = Callable[[str], None]
 # The harness finds the largest batch by five passes over 64 of the longest requests, for every task. That takes a CPU
@@ -87,8 +88,8 @@ def evaluate(
             found["records"][task] = sum(
                 count["effective"] for name, count in output["n-samples"].items() if _belongs(name, task, output)
             )
-            found["right"][task] = right_records(output, accuracy(found["results"][task])[1])
-            say(f"{task}: {found['records'][task]:,} records, {describe(found['results'][task])}")
+            found["right"][task] = right_records(output, accuracy(found["results"][task]).metric)
+            say(f"{task}: {found['records'][task]:,} records, {accuracy(found['results'][task])}")
     found["mean"] = _mean(found["results"])
     return found
 
@@ -126,14 +127,14 @@ def _figures(output: Mapping[str, Any], task: str) -> dict[str, float]:
     """Metrics of the task itself. Raises UsageError for a mere list of tasks, which has none of its own."""
     values = output["results"].get(task, {})
     figures = {key: float(value) for key, value in values.items() if isinstance(value, int | float) and "," in key}
-    if not any(_is_figure(key) for key in figures):
+    if not figures_of(figures):
         inside = ", ".join(list(output["results"])[:5])
         raise UsageError(f"it has no figure of its own; name the tasks in it one by one ({inside})")
     return figures
 
 
 def _mean(results: Mapping[str, dict[str, float]]) -> float | None:
-    return common_sense_mean({task: accuracy(values)[0] for task, values in results.items()})
+    return common_sense_mean({task: accuracy(values).value for task, values in results.items()})
 
 
 def known_results(file: Path) -> dict[str, Any]:
@@ -191,22 +192,3 @@ def _sentence(error: Exception, request: EvalRequest, read: Sequence[Path]) -> s
         where = str(files[0]) if len(files) == 1 else f"its {len(files)} files under {request.data_dir}"
         return f"{why}; see whether every record of {where} has the hub's fields, or leave the task out"
     return f"its data cannot be had ({first}); give --data-dir with local records, or leave the task out"
-
-
-def accuracy(values: Mapping[str, float]) -> tuple[float, str, float | None]:
-    """Accuracy in [0, 1], normalised by length where the harness reports that, else the task's first metric, whatever
-    its range; the metric's name; standard error."""
-    names = [key for key in values if _is_figure(key)]
-    key = next((key for key in ("acc_norm,none", "acc,none") if key in values), names[0])
-    metric, variant = key.split(",", 1)
-    return values[key], metric, values.get(f"{metric}_stderr,{variant}")
-
-
-def _is_figure(key: str) -> bool:
-    return not key.split(",")[0].endswith("_stderr")
-
-
-def describe(values: Mapping[str, float]) -> str:
-    value, metric, error = accuracy(values)
-    form = ".2%" if metric in ("acc", "acc_norm") else ".4g"
-    return f"{metric} {value:{form}}" + ("" if error is None or error != error else f" +- {error:{form}}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from efficientllm.evaluation.tasks import TASKS
 
 Right = Mapping[str, Mapping[str, int]]  # task without subtasks -> number of the record -> 1 where it was right, else 0
 
@@ -49,3 +51,17 @@ def paired_difference(own: Right, other: Right) -> tuple[float, float] | None:
         return None
     error = math.nan if len(differences) < 2 else statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.fmean(differences), error
+
+
+def difference_rows(models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> list[list[str]]:
+    """Header, then a row for every model but the first: accuracy minus the first's in points, paired by record, and
+    the standard error. Nothing where there is no pair. models: name -> {"right": task -> its records}."""
+    first, *others = models
+    rows = []
+    for name in others:
+        own, base = (models[each].get("right", {}) for each in (name, first))
+        pairs = [paired_difference(own.get(task, {}), base.get(task, {})) for task in tasks]
+        rows.append([name, *("-" if pair is None else f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.1f}" for pair in pairs)])
+    if all(cell == "-" for row in rows for cell in row[1:]):
+        return []
+    return [[f"minus {first}, by record", *(TASKS.get(task, task) for task in tasks)], *rows]

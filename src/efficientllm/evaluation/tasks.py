@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from efficientllm.reporting.evaluation_table import accuracy
 
 # Harness name -> column of the paper's Table 2.
 COMMON_SENSE = {
@@ -42,3 +45,16 @@ def common_sense_mean(accuracies: Mapping[str, float]) -> float | None:
     values = [accuracies.get(task) for task in COMMON_SENSE]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def eval_rows(models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> Iterator[list[str]]:
+    """Header, then one row a model, each task by its `accuracy`; the paper's rows come last, where a task of theirs was
+    asked for. models: name -> {"results": task -> {metric: value}, "mean": ...}."""
+    yield ["model", *(TASKS.get(task, task) for task in tasks), "Avg of 7"]
+    for name, found in models.items():
+        mean = found.get("mean")
+        cells = [str(accuracy(found["results"][task])) if task in found["results"] else "-" for task in tasks]
+        yield [name, *cells, "-" if mean is None else f"{100 * mean:.2f}"]
+    for name, figures in PAPER.items() if any(task in TASKS for task in tasks) else ():
+        cells = [f"{figures[task]:.2f}" if task in figures else "-" for task in tasks]
+        yield [f"paper: {name}", *cells, f"{common_sense_mean(figures):.2f}"]

@@ -1,38 +1,60 @@
-"""What `efficientllm eval` has measured, as rows: of several models in the terminal, of one in its card and report."""
+"""What lm-evaluation-harness has measured, {"results": {task: {"acc,none": 0.6, ...}}, "harness": ...}, as figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-Figure = tuple[float, str, float | None]  # value, name of the metric, standard error
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One figure of one task; error: its standard error, where it is known."""
+class Figure(NamedTuple):
+    """One figure of a task; error: its standard error, where it is known."""
 
-    task: str
     metric: str
     value: float
     error: float | None
 
+    def __str__(self) -> str:
+        """Accuracy in percent, n where it is normalised by length or a; another metric as it is, with its name."""
+        letter = {"acc_norm": "n", "acc": "a"}.get(self.metric)
+        scale, form, fine = (100, ".2f", ".1f") if letter else (1, ".4g", ".2g")
+        spread = "" if self.error is None else f" ± {scale * self.error:{fine}}"
+        return f"{scale * self.value:{form}}{spread} {letter or self.metric}"
 
-def measured(results: Any) -> list[Measured]:
-    """Of {"results": {task: {"acc,none": 0.6, "acc_stderr,none": 0.1}}}, as lm-evaluation-harness and this package
-    write it; none of anything else."""
+
+def figures_of(values: Any) -> list[Figure]:
+    """Of one task's {"acc,none": 0.6, "acc_stderr,none": 0.1}; none of anything else."""
     found = []
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        metric, comma, variant = str(key).partition(",")
+        if comma and isinstance(value, float) and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{variant}")
+            known = isinstance(error, float) and math.isfinite(error)
+            found.append(Figure(metric, value, error if known else None))
+    return found
+
+
+def accuracy(values: Any) -> Figure:
+    """Accuracy in [0, 1], normalised by length where the harness reports that, else the task's first metric, whatever
+    its range."""
+    by_metric = {figure.metric: figure for figure in reversed(figures_of(values))}
+    return by_metric.get("acc_norm") or by_metric.get("acc") or figures_of(values)[0]
+
+
+def measured(results: Any) -> Iterator[tuple[str, Figure]]:
+    """Every figure of every task; none of what is no results."""
     tasks = results.get("results") if isinstance(results, Mapping) else None
     for task, values in tasks.items() if isinstance(tasks, Mapping) else ():
-        for key, value in values.items() if isinstance(values, Mapping) else ():
-            name, _, variant = str(key).partition(",")
-            if isinstance(value, float) and not name.endswith("_stderr"):
-                error = values.get(f"{name}_stderr,{variant}")
-                known = isinstance(error, float) and math.isfinite(error)
-                found.append(Measured(str(task), name, value, error if known else None))
-    return found
+        yield from ((str(task), figure) for figure in figures_of(values))
+
+
+def measured_rows(results: Any) -> list[list[str]]:
+    """The figures as a table, its head first; nothing where there are none."""
+    rows = [
+        [task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"]
+        for task, (metric, value, error) in measured(results)
+    ]
+    return [["task", "metric", "value", "standard error"], *rows] if rows else []
 
 
 def evaluation_way(results: Any) -> str:
@@ -45,67 +67,9 @@ def evaluation_way(results: Any) -> str:
     if "num_fewshot" in results:
         shots = results["num_fewshot"]
         parts.append("zero-shot" if shots == 0 else f"{shots} examples in the prompt")
-    if "limit" in results:
-        parts.append(records_asked(results))
-    if any(each.error is not None for each in measured(results)):
-        parts.append("+- is the standard error")
-    return "; ".join(parts)
-
-
-def records_asked(results: Mapping[str, Any]) -> str:
-    """Which records of each task (and subtask) a model was asked."""
     limit, sample = results.get("limit"), results.get("sample")
     if sample is not None:
-        return f"{sample} records of each task, drawn at random"
-    return "all records" if limit is None else f"only the first {limit} records of each task"
-
-
-def eval_rows(
-    models: Mapping[str, Mapping[str, Any]],
-    columns: Mapping[str, str],
-    paper: Mapping[str, Mapping[str, float]],
-    figure: Callable[[Mapping[str, float]], Figure],
-) -> Iterator[list[str]]:
-    """Header, then one row a model: accuracy in percent, its standard error, n where it is normalised by length or a;
-    another metric as it is, with its name. `figure` chooses among the metrics of a task.
-
-    models: name -> {"results": task -> {metric: value}, "mean": ...}. columns: task -> title. The paper's rows come
-    last, where a task of theirs was asked for.
-    """
-    yield ["model", *columns.values(), "Avg of 7"]
-    for name, found in models.items():
-        mean = found.get("mean")
-        cells = [_cell(figure(found["results"][task])) if task in found["results"] else "-" for task in columns]
-        yield [name, *cells, "-" if mean is None else f"{100 * mean:.2f}"]
-    if any(task in figures for figures in paper.values() for task in columns):
-        for name, figures in paper.items():
-            cells = [f"{figures[task]:.2f}" if task in figures else "-" for task in columns]
-            seven = [value for task, value in figures.items() if task != "mmlu"]
-            yield [f"paper: {name}", *cells, f"{sum(seven) / len(seven):.2f}"]
-
-
-def difference_rows(
-    models: Mapping[str, Mapping[str, Any]],
-    columns: Mapping[str, str],
-    difference: Callable[[Any, Any], tuple[float, float] | None],
-) -> Iterator[list[str]]:
-    """Header, then a row for every model but the first: accuracy minus the first's in points, paired by record, and
-    the standard error. Nothing where there is no pair. models: name -> {"right": task -> its records}."""
-    first, *others = models
-    rows = []
-    for name in others:
-        pairs = [
-            difference(*(models[each].get("right", {}).get(task, {}) for each in (name, first))) for task in columns
-        ]
-        rows.append([name, *("-" if pair is None else f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.1f}" for pair in pairs)])
-    if any(cell != "-" for row in rows for cell in row[1:]):
-        yield [f"minus {first}, by record", *columns.values()]
-        yield from rows
-
-
-def _cell(shown: Figure) -> str:
-    value, metric, error = shown
-    letter = {"acc_norm": "n", "acc": "a"}.get(metric)
-    scale, form = (100, (".2f", ".1f")) if letter else (1, (".4g", ".2g"))
-    spread = "" if error is None or error != error else f" ± {scale * error:{form[1]}}"
-    return f"{scale * value:{form[0]}}{spread} {letter or metric}"
+        parts.append(f"{sample} records of each task, drawn at random")
+    elif "limit" in results:
+        parts.append("all records" if limit is None else f"only the first {limit} records of each task")
+    return "; ".join(parts)

@@ -20,7 +20,7 @@ from huggingface_hub.repocard import metadata_load
 
 from efficientllm.files import write_atomically
 from efficientllm.reporting.card_sources import datasets_of, described_data, hub_id, title_of, without_absolute_paths
-from efficientllm.reporting.evaluation_table import evaluation_way, measured
+from efficientllm.reporting.evaluation_table import evaluation_way, measured, measured_rows
 from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS, markdown
 from efficientllm.reporting.templates import rendered
 from efficientllm.sizes import format_count
@@ -124,8 +124,8 @@ class Card:
     def metadata(self, gguf: GGUF | None = None) -> str:
         """The block that the hub reads, in YAML."""
         results = [
-            EvalResult("text-generation", each.task, each.task, each.metric, each.value)
-            for each in measured(self.evaluation)
+            EvalResult("text-generation", task, task, figure.metric, figure.value)
+            for task, figure in measured(self.evaluation)
         ]
         return str(
             ModelCardData(
@@ -159,7 +159,7 @@ class Card:
             origin=f"{format_count(result['parameters'])} parameters, {origin}",
             table=markdown(_table(source, result)),
             way=evaluation_way(self.evaluation),
-            measured=_measured(self.evaluation),
+            measured=markdown(rows) if (rows := measured_rows(self.evaluation)) else "",
             tokens=format_count(self.run["tokens"]),
             duration=_duration(self.run["seconds"]),
             data=described_data(self.recipe, self.on_disk),
@@ -191,14 +191,6 @@ def license_of(folder: Path | str) -> str | None:
     """The licence that a model folder's own README.md states; None where it states none."""
     found = metadata_of(Path(folder) / README).get("license")
     return found if isinstance(found, str) else None
-
-
-def _measured(evaluation: Any) -> str:
-    rows = [
-        [each.task, each.metric, f"{each.value:.4f}" + ("" if each.error is None else f" +- {each.error:.4f}")]
-        for each in measured(evaluation)
-    ]
-    return markdown([["task", "metric", "value"], *rows]) if rows else ""
 
 
 def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[str]]:

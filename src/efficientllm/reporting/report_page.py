@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from efficientllm.reporting.bench_table import bench_parts
-from efficientllm.reporting.evaluation_table import evaluation_way, measured
+from efficientllm.reporting.evaluation_table import evaluation_way, measured_rows
 from efficientllm.reporting.run_record import RunRecord
 from efficientllm.reporting.tables import WIDTH_LABELS, flops_sentence
 from efficientllm.reporting.templates import rendered
@@ -77,10 +77,7 @@ def _sections(run: RunRecord) -> dict[str, Any]:
     return {
         "name": run.name,
         "way": evaluation_way(run.evaluation),
-        "tasks": [
-            [each.task, each.metric, f"{each.value:.4f}", "" if each.error is None else f"{each.error:.4f}"]
-            for each in measured(run.evaluation)
-        ],
+        "tasks": measured_rows(run.evaluation),
         "bench": [_bench(result) for result in run.bench],
         "samples": [[sample[name] or "(not at hand)" for name in names] for sample in run.samples],
         "recipe": run.recipe,
