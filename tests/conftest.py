@@ -18,25 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a worker a CPU, a
 
 import pytest
 import torch
+import transformers
 import yaml
 from hypothesis import settings
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    OlmoeConfig,
-    Phi3Config,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    SmolLM3Config,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.models.space import build, space_of
@@ -47,6 +32,7 @@ SHAPE = {
     "intermediate_size": 52,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 6,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
@@ -54,46 +40,35 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES = {
-    "llama-mha-tied": (LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "llama-gqa": (LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-    "mistral-gqa-tied": (
-        MistralConfig,
-        {"num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None},
-    ),
-    "qwen2-gqa-tied": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen3-gqa": (Qwen3Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-    "smollm3-gqa-tied": (SmolLM3Config, {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama-mha-tied": (transformers.LlamaConfig, {"num_key_value_heads": 4} | TIED),
+    "llama-gqa": (transformers.LlamaConfig, UNTIED),
+    "mistral-gqa-tied": (transformers.MistralConfig, {"sliding_window": None} | TIED),
+    "qwen2-gqa-tied": (transformers.Qwen2Config, TIED),
+    "qwen3-gqa": (transformers.Qwen3Config, UNTIED),
+    "smollm3-gqa-tied": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2}),
     "granite-gqa": (
-        GraniteConfig,
-        {"num_key_value_heads": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6}
-        | {"attention_multiplier": 0.2, "logits_scaling": 1.5, "attention_bias": True, "mlp_bias": True},
+        transformers.GraniteConfig,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 1.5}
+        | {"attention_bias": True, "mlp_bias": True},
     ),
-    "olmo2-gqa": (Olmo2Config, {"num_key_value_heads": 2}),
-    "olmo3-mha-tied": (Olmo3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True} | WINDOWS),
+    "olmo2-gqa": (transformers.Olmo2Config, {}),
+    "olmo3-mha-tied": (transformers.Olmo3Config, {"num_key_value_heads": 4} | TIED | WINDOWS),
     "gemma2-gqa-tied": (
-        Gemma2Config,
-        {"num_key_value_heads": 2, "query_pre_attn_scalar": 9, "final_logit_softcapping": 9.0}
-        | {"attn_logit_softcapping": 3.0}
-        | WINDOWS,
+        transformers.Gemma2Config,
+        {"query_pre_attn_scalar": 9, "final_logit_softcapping": 9.0, "attn_logit_softcapping": 3.0} | WINDOWS,
     ),
-    "gemma3-gqa": (
-        Gemma3TextConfig,
-        {"num_key_value_heads": 2, "query_pre_attn_scalar": 9, "tie_word_embeddings": False} | WINDOWS,
-    ),
+    "gemma3-gqa": (transformers.Gemma3TextConfig, {"query_pre_attn_scalar": 9} | UNTIED | WINDOWS),
     # llama.cpp wants tokens that are not here of whatever has "phi3" in its name.
-    "phi-gqa": (Phi3Config, {"num_key_value_heads": 2}),
+    "phi-gqa": (transformers.Phi3Config, {}),
     "qwen3-moe-gqa": (
-        Qwen3MoeConfig,
-        {"num_key_value_heads": 2, "tie_word_embeddings": False, "norm_topk_prob": True, "moe_intermediate_size": 16}
-        | {"num_experts": 5, "num_experts_per_tok": 2},
+        transformers.Qwen3MoeConfig,
+        {"norm_topk_prob": True, "moe_intermediate_size": 16} | EXPERTS | UNTIED,
     ),
-    "olmoe-gqa": (
-        OlmoeConfig,
-        {"num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 10, "intermediate_size": 16}
-        | {"num_experts": 5, "num_experts_per_tok": 2},
-    ),
+    "olmoe-gqa": (transformers.OlmoeConfig, {"head_dim": 10, "intermediate_size": 16} | EXPERTS | UNTIED),
 }
 
 

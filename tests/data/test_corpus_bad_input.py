@@ -7,8 +7,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,8 @@ from data.corpus_samples import (
 )
 from efficientllm.config import DataConfig
 from efficientllm.data import encoding, making, sources
-from efficientllm.data.corpus import Corpus, load_corpora
+from efficientllm.data.corpus import load_corpora
 from efficientllm.errors import UsageError
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., tuple[list[Corpus], list[Corpus]]]:
-    """load_path with a cache of the test's own."""
-    return partial(load_path, tmp_path / "cache")
 
 
 def corrupt(path: Path) -> Path:

@@ -22,24 +22,16 @@ from data.corpus_samples import (
     STORIES,
     documents_in,
     documents_of,
-    load_path,
     small_tokenizer,
     tokens_in,
     write_jsonl,
     write_megatron,
 )
-from efficientllm.data.corpus import Corpus
 from efficientllm.data.rows import Holdout
 from efficientllm.data.sampling import BatchStream
 from efficientllm.data.token_files import Shard
 from efficientllm.data.tokenised import TokenRows, divide, index_of
 from efficientllm.errors import UsageError
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., tuple[list[Corpus], list[Corpus]]]:
-    """load_path with a cache of the test's own."""
-    return partial(load_path, tmp_path / "cache")
 
 
 def make_megatron(folder: Path, dtype: str, *, ended: bool) -> str:
