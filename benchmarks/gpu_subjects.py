@@ -138,7 +138,7 @@ class Subject:
         if engine is not None:
             correction = SolverOptions() if kind.pruning == "correction" else None
             engine.options = replace(engine.options, correction=correction)
-            self.pace.allowed = engine.events + (kind.pruning in ("event", "correction"))
+            self.pace.allowed = engine.at.events + (kind.pruning in ("event", "correction"))
         self.settings.loss = kind.loss
         synchronise(self.device)
         began = time.perf_counter()
@@ -176,7 +176,7 @@ class Subject:
         self.pace.least = 0.96 * self.state.allocated_parameters
         probe: Any = SimpleNamespace(vocabulary=lambda *_: None)  # all that one bundle, not corrected, asks for
         engine.step(self.state.tokens, probe)
-        widths = compaction_widths(self.state, replace(plan, compact_at=0.0))
+        widths = compaction_widths(engine.widths, engine.space.widths, replace(plan, compact_at=0.0), exactly=False)
         assert widths is not None
         self._compile(False)
         self._compiled = []  # of the blocks that are about to go

@@ -34,7 +34,7 @@ from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shards import is_sharded, whole
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.compaction import adopt, compaction_widths
+from efficientllm.training.compaction import compaction_widths
 from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import check_trains, optimizer_like
 from efficientllm.training.planning import compared_by_scale, decided
@@ -185,9 +185,12 @@ class Pruner:
         """Lets go of the model: no forward call or gradient is watched any more. Saving goes on working."""
         self._passes.close()
 
+    def _narrower(self) -> Widths | None:
+        return compaction_widths(self.widths, self._state.space.widths, self._plan, exactly=self.finished)
+
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""
-        widths = compaction_widths(self._state, self._plan) or self._state.space.widths
+        widths = self._narrower() or self._state.space.widths
         captured = capture(self._state)
         return cut(captured if moments else replace(captured, moments={}), widths, self._plan.source)
 
@@ -214,7 +217,7 @@ class Pruner:
         kept = choose_kept(self.engine.live, space_of(model.config).widths)
         heirs = {name: weights[new] for name, new in names_after(self.engine.space, kept).items()}
         optimizer = optimizer_like(self.optimizer, self.model, heirs)
-        adopt(old, assemble(model, optimizer, self._plan, old.runner, old.ranks, snapshot=snapshot))
+        old.become(assemble(model, optimizer, self._plan, old.runner, old.ranks, snapshot=snapshot))
         self._passes.close()
         self._passes = CurrentBatch(self._state, self._passes.tokens, self._loss_fn)
         return self.model, self.optimizer
@@ -226,7 +229,7 @@ class Pruner:
         """
         with torch.no_grad():
             self._state.runner.run(lambda: None)  # an evaluation may have left weights gathered, in its own precision
-        narrower = self._cut(moments=False) if compaction_widths(self._state, self._plan) else None
+        narrower = self._cut(moments=False) if self._narrower() else None
         if self._sharded:
             weights = narrower.weights if narrower else self.engine.params
             weights = {name: whole(weight) for name, weight in weights.items()}

@@ -14,7 +14,6 @@ from efficientllm.checkpoint import sharded, store
 from efficientllm.checkpoint.sharded import agreed, read_shards, write_shards
 from efficientllm.distributed.ranks import ALONE, Ranks, World
 from efficientllm.errors import UsageError
-from efficientllm.training.snapshot import COUNTS
 
 
 class Second(Ranks):
@@ -71,7 +70,9 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: int,
 
 def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"weights.safetensors": {"bytes": 1, "crc32": 0}}
-    manifest = {"format": 1, "files": files, "config": {}, "pruner": None} | dict.fromkeys(COUNTS, 0)
+    manifest = {"format": 1, "files": files, "config": {}, "pruner": None} | dict.fromkeys(
+        ["step", "tokens", "refresh_tokens"], 0
+    )
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     monkeypatch.setattr(store, "size_and_crc", lambda file: refuse())

@@ -295,8 +295,10 @@ def test_a_run_that_compared_types_by_measured_losses_goes_on_only_once_it_is_ov
     refused = bool(measured) and not finished
     with pytest.raises(OtherRule, match="compared by measured losses") if refused else nullcontext():
         fresh.load_state(tensors, facts)
-    assert fresh.standing == (Standing(fresh.space.widths, 0, 0) if refused else loop.pruner.standing)
-    assert fresh.live.all_live() == (not fresh.looks.complete) == refused  # refused, nothing has been taken over
+    assert fresh.at == (Standing(fresh.space.widths, 0, 0) if refused else loop.pruner.at)
+    assert (
+        all(map(torch.all, fresh.live.values())) == (not fresh.looks.complete) == refused
+    )  # refused, nothing has been taken over
 
 
 def test_the_bill_of_a_look_counts_what_each_expert_reads() -> None:

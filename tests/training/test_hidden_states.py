@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def lose(state: TrainState, layers: Sequence[int], channels: Sequence[int]) -> N
     for each in cuts:
         state.pruner.live.remove(each)
     state.pruner.zero(cuts)
+    state.pruner.at = replace(state.pruner.at, widths=state.pruner.live.widths())
 
 
 def loss_and_gradient(state: TrainState, taught: Distillation, rows: Tensor) -> tuple[float, dict[str, Tensor]]:

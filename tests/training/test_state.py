@@ -6,7 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,9 @@ from efficientllm.models.space import check_space, empty_model, space_of, widths
 from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.schedule import EverySchedule
 from efficientllm.pruning.shapes import fitted
-from efficientllm.training.compaction import TIED_TO_SHAPE, compact
+from efficientllm.training.compaction import compact
 from efficientllm.training.planning import options_and_milestones
-from efficientllm.training.snapshot import COUNTS, Snapshot, cut, fill_model, model_of
+from efficientllm.training.snapshot import Counts, counts_of, cut, fill_model, model_of
 from efficientllm.training.state import PruningPlan, TrainState, capture, restore, start
 
 TRAIN = TrainConfig.model_validate({"tokens": 1000, "lr": 1e-3, "weight_decay": 0.0})
@@ -49,6 +49,7 @@ def prune(state: TrainState, **events: int) -> None:
             event = Removal(pruning_type, torch.where(units.any(1), units.int().argmax(1), -1))
             live.remove(event)
             state.pruner.zero([event])
+    state.pruner.at = replace(state.pruner.at, widths=live.widths())
 
 
 @pytest.fixture
@@ -147,10 +148,18 @@ def test_compaction_holds_no_old_tensor(compiles: bool, without_collector: None)
 
 
 def test_every_part_of_a_run_is_counted_or_made_anew() -> None:
-    """A field in neither list would be lost on resume, or outlive a compaction."""
-    known = [*COUNTS, *TIED_TO_SHAPE, "ranks"]
-    assert sorted(known) == sorted(field.name for field in fields(TrainState))
-    assert set(COUNTS) <= {field.name for field in fields(Snapshot)}
+    """A field that is neither would be lost on resume, and at a compaction."""
+    made_anew = {"model", "optimizer", "space", "pruner", "runner", "ranks", "origin"}
+    counts = {field.name for field in fields(Counts)}
+    assert {field.name for field in fields(TrainState)} == counts | made_anew
+    state, plan = run_of(tiny_model("llama-mha-tied"))
+    for place, name in enumerate(sorted(counts - {"flops"}), start=1):
+        setattr(state, name, place)
+    state.flops.steps = 9
+    before = counts_of(state)
+    prune(state, ffn=5)
+    compact(state, state.live_widths, TRAIN, plan)
+    assert counts_of(state) == before
 
 
 def test_cutting_a_snapshot_leaves_it_alone_unless_consumed() -> None:

@@ -16,12 +16,13 @@ from efficientllm.demo.corpus import train_tokenizer
 from efficientllm.models.flops import forward_flops
 from efficientllm.models.space import space_of
 from efficientllm.models.vocabulary import cut_tokenizer
+from efficientllm.pruning.decision import Standing
 from efficientllm.pruning.tokens import KEPT, Tokens
 from efficientllm.training import vocabulary
 from efficientllm.training.gradient import Precision, next_tokens
 from efficientllm.training.run_plan import run_plan
-from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of, snapshot_of
-from efficientllm.training.state import TrainState
+from efficientllm.training.snapshot import Snapshot, cut_tokens, model_of
+from efficientllm.training.state import TrainState, capture
 from efficientllm.training.step import OwnBatches
 from efficientllm.training.vocabulary import Vocabulary, asking_flops, expected, sizes_below, with_tokens
 
@@ -33,7 +34,7 @@ def trained(family: str, **changes: object) -> tuple[Any, Snapshot]:
     rows = torch.arange(24).view(2, 12)
     model(input_ids=rows, labels=rows).loss.backward()
     optimizer.step()
-    return model, snapshot_of(model, optimizer, None)
+    return model, capture(TrainState(model, optimizer, space_of(model.config), None))
 
 
 @pytest.mark.parametrize("family", ["llama-mha-tied", "llama-gqa", "gemma2-gqa-tied", "qwen3-moe-gqa", "granite-gqa"])
@@ -149,16 +150,17 @@ def test_missing_tokens_have_no_logit_whatever_the_chunk(monkeypatch: pytest.Mon
         torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-5)
 
 
-def test_nothing_is_left_to_a_step_that_does_not_come() -> None:
-    """A milestone and the target take a step each. step: those done, this one included where events follow it."""
-    plan, chooser = SimpleNamespace(milestones=(1, 2), at_rest=False), SimpleNamespace(choose=lambda *_: 200)
-    spares = []
-    for step, milestone in ((3, 0), (4, 0), (4, 1), (5, 1)):
-        state = SimpleNamespace(step=step)
-        passes: Any = SimpleNamespace(_vocabulary=chooser, _plan=plan, _steps=5, state=state)
-        at: Any = SimpleNamespace(milestone=milestone)
-        spares.append(OwnBatches.vocabulary(passes, cast(Any, None), at) == 200)
-    assert spares == [True, False, True, False]
+@pytest.mark.parametrize("at_rest", [False, True])
+def test_nothing_is_left_to_a_step_that_does_not_come(at_rest: bool) -> None:
+    """A milestone and the target take a step each."""
+    plan: Any = SimpleNamespace(milestones=(1, 2), at_rest=at_rest)
+    ready: Any = SimpleNamespace(choose=lambda *_: 7)
+    chosen = []
+    for step, milestone in ((2, 0), (3, 0), (3, 1), (4, 1)):
+        state: Any = SimpleNamespace(step=step if at_rest else step + 1)  # which is counted before the others prune
+        passes: Any = SimpleNamespace(state=state, _plan=plan, _steps=5, _vocabulary=ready)
+        chosen.append(OwnBatches.vocabulary(passes, cast(Any, None), Standing(cast(Any, None), 0, milestone)))
+    assert chosen == [7, None, 7, None]
 
 
 WORDS = ["the thread", "that was", "brought", "by strength", "seldom", "breaks", "threads of", "thought"]
@@ -212,7 +214,7 @@ def test_the_price_is_what_encoding_anew_costs(
     predicted = rate * known.falling.cost(330 - size)
 
     kept = known.kept(size)
-    narrow = model_of(cut_tokens(snapshot_of(state.model, state.optimizer, None), kept), "cpu").eval()
+    narrow = model_of(cut_tokens(capture(state), kept), "cpu").eval()
     cut: Any = cut_tokenizer(known.tokenizer, kept)
     texts = [known.tokenizer.decode(row[:16].tolist()) for row in rows]
     own = cast(Any, known.tokenizer)

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from efficientllm.distributed.ranks import ALONE, World, error_of_all
 from efficientllm.errors import UsageError
 from efficientllm.files import PARTIAL, atomic_path
 from efficientllm.models.space import widths_of
-from efficientllm.training.snapshot import COUNTS, PREFIXES, UNKNOWN_FLOPS, Snapshot, check_masks, config_of
+from efficientllm.training.snapshot import PREFIXES, Snapshot, check_masks, config_of, counts_of, saved_counts
 
 FORMAT = 1
 READABLE = frozenset({FORMAT})
@@ -35,8 +36,7 @@ NAME = re.compile(r"step-(\d{8,})")
 ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
 FREE_AND_GO_ON = "earlier checkpoints are whole: free disk space or mend permissions, then run the same command again"
 T = TypeVar("T")
-# Counts that manifests of earlier versions lack: a sum whose beginning was not counted stays unknown.
-EARLIER = {"flops": UNKNOWN_FLOPS, "skipped_steps": 0, "skipped_in_a_row": 0}
+ALWAYS = {"files", "config", "pruner", "step", "tokens", "refresh_tokens"}  # in manifests of every version
 
 
 def save(folder: Path, snapshot: Snapshot, ranks: World = ALONE) -> Path:
@@ -97,7 +97,8 @@ def _manifest(snapshot: Snapshot) -> dict[str, Any]:
         "widths": widths_of(config_of(snapshot)).record(),
         "format": FORMAT,
         "efficientllm": __version__,
-        **{name: getattr(snapshot, name) for name in COUNTS},
+        **counts_of(snapshot),
+        "flops": asdict(snapshot.flops),
         "config": snapshot.config,
         "pruner": snapshot.pruner_facts,
     }
@@ -117,17 +118,11 @@ def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -
             tensors = {key: value.clone() for name in names for key, value in load_file(path / name).items()}
         else:
             tensors = read_shards(path, ranks, device)
-    counts: dict[str, Any] = {name: manifest.get(name, EARLIER.get(name)) for name in COUNTS}
-    if not isinstance(counts["flops"], dict):  # of an earlier version: one number, whose parts nobody knows
-        counts["flops"] = UNKNOWN_FLOPS
-    measured = counts["flops"].get("calibration", 0)  # which an earlier version counted apart
-    parts = {name: number for name, number in counts["flops"].items() if name != "calibration"}
-    counts["flops"] = parts | ({"looks": parts["looks"] + measured} if measured else {})
     moments = {key: value for key, value in tensors.items() if "|" in key}
     pruner = {key: value for key, value in tensors.items() if key.startswith(PREFIXES)}
     snapshot = Snapshot(
         config=manifest["config"],
-        **counts,
+        **saved_counts(manifest),
         weights={key: value for key, value in tensors.items() if key not in moments and key not in pruner},
         moments=_unflatten(moments),
         pruner_tensors=pruner,
@@ -170,7 +165,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         version = int(manifest["format"])
-        lacks = {"files", "config", "pruner", *COUNTS} - EARLIER.keys() - manifest.keys()
+        lacks = ALWAYS - manifest.keys()
         if version in READABLE and lacks:
             raise KeyError(min(lacks))
     except (OSError, ValueError, KeyError, TypeError) as error:

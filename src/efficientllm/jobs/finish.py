@@ -39,11 +39,12 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dic
     """Exports the model, then writes the summary, whose presence means finished; the picture comes after it."""
     loss = final_loss(job, state)
     if job.pruning and state.pruner and not state.pruner.finished:
-        unit = job.pruning.feasible.cost.unit
+        feasible = job.pruning.feasible
+        unit, size = feasible.cost.unit, feasible.cost(state.live_widths)
         mend = "let pruning end earlier" if job.recipe.prune and job.recipe.prune.every is None else "lower prune.every"
         say(
-            f"the run ended at {format_amount(state.pruner.size, unit)}, above the target of "
-            f"{format_amount(job.pruning.feasible.target, unit)}: events are left undone; train longer, or {mend}"
+            f"the run ended at {format_amount(size, unit)}, above the target of "
+            f"{format_amount(feasible.target, unit)}: events are left undone; train longer, or {mend}"
         )
     if job.pruning and state.live_widths != state.space.widths:
         # Not only where it pays: what is dead must not be in the result, unless its family takes no such shape.

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from efficientllm.models.process_memory import peak_resident
-from efficientllm.pruning.contract import AppliedEvent
-from efficientllm.training.loop import Compaction, StepRecord
+from efficientllm.pruning.decision import Decided
+from efficientllm.pruning.groups import Event
+from efficientllm.training.compaction import Compaction
+from efficientllm.training.loop import StepRecord
 from efficientllm.training.state import TrainState
 
 
@@ -72,11 +74,11 @@ def event_records(state: TrainState, record: StepRecord) -> Iterator[dict[str, A
             "saliency": applied.event.saliency,
             "damage_per_parameter": applied.event.saliency / applied.removed,
             "parameters_after": applied.parameters,
-            "widths": applied.widths.record(),
+            "widths": applied.after.widths.record(),
         } | _price(state, applied)
 
 
-def _price(state: TrainState, applied: AppliedEvent) -> dict[str, Any]:
+def _price(state: TrainState, applied: Decided[Event]) -> dict[str, Any]:
     """What the event has saved, where the run counts something else than parameters."""
     cost = state.pruner.feasible.cost if state.pruner else None
     return {} if cost is None or cost.name == "params" else {"cost": cost.name, "saved": applied.saved}

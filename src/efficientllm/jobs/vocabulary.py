@@ -21,9 +21,9 @@ from efficientllm.jobs.job import Job
 from efficientllm.jobs.text import check_can_shed, read_text
 from efficientllm.models.loading import load_config
 from efficientllm.models.vocabulary import cut_tokenizer, named_ids
-from efficientllm.training.compaction import shed
+from efficientllm.training.compaction import Compaction, shed
 from efficientllm.training.gradient import token_ids
-from efficientllm.training.loop import Compaction, StepRecord
+from efficientllm.training.loop import StepRecord
 from efficientllm.training.state import TrainState
 from efficientllm.training.vocabulary import Vocabulary, with_amounts, with_tokens
 

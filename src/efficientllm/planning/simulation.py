@@ -18,7 +18,7 @@ from efficientllm.pruning.dimensions import DIMENSIONS
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
-from efficientllm.training.compaction import narrower
+from efficientllm.training.compaction import compaction_widths
 from efficientllm.training.looks import kept_every, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 
@@ -132,8 +132,7 @@ class Simulation:
         return flops
 
     def _compact(self, done: Simulated, *, exactly: bool) -> None:
-        parameters = self._course.parameters
-        widths = narrower(done.at.widths, done.allocated, self._plan, parameters, exactly=exactly)
+        widths = compaction_widths(done.at.widths, done.allocated, self._plan, exactly=exactly)
         if widths is not None:
             done.allocated = widths
             done.compactions += 1

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from efficientllm.pruning.correction import Corrections, SolverOptions
+from efficientllm.pruning.decision import ByDamage, Decided, Standing
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Event
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.widths import Widths
-
-if TYPE_CHECKING:  # which knows of the engine's options
-    from efficientllm.pruning.decision import ByDamage, Standing
 
 Moments = Callable[[str], Mapping[str, Tensor]]
 LIVE, SCORES = "live.", "saliency."  # what the names of an engine's tensors begin with
@@ -71,18 +68,6 @@ class PrunerOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class AppliedEvent:
-    """An event that has happened, and the model it left behind. removed: parameters that fell with it. saved: what
-    it took from the run's cost; of a measured one this may be less than the event's price."""
-
-    event: Event
-    parameters: int
-    widths: Widths
-    removed: int
-    saved: float
-
-
 @dataclass
 class PruneReport:
     """What one step() did. milestone: index of the ladder's size that was reached, if any. vocabulary: rows that are to
@@ -94,7 +79,7 @@ class PruneReport:
     last seen, whatever the run's cost is.
     """
 
-    events: list[AppliedEvent] = field(default_factory=list)
+    events: list[Decided[Event]] = field(default_factory=list)
     milestone: int | None = None
     vocabulary: int | None = None
     damages: dict[str, float] = field(default_factory=dict)

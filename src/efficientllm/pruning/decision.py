@@ -5,7 +5,7 @@ The engine carries out what is decided here; a plan, which has neither model nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efficientllm.pruning.dimensions import DIMENSIONS
-from efficientllm.pruning.feasible import FeasibleShapes, arrived, milestone_after
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Event, Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.schedule import Schedule
@@ -42,10 +42,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Decided(Generic[C]):
-    """A removal, and where it leaves the run. removed: parameters that fall with it; saved: what it takes from the
-    cost."""
+    """An event, and where it leaves the run. parameters: that are live after it; removed: that fall with it; saved:
+    what it takes from the run's cost, of a measured one maybe less than the event's price."""
 
-    removal: C
+    event: C
     after: Standing
     parameters: int
     removed: int
@@ -65,46 +65,44 @@ class Guide(Protocol[C]):
 
 
 class Course:
-    """Where a run may end and when it prunes. milestones: the ladder's shapes, largest first, the target's last."""
+    """Where a run may end and when it prunes. milestones: the ladder's shapes, largest first, the target's last.
+
+    parameters, cost: of widths; the cost is what target and schedule count (costs.py).
+    """
 
     def __init__(self, milestones: Sequence[FeasibleShapes], schedule: Schedule) -> None:
         self.milestones, self.schedule = tuple(milestones), schedule
         space = self.milestones[-1].space
         self.parameters = lru_cache(1 << 16)(lambda widths: int(space.num_params(widths)))
-        self._cost = lru_cache(1 << 16)(self.milestones[-1].cost)  # all of them count the same
-
-    def feasible(self, at: Standing) -> FeasibleShapes:
-        """The shapes that it heads for: those of a size of the ladder, or at last of the target."""
-        return self.milestones[at.milestone]
-
-    def size(self, at: Standing) -> float:
-        """What the live widths cost, in what target and schedule count (costs.py)."""
-        size: float = self._cost(at.widths)
-        return size
+        self.cost: Callable[[Widths], float] = lru_cache(1 << 16)(self.milestones[-1].cost)  # all count the same
 
     def finished(self, at: Standing) -> bool:
-        return arrived(self.milestones, at.milestone, at.widths)
+        """Whether the run is where it was to end."""
+        return at.milestone == len(self.milestones) - 1 and self.milestones[-1].reached(at.widths)
 
     def due(self, at: Standing, position: float) -> bool:
         """Whether an event is to happen at a position (the schedule's unit)."""
-        return not self.finished(at) and self.schedule.wants(position, self.size(at), at.events)
+        return not self.finished(at) and self.schedule.wants(position, self.cost(at.widths), at.events)
 
     def bundle(self, at: Standing, position: float, guide: Guide[C], bound: float) -> list[Decided[C]]:
-        """The next bundle: until the schedule is content, the bound is met or a milestone is reached. A removal that is
-        larger than the bound by itself waits for a look of its own. bound: as of PrunerOptions."""
+        """The next bundle: until the schedule is content, the bound is met or a milestone is reached, which is left
+        behind then, but for the last. An event that is larger than the bound by itself waits for a look of its own.
+        bound: as of PrunerOptions."""
         bundle: list[Decided[C]] = []
         removed, limit = 0, bound * self.parameters(at.widths)
         while self.due(at, position):
-            removal = guide.next(at.widths, self.feasible(at))
-            widths = at.widths.after(removal.type)
+            feasible = self.milestones[at.milestone]
+            event = guide.next(at.widths, feasible)
+            widths = at.widths.after(event.type)
             parameters = self.parameters(widths)
             falls = self.parameters(at.widths) - parameters
             if bundle and removed + falls > limit:
                 break
-            guide.take(removal)
-            after = Standing(widths, at.events + 1, milestone_after(self.milestones, at.milestone, widths))
-            bundle.append(Decided(removal, after, parameters, falls, self.size(at) - self._cost(widths)))
-            if after.milestone > at.milestone:
+            guide.take(event)
+            leaves = feasible is not self.milestones[-1] and feasible.reached(widths)
+            after = Standing(widths, at.events + 1, at.milestone + leaves)
+            bundle.append(Decided(event, after, parameters, falls, self.cost(at.widths) - self.cost(widths)))
+            if leaves:
                 break
             at, removed = after, removed + falls
         return bundle

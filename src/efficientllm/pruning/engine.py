@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.contract import LIVE, AppliedEvent, Moments, Probe, PruneReport, PrunerOptions
+from efficientllm.pruning.contract import LIVE, Moments, Probe, PruneReport, PrunerOptions
 from efficientllm.pruning.correction import correct
 from efficientllm.pruning.criteria import criteria_of
 from efficientllm.pruning.decision import ByDamage, Course, Decided, Standing
@@ -61,37 +61,28 @@ class PruningEngine:
         criteria = criteria_of(options.saliency, options.types)
         self.looks = Looks(space, params, reduction, criteria=criteria, seed=options.seed)
         self.tokens = Tokens()
-        self.events = self.milestone = 0
+        self.at = Standing(space.widths)
         self._device = next(iter(params.values())).device
         self.held = self._slices_to_hold()
 
     @property
     def widths(self) -> Widths:
         """Live widths."""
-        return self.live.widths()
+        return self.at.widths
 
     @property
     def parameters(self) -> int:
         """Live parameters."""
-        return int(self.space.num_params(self.widths))
-
-    @property
-    def standing(self) -> Standing:
-        return Standing(self.widths, self.events, self.milestone)
-
-    @property
-    def size(self) -> float:
-        """What the live widths cost, in what the target and the schedule count (costs.py)."""
-        return self.course.size(self.standing)
+        return self.course.parameters(self.widths)
 
     @property
     def feasible(self) -> FeasibleShapes:
         """The shapes that it heads for: those of a size of the ladder, or at last of the target."""
-        return self.course.feasible(self.standing)
+        return self.course.milestones[self.at.milestone]
 
     @property
     def finished(self) -> bool:
-        return self.course.finished(self.standing)
+        return self.course.finished(self.at)
 
     def observe(self) -> None:
         """Takes the saliency from the gradients now in .grad; call it between backward() and clipping, every step."""
@@ -127,12 +118,12 @@ class PruningEngine:
                 break
             if names and inputs is None:
                 inputs = probe.inputs(names)
-            guide = ByDamage(self.looks.average.values(), self.live.copy(), self.options.types, self.options.order)
-            report.vocabulary = probe.vocabulary(guide, self.standing)
+            guide = ByDamage(self.looks.average.values(), self.live.clone(), self.options.types, self.options.order)
+            report.vocabulary = probe.vocabulary(guide, self.at)
             if report.vocabulary:
                 break
             limit = self.options.bound * self.parameters
-            bundle = self.course.bundle(self.standing, position, guide, self.options.bound)
+            bundle = self.course.bundle(self.at, position, guide, self.options.bound)
             report.damages = guide.damages
             self.looks.removed(sum(each.removed for each in bundle) / limit)
             self._act(bundle, inputs, report)
@@ -142,7 +133,7 @@ class PruningEngine:
 
     def due(self, position: float) -> bool:
         """Whether an event is to happen at a position."""
-        return self.course.due(self.standing, position)
+        return self.course.due(self.at, position)
 
     def reads(self) -> list[str]:
         """The linear layers whose inputs a bundle may want to see: all for a criterion that looks at them, else those
@@ -158,14 +149,12 @@ class PruningEngine:
 
     def _act(self, bundle: Sequence[Decided[Event]], inputs: Mapping[str, Tensor] | None, report: PruneReport) -> None:
         """Carries out what has been decided: what is left is corrected, the rest zeroed."""
-        events = [each.removal for each in bundle]
+        events = [each.event for each in bundle]
         for event in events:
             self.live.remove(event)
-        report.events += [
-            AppliedEvent(each.removal, each.parameters, each.after.widths, each.removed, each.saved) for each in bundle
-        ]
-        left, self.events, self.milestone = self.milestone, bundle[-1].after.events, bundle[-1].after.milestone
-        report.milestone = left if self.milestone > left else None
+        report.events += bundle
+        before, self.at = self.at, bundle[-1].after
+        report.milestone = before.milestone if self.at.milestone > before.milestone else None
         if self.options.correction and inputs is not None:
             readers = list(losing_readers(self.space, events, self.live))
             done = correct(self.params, readers, inputs, self.options.correction, self._reduction)
@@ -187,8 +176,8 @@ class PruningEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
         tensors, facts = self.looks.state()
-        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.tensors().items()} | self.tokens.tensors()
-        return tensors, facts | {"events": self.events, "rung": self.milestone} | self.tokens.facts()
+        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.items()} | self.tokens.tensors()
+        return tensors, facts | {"events": self.at.events, "rung": self.at.milestone} | self.tokens.facts()
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to
@@ -200,7 +189,7 @@ class PruningEngine:
                 "the pruning types were compared by measured losses, which this version does not do: go on with the "
                 "version that began, or begin anew"
             )
-        self.live, self.events, self.milestone = live, saved.events, saved.milestone
+        self.live, self.at = live, saved
         self.tokens = Tokens.of(tensors, facts)
         if scores_are_known(facts):
             self.looks.load_state(tensors, facts)

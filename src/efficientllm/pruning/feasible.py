@@ -216,14 +216,3 @@ class FeasibleShapes:
     def may_fall(self, pruning_type: str, widths: Widths) -> bool:
         """Whether the type is above its floor, and one event of it keeps a feasible shape within reach."""
         return widths.count(pruning_type) > self.least(pruning_type) and self.reachable(widths.after(pruning_type))
-
-
-def milestone_after(milestones: Sequence[FeasibleShapes], milestone: int, widths: Widths) -> int:
-    """The milestone that a run at these widths heads for, when it headed for this one before: one is left behind once a
-    shape of it is reached, the last never."""
-    return milestone + 1 if milestone < len(milestones) - 1 and milestones[milestone].reached(widths) else milestone
-
-
-def arrived(milestones: Sequence[FeasibleShapes], milestone: int, widths: Widths) -> bool:
-    """Whether a run at these widths is where it was to end."""
-    return milestone == len(milestones) - 1 and milestones[milestone].reached(widths)

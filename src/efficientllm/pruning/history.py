@@ -26,8 +26,8 @@ def fallen_at(
     times KV groups. Raises ValueError where events and compactions do not fit each other.
     """
     live = Live.full(source)
-    names = {key: torch.arange(mask.numel()).view(mask.shape) for key, mask in live.tensors().items()}
-    when = {key: torch.full(mask.shape, KEPT, dtype=torch.float64) for key, mask in live.tensors().items()}
+    names = Live({key: torch.arange(mask.numel()).view(mask.shape) for key, mask in live.items()})
+    when = {key: torch.full(mask.shape, KEPT, dtype=torch.float64) for key, mask in live.items()}
     # Within a step events come first: a compaction cuts what they have zeroed.
     lines = [(line["step"], 0, line) for line in events] + [(line["step"], 1, line) for line in compactions]
     try:
@@ -35,11 +35,11 @@ def fallen_at(
             if kind:
                 kept = choose_kept(live, Widths(**line["after"]))
                 live = cut_live(live, kept)
-                names = cut_live(Live(names), kept).tensors()
+                names = cut_live(names, kept)
                 continue
-            before = {key: mask.clone() for key, mask in live.tensors().items()}
+            before = {key: mask.clone() for key, mask in live.items()}
             live.remove(Removal(line["type"], torch.tensor(line["units"])))
-            for key, mask in live.tensors().items():
+            for key, mask in live.items():
                 when[key].view(-1)[names[key][before[key] & ~mask]] = float(line["tokens"])
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"events and compactions do not fit each other: {error}") from error

@@ -12,15 +12,12 @@ from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.widths import Widths
 
 
-class Live:
-    """Which units of a model are still there: bool tensors on the CPU, one of each dimension.
+class Live(dict[str, Tensor]):
+    """Which units of a model are still there: bool tensors on the CPU, one of each dimension, by its name.
 
     Its mask is indexed by all the dimensions that it lies within: hidden (D,), layers (L,), ffn (L, F), kv (L, K),
     query (L, K, Q). A unit within a dead one is dead too: a query head of a dead KV head, everything in a dead layer.
     """
-
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self._masks = dict(masks)
 
     @classmethod
     def full(cls, widths: Widths) -> Live:
@@ -38,29 +35,20 @@ class Live:
                 )
         return cls({name: mask.to("cpu", torch.bool, copy=True) for name, mask in masks.items()})
 
-    def __getitem__(self, dimension: str) -> Tensor:
-        return self._masks[dimension]
-
-    def copy(self) -> Live:
-        return Live({name: mask.clone() for name, mask in self._masks.items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self._masks)
+    def clone(self) -> Live:
+        return Live({name: mask.clone() for name, mask in self.items()})
 
     def widths(self) -> Widths:
         """Widths of what is live; uniform over layers by construction."""
         counts = {}
-        for name, mask in self._masks.items():
+        for name, mask in self.items():
             rows = mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
             counts[DIMENSIONS[name].width] = int(rows.sum(1).max())
         return Widths.of(counts)
 
-    def all_live(self) -> bool:
-        return all(bool(mask.all()) for mask in self._masks.values())
-
     def units(self, pruning_type: str) -> Tensor:
         """Live units of one type, bool (rows, units)."""
-        mask = self._masks[of_type(pruning_type).name]
+        mask = self[of_type(pruning_type).name]
         return mask.flatten(0, -2) if mask.ndim > 1 else mask[None]
 
     def entries(self, axis: str | tuple[str, ...], layer: int, head_dim: int) -> Tensor:
@@ -68,7 +56,7 @@ class Live:
         if isinstance(axis, tuple):
             return torch.cat([self.entries(part, layer, head_dim) for part in axis], dim=-1)
         dimension = DIMENSIONS[axis]
-        mask = self._masks[axis]
+        mask = self[axis]
         if dimension.apart:
             return mask[layer]
         units = (mask[layer] if dimension.within else mask).flatten()
@@ -83,9 +71,9 @@ class Live:
             raise ValueError(f"{event.type} event takes a unit that is dead already")
         units[rows, taken] = False
         name = of_type(event.type).name
-        for inner, mask in self._masks.items():
+        for inner, mask in self.items():
             if name in DIMENSIONS[inner].outer:
-                own = self._masks[name]
+                own = self[name]
                 mask &= own.view(own.shape + (1,) * (mask.ndim - own.ndim))
 
 

@@ -19,7 +19,7 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import ParamSpec, Space
 from efficientllm.pruning.live import part_of
 from efficientllm.pruning.readers import input_scores, reader_specs
-from efficientllm.pruning.saliency import MovingAverage, all_finite, drawn_scores, unit_scores
+from efficientllm.pruning.saliency import MovingAverage, drawn_scores, unit_scores
 from efficientllm.pruning.shards import World
 
 DECAY = 0.5
@@ -92,11 +92,12 @@ class Looks:
             own = probe.gates()
             if own is not None:
                 self._take("gates", gates=own)
-        if self._stale("gradient", "gates"):
+        stale = self.needs - self._fresh
+        if stale & {"gradient", "gates"}:
             for left in reversed(range(gathers)):
                 inputs = self._pass(probe, names if left == 0 else [])
                 report.refreshes += 1
-        if self._stale("inputs"):
+        if "inputs" in stale:
             readers = [spec.name for spec in reader_specs(self._space)]
             met = inputs is not None and inputs.keys() >= set(readers)
             for _ in range(1 if met else gathers):
@@ -106,9 +107,6 @@ class Looks:
                 report.flops.looks += self._statistic_flops(inputs)
                 report.refreshes += not met
         return inputs
-
-    def _stale(self, *needs: str) -> bool:
-        return any(need in self.needs and need not in self._fresh for need in needs)
 
     def _pass(self, probe: Probe, names: list[str]) -> Mapping[str, Tensor]:
         """A look at a gradient of its own, in .grad and at the gates."""
@@ -126,7 +124,9 @@ class Looks:
         for chosen in {each.name: each for each in self._criteria.values() if each.needs == need}.values():
             scores = self._scores(chosen, gates, inputs)
             found |= {name: scores[name] for name, each in self._criteria.items() if each.name == chosen.name}
-        if not all_finite(found):  # in the average it would stay for good
+        if (
+            not torch.cat([each.flatten() for each in found.values()]).isfinite().all()
+        ):  # in the average it would stay for good
             self.nonfinite += 1
             return
         self.average.update(found, DECAY ** max(self.fallen[need], 1.0 / MEMORY))

@@ -129,11 +129,6 @@ def drawn_scores(space: Space, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(score.shape, generator=generator) for name, score in units.items()}
 
 
-def all_finite(scores: Mapping[str, Tensor]) -> bool:
-    """Whether every unit of every type has a number for its score."""
-    return bool(torch.cat([each.flatten() for each in scores.values()]).isfinite().all())
-
-
 class MovingAverage:
     """Exponential moving average of looks at every type, each divided by its own sum first: |g w| of a mean over more
     tokens is smaller, and so looks of unequal size would weigh unequally.

@@ -33,9 +33,6 @@ class Kept:
     units: Mapping[str, Tensor]
     live: Live
 
-    def __getitem__(self, dimension: str) -> Tensor:
-        return self.units[dimension]
-
     def entries(self, axis: str | tuple[str, ...], layer: int, space: Space) -> Tensor:
         """Entries along one axis of a space that stay, int64; of one that is apart (experts that stay, entries). layer:
         place among the layers that stay."""
@@ -55,10 +52,6 @@ class Kept:
                 entries = (entries[:, None] * before[DIMENSIONS[name].width] + units).flatten()
         return (entries[:, None] * head_dim + torch.arange(head_dim)).flatten() if dimension.per_head else entries
 
-    def gather(self, table: Tensor, chain: Sequence[str]) -> Tensor:
-        """What stays of a tensor that is indexed by the units of these dimensions, each within the one before it."""
-        return _gather(self.units, table, chain)
-
     def factor(self, spec: ParamSpec, space: Space) -> float:
         """What a weight is multiplied by when a space is cut to these units."""
         widths = Widths.of({DIMENSIONS[name].width: units.shape[-1] for name, units in self.units.items()})
@@ -70,6 +63,7 @@ class Kept:
 
 
 def _gather(kept: Mapping[str, Tensor], table: Tensor, chain: Sequence[str]) -> Tensor:
+    """What stays of a tensor that is indexed by the units of these dimensions, each within the one before it."""
     for place, name in enumerate(chain):
         units = kept[name].to(table.device)
         units = units.view(units.shape + (1,) * (table.ndim - place - 1))
@@ -86,16 +80,16 @@ def _first(live: Tensor, count: int) -> Tensor:
 def choose_kept(live: Live, widths: Widths) -> Kept:
     """Units that stay when the model is cut to `widths`, which may exceed the live ones (alignment)."""
     units: dict[str, Tensor] = {}
-    for name, mask in sorted(live.tensors().items(), key=lambda each: len(DIMENSIONS[each[0]].chain)):
+    for name, mask in sorted(live.items(), key=lambda each: len(DIMENSIONS[each[0]].chain)):
         rows = _gather(units, mask, DIMENSIONS[name].outer)
         units[name] = _first(rows, widths[DIMENSIONS[name].width])
-    left = {name: _gather(units, mask, DIMENSIONS[name].chain) for name, mask in live.tensors().items()}
+    left = {name: _gather(units, mask, DIMENSIONS[name].chain) for name, mask in live.items()}
     return Kept(units, Live(left))
 
 
 def cut_live(live: Live, kept: Kept) -> Live:
     """The live mask in the new widths; padding stays dead."""
-    return Live({name: kept.gather(mask, DIMENSIONS[name].chain) for name, mask in live.tensors().items()})
+    return Live({name: _gather(kept.units, mask, DIMENSIONS[name].chain) for name, mask in live.items()})
 
 
 def cut_weight(tensor: Tensor, spec: ParamSpec, layer: int, kept: Kept, space: Space, power: float = 1.0) -> Tensor:
@@ -138,7 +132,7 @@ def cut_rows(tensor: Tensor, kept: Tensor) -> Tensor:
 
 def names_after(space: Space, kept: Kept) -> dict[str, str]:
     """New name of every weight that stays, by its old one: layers are counted anew."""
-    places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}
+    places = {layer: place for place, layer in enumerate(kept.units[LAYERS].tolist())}
     return {
         spec.name: spec.name if spec.layer is None else spec.name_in(places[spec.layer])
         for spec in space.params
@@ -170,7 +164,7 @@ def cut_state(
         raise ValueError(f"optimizer state '{min(unknown)}' cannot be compacted; use Adam, AdamW or SGD")
     cut_weights: dict[str, Tensor] = {}
     cut_moments: dict[str, dict[str, Tensor]] = {}
-    places = {layer: place for place, layer in enumerate(kept[LAYERS].tolist())}
+    places = {layer: place for place, layer in enumerate(kept.units[LAYERS].tolist())}
     for spec in space.params:
         if spec.layer is not None and spec.layer not in places:
             weights.pop(spec.name)
@@ -194,6 +188,6 @@ def cut_scores(scores: Mapping[str, Tensor], kept: Kept, before: Widths) -> dict
     shapes, cut = dict(mask_shapes(before)), {}
     for name, score in scores.items():
         dimension = of_type(name)
-        left = kept.gather(score.view(shapes[dimension.name]), dimension.chain)
+        left = _gather(kept.units, score.view(shapes[dimension.name]), dimension.chain)
         cut[name] = left.flatten(0, -2) if left.ndim > 1 else left[None]
     return cut

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,39 +20,43 @@ from efficientllm.training.state import PruningPlan, TrainState, capture, restor
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
 
-# Of a TrainState: what a compaction replaces.
-TIED_TO_SHAPE = ("model", "optimizer", "space", "pruner", "origin", "runner")
+
+@dataclass(frozen=True)
+class Compaction:
+    """One change of shape: allocated widths and parameters before and after, and how long it took. vocabulary: its
+    rows before and after, where some have gone."""
+
+    before: Widths
+    after: Widths
+    allocated_before: int
+    allocated_after: int
+    seconds: float
+    vocabulary: tuple[int, int] | None = None
 
 
-def compaction_widths(state: TrainState, plan: PruningPlan, *, exactly: bool = False) -> Widths | None:
-    """Widths to compact to now, or None: live widths rounded up, once that frees enough or pruning is over; with
+def compaction_widths(live: Widths, allocated: Widths, plan: PruningPlan, *, exactly: bool) -> Widths | None:
+    """Widths to compact to now, or None: live widths rounded up, once that frees enough of the allocated ones; with
     `exactly` the live widths, whatever that frees."""
-    pruner = state.pruner
-    if pruner is None or pruner.live.all_live():
-        return None
-    space, exactly = state.space, exactly or pruner.finished
-    return narrower(pruner.widths, space.widths, plan, space.num_params, exactly=exactly)
-
-
-def narrower(
-    live: Widths, allocated: Widths, plan: PruningPlan, count: Callable[[Widths], float], *, exactly: bool
-) -> Widths | None:
-    """Widths that allocated ones are to be cut to, or None. count: parameters of a model of some widths."""
     widths = live if exactly else plan.feasible.align.round_up(live, allocated)
-    widths = fitted(plan.feasible.space, widths, allocated)
+    space = plan.feasible.space
+    widths = fitted(space, widths, allocated)
     if widths == allocated:
         return None
-    return widths if exactly or 1.0 - count(widths) / count(allocated) >= plan.compact_at else None
+    return (
+        widths if exactly or 1.0 - space.num_params(widths) / space.num_params(allocated) >= plan.compact_at else None
+    )
 
 
-def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> None:
+def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> Compaction:
     """Narrows the run in place. Every old tensor is released as soon as it is cut."""
-    _renew(state, lambda snapshot: cut(snapshot, widths, plan.source, consume=True, ranks=state.ranks), train, plan)
+    began, before, allocated = time.perf_counter(), state.space.widths, state.allocated_parameters
+    _renew(state, partial(cut, widths=widths, source=plan.source, consume=True, ranks=state.ranks), train, plan)
+    return Compaction(before, widths, allocated, state.allocated_parameters, time.perf_counter() - began)
 
 
 def shed(state: TrainState, kept: Tensor, train: TrainConfig, plan: PruningPlan) -> None:
     """Takes all but these rows of the vocabulary out of the run, which goes on by the plan for what is left."""
-    _renew(state, lambda snapshot: cut_tokens(snapshot, kept), train, plan)
+    _renew(state, partial(cut_tokens, kept=kept), train, plan)
     assert state.pruner is not None
     state.pruner.tokens.asked_at = state.pruner.parameters  # what has fallen just now is no reason to ask again
 
@@ -57,17 +64,10 @@ def shed(state: TrainState, kept: Tensor, train: TrainConfig, plan: PruningPlan)
 def _renew(state: TrainState, change: Callable[[Snapshot], Snapshot], train: TrainConfig, plan: PruningPlan) -> None:
     """The run, changed as a snapshot. Wrapped and compiled modules refer to each other in cycles, so that only the
     garbage collector frees theirs; a full GPU would not start it."""
-    device, snapshot = state.device, capture(state)
-    for name in TIED_TO_SHAPE:
-        setattr(state, name, None)
+    device, ranks, snapshot = state.device, state.ranks, capture(state)
+    vars(state).clear()  # it holds on to nothing that is about to be cut, and says so to whoever asks it meanwhile
     if train.compile:
         torch._dynamo.reset()
-    if state.ranks.world > 1 or train.compile:
+    if ranks.world > 1 or train.compile:
         gc.collect()
-    adopt(state, restore(change(snapshot), train, plan, device, state.ranks))
-
-
-def adopt(state: TrainState, narrower: TrainState) -> None:
-    """The run goes on with the tensors of another, which is to be dropped."""
-    for name in TIED_TO_SHAPE:
-        setattr(state, name, getattr(narrower, name))
+    state.become(restore(change(snapshot), train, plan, device, ranks))

@@ -12,8 +12,7 @@ import torch
 
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.shards import local
-from efficientllm.pruning.widths import Widths
-from efficientllm.training.compaction import compact, compaction_widths
+from efficientllm.training.compaction import Compaction, compact, compaction_widths
 from efficientllm.training.distillation import Distillation
 from efficientllm.training.gradient import Precision, gradient_norm, update
 from efficientllm.training.optim import learning_rate
@@ -23,19 +22,6 @@ from efficientllm.training.step import Batches, OwnBatches
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
     from efficientllm.training.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """One change of shape: allocated widths and parameters before and after, and how long it took. vocabulary: its
-    rows before and after, where some have gone."""
-
-    before: Widths
-    after: Widths
-    allocated_before: int
-    allocated_after: int
-    seconds: float
-    vocabulary: tuple[int, int] | None = None
 
 
 MOST_SKIPPED = 3  # one bad batch is an accident; after a few in a row the weights are to blame
@@ -119,7 +105,9 @@ def _prune(
         return None
     assert plan is not None
     report = passes.prune(state.tokens)
-    return report, _compact_if_due(state, train, plan, exactly=report.milestone is not None)
+    exactly = report.milestone is not None or state.pruner.finished  # whose shapes are aligned
+    widths = compaction_widths(state.pruner.widths, state.space.widths, plan, exactly=exactly)
+    return report, compact(state, widths, train, plan) if widths else None
 
 
 def check_finite(state: TrainState) -> None:
@@ -130,14 +118,3 @@ def check_finite(state: TrainState) -> None:
     fine = torch.stack([local(weight.detach()).isfinite().all() for weight in state.model.parameters()]).all()
     if state.ranks.largest(int(not fine)):
         raise Diverged(f"training has diverged: after step {state.step} some weights are not finite")
-
-
-def _compact_if_due(state: TrainState, train: TrainConfig, plan: PruningPlan, *, exactly: bool) -> Compaction | None:
-    """exactly: to the live widths, which a milestone of the ladder has just aligned."""
-    widths = compaction_widths(state, plan, exactly=exactly)
-    if widths is None:
-        return None
-    began = time.perf_counter()
-    before, allocated = state.space.widths, state.allocated_parameters
-    compact(state, widths, train, plan)
-    return Compaction(before, widths, allocated, state.allocated_parameters, time.perf_counter() - began)

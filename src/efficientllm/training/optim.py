@@ -45,17 +45,13 @@ def load_moments(
     optimizer: torch.optim.Optimizer, model: nn.Module, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Puts optimizer state {name: {key: tensor}} in place, uncopied where it lies on the right device already."""
+    fused = bool(optimizer.defaults.get("fused"))  # only then AdamW's step count lies beside the weight
     for name, weight in model.named_parameters():
         if moments.get(name):
             optimizer.state[weight] = {
-                key: _placed(value, weight, fused=bool(optimizer.defaults.get("fused")))
+                key: value.detach().to(weight.device if value.ndim or fused else value.device)
                 for key, value in moments[name].items()
             }
-
-
-def _placed(value: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
-    """A moment beside its weight; AdamW's step count only where the optimizer is fused, else where it was."""
-    return value.detach().to(weight.device if value.ndim or fused else value.device)
 
 
 def optimizer_like(

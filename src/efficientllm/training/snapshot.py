@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from efficientllm.models.space import empty_model, narrowed_config, of_layers, s
 from efficientllm.models.vocabulary import renumbered
 from efficientllm.pruning.contract import LIVE, ORIGIN, PREFIXES, SCORES, TOKENS
 from efficientllm.pruning.dimensions import HIDDEN, LAYERS
-from efficientllm.pruning.engine import PruningEngine
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.live import Live, part_of
@@ -25,59 +25,52 @@ from efficientllm.pruning.surgery import choose_kept, cut_rows, cut_scores, cut_
 from efficientllm.pruning.tokens import KEPT
 from efficientllm.pruning.widths import Widths
 
-# What a run counts; Snapshot and TrainState have a field of each name. One that is added needs a value in EARLIER
-# (checkpoint/store.py), without which checkpoints of earlier versions would be taken for damaged ones.
-COUNTS = ("step", "tokens", "refresh_tokens", "flops", "skipped_steps", "skipped_in_a_row")
-UNKNOWN_FLOPS = dict.fromkeys((part.name for part in fields(Ledger)), math.nan)
+
+@dataclass(kw_only=True)
+class Counts:
+    """What a run counts, live (TrainState) and saved (Snapshot) alike: optimizer steps done, tokens read in steps,
+    tokens of looks at the gradient, operations by part, steps whose loss or gradient was not finite, in all and up to
+    now without a good one between. A count that a checkpoint of an earlier version lacks begins as it does here."""
+
+    step: int = 0
+    tokens: int = 0
+    refresh_tokens: int = 0
+    flops: Ledger = field(default_factory=Ledger)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+def counts_of(run: Counts) -> dict[str, Any]:
+    """Its counts by name, for another to begin with."""
+    return {each.name: copy(getattr(run, each.name)) for each in fields(Counts)}
+
+
+def saved_counts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint's manifest by name, without those that its version did not have. Earlier ones counted no
+    operations, or one number: a sum whose beginning was not counted by parts stays unknown."""
+    counts = {each.name: manifest[each.name] for each in fields(Counts) if each.name in manifest}
+    parts = counts.get("flops")
+    if not isinstance(parts, dict):
+        parts = dict.fromkeys((each.name for each in fields(Ledger)), math.nan)
+    measured = parts.get("calibration", 0)  # which an earlier version counted apart
+    parts = {name: number for name, number in parts.items() if name != "calibration"}
+    return counts | {"flops": Ledger(**parts | ({"looks": parts["looks"] + measured} if measured else {}))}
 
 
 @dataclass
-class Snapshot:
+class Snapshot(Counts):
     """A run between two steps, as plain tensors and JSON values.
 
     weights {name: tensor}; moments {name: {key: tensor}} (AdamW's scalar step count included); pruner tensors and
     facts (None where nothing is pruned), among the tensors `origin_of`. Weights and moments of a run of several
-    processes are DTensors. config: the
-    transformers config as a dict. Counts: optimizer steps done, tokens read in steps, tokens of looks at
-    the gradient. flops: by part (pruning/ledger.py). skipped_steps: those whose loss or gradient was not finite, in all
-    and up to now without a good one between.
+    processes are DTensors. config: the transformers config as a dict.
     """
 
     config: dict[str, Any]
-    step: int
-    tokens: int
-    refresh_tokens: int
-    flops: dict[str, float]
-    skipped_steps: int
-    skipped_in_a_row: int
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     pruner_tensors: dict[str, Tensor] = field(default_factory=dict)
     pruner_facts: dict[str, Any] | None = None
-
-
-def snapshot_of(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    pruner: PruningEngine | None,
-    counts: Mapping[str, Any] | None = None,
-    origin: Mapping[str, Tensor] | None = None,
-) -> Snapshot:
-    """Model, optimizer and pruner between two steps, uncopied. counts: COUNTS by name, default all 0. origin: as of
-    `origin_of`, where it is known."""
-    counts = dict.fromkeys(COUNTS, 0) | {"flops": {}} if counts is None else counts
-    named = dict(model.named_parameters())
-    weights = {name: weight.detach() for name, weight in named.items()}
-    moments = {name: dict(optimizer.state.get(weight, {})) for name, weight in named.items()}
-    tensors, facts = pruner.state() if pruner else ({}, None)
-    return Snapshot(
-        model.config.to_dict(),
-        **counts,
-        weights=weights,
-        moments=moments,
-        pruner_tensors=tensors | {ORIGIN + name: units for name, units in (origin or {}).items()},
-        pruner_facts=facts,
-    )
 
 
 def origin_of(space: Space) -> dict[str, Tensor]:
@@ -121,11 +114,11 @@ def cut(
     live = Live(masks)
     kept = choose_kept(live, widths)
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume, ranks=ranks)
-    tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.tensors().items()}
+    tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    tensors |= {ORIGIN + name: _cut_origin(units, kept[name]) for name, units in origin.items()}
+    tensors |= {ORIGIN + name: _cut_origin(units, kept.units[name]) for name, units in origin.items()}
     tensors |= {TOKENS + name: ids for name, ids in tokens.items()}
-    narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept[LAYERS].tolist())).to_dict()
+    narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept.units[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)
 
 

@@ -8,7 +8,7 @@ no other way in which a tensor changes its shape.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,14 +24,13 @@ from efficientllm.pruning.contract import ORIGIN
 from efficientllm.pruning.engine import PrunerOptions, PruningEngine
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
-from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.live import part_of
 from efficientllm.pruning.schedule import Schedule
 from efficientllm.pruning.shards import whole
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.gradient import Precision
 from efficientllm.training.optim import build_optimizer, load_moments, shaped_moments
-from efficientllm.training.snapshot import COUNTS, Snapshot, config_of, fill_model, origin_of, snapshot_of
+from efficientllm.training.snapshot import Counts, Snapshot, config_of, counts_of, fill_model, origin_of
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
     from efficientllm.config import TrainConfig
@@ -62,7 +61,7 @@ class PruningPlan:
 
 
 @dataclass
-class TrainState:
+class TrainState(Counts):
     """A live run: everything that changes while it trains. Whatever calls the model does so inside `runner.run`, which
     gathers sharded weights for as long as the call lasts; ranks: this process among those that share the run; origin:
     as of `origin_of`, empty where it is not known."""
@@ -73,13 +72,11 @@ class TrainState:
     pruner: PruningEngine | None
     runner: Runner = ALONE
     ranks: World = ALONE
-    step: int = 0
-    tokens: int = 0
-    refresh_tokens: int = 0
-    flops: Ledger = field(default_factory=Ledger)
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
     origin: dict[str, Tensor] = field(default_factory=dict)
+
+    def become(self, other: TrainState) -> None:
+        """Goes on as another run, which is to be dropped."""
+        vars(self).update(vars(other))
 
     @property
     def device(self) -> torch.device:
@@ -142,21 +139,27 @@ def assemble(
             reduction=ranks,
         )
     origin = origin_of(space) if snapshot is None else part_of(snapshot.pruner_tensors, ORIGIN)
-    state = TrainState(model, optimizer, space, pruner, runner, ranks, origin=origin)
+    counts = counts_of(snapshot) if snapshot else {}
+    state = TrainState(model, optimizer, space, pruner, runner, ranks, origin, **counts)
     if snapshot is not None:
         load_moments(optimizer, model, snapshot.moments)
         if pruner and snapshot.pruner_facts is not None:
             pruner.load_state(snapshot.pruner_tensors, snapshot.pruner_facts)
-        for name in COUNTS:
-            setattr(state, name, getattr(snapshot, name))
-        state.flops = Ledger(**snapshot.flops)  # which a snapshot, made of JSON values, has as a dict
     return state
 
 
 def capture(state: TrainState) -> Snapshot:
     """The state as a snapshot. Its tensors are the live ones, not copies: use or write it before the next step."""
-    counts = {name: getattr(state, name) for name in COUNTS} | {"flops": asdict(state.flops)}
-    return snapshot_of(state.model, state.optimizer, state.pruner, counts, state.origin)
+    named = dict(state.model.named_parameters())
+    tensors, facts = state.pruner.state() if state.pruner else ({}, None)
+    return Snapshot(
+        state.model.config.to_dict(),
+        {name: weight.detach() for name, weight in named.items()},
+        {name: dict(state.optimizer.state.get(weight, {})) for name, weight in named.items()},
+        tensors | {ORIGIN + name: units for name, units in state.origin.items()},
+        facts,
+        **counts_of(state),
+    )
 
 
 def restore(
