@@ -32,7 +32,7 @@ def probe(
     """Measure how well every criterion predicts what removing a unit of this model really costs."""
     from efficientllm.jobs.probing import ProbeRequest, run_probe
     from efficientllm.pruning.dimensions import DEFAULT_TYPES, EXPERT_TYPES, PRUNING_TYPES
-    from efficientllm.reporting.tables import print_probe
+    from efficientllm.reporting.tables import print_rows
 
     result = run_probe(
         ProbeRequest(
@@ -50,13 +50,27 @@ def probe(
         ),
         say,
     )
-    print_probe(result["criteria"])
+    groups = list(next(iter(result["criteria"].values())))
+    rows = [["prune.saliency", *groups]]
+    for name, found in result["criteria"].items():
+        rows.append([name, *(f"{found[each]['rank_correlation']:.2f} ({found[each]['scale']:.3g})" for each in groups)])
+    title = "rank correlation with the true loss increase, and (scale: score / truth)"
+    print_rows(rows, title, figures=True)
     say(f"{out / 'probe.json'}, {out / 'probe.png'}")
 
 
 @app.command()
 def criteria() -> None:
     """List the saliency criteria: what each looks at, what it costs, and the paper it is from."""
-    from efficientllm.reporting.tables import print_criteria
+    from efficientllm.pruning.criteria import CRITERIA
+    from efficientllm.reporting.tables import console, print_rows
 
-    print_criteria()
+    rows = [["prune.saliency", "score of a unit", "looks at", "cost", "paper"]]
+    for each in CRITERIA.values():
+        looks = "nothing" if each.needs == "nothing" else " and ".join({"weights": None, each.needs: None})
+        rows.append([each.name, each.about, looks, each.cost, each.source])
+    print_rows(rows)
+    console().print(
+        "In the loop on a model of 1 M parameters flap and sparsegpt ended no better than random (three seeds, "
+        "docs/results/ablations.md); efficientllm probe measures them all on yours."
+    )

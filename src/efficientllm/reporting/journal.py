@@ -90,25 +90,34 @@ def read_journal(path: Path | str) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return (line without its newline, record) of every whole line."""
     try:
-        raw = path.read_bytes().split(b"\n")
+        lines = parsed_lines(path)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): mend its permissions") from error
-    if raw[-1] == b"":
-        raw.pop()
-    result = []
-    for number, line in enumerate(raw, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:  # also UnicodeDecodeError: blocks that never reached the disk read as zero bytes
-            record = None
-        if isinstance(record, dict):
-            result.append((line, record))
-        elif number < len(raw):
+    for number, (_, record) in enumerate(lines, start=1):
+        if record is None:
             raise UsageError(
                 f"{path}, line {number}: not a JSON record; the file was damaged after it was written: "
                 "take that line out, or restore the file from a copy"
             )
-    return result
+    return [(line, record) for line, record in lines if record is not None]
+
+
+def parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """(line without its newline, record) of every line, None where it is no JSON object; a torn last one is left out:
+    it is being written, or was when the process died. Raises OSError."""
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    parsed = [(line, _record(line)) for line in lines]
+    return parsed[:-1] if parsed and parsed[-1][1] is None else parsed
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # also UnicodeDecodeError: blocks that never reached the disk read as zeros
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _step(record: Mapping[str, Any], path: Path, number: int) -> int:

@@ -6,6 +6,7 @@ shrinks); where the stream is no terminal its display is never started, and its 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -86,14 +87,12 @@ class RunProgress:
         interval: float = LINE_INTERVAL_SECONDS,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._begin = (description, total, start)
-        self._stream, self._interval, self._clock = stream, interval, clock
-        self._last_line: float | None = None
+        self._bars, self._interval = _Bars(stream, clock), interval
+        self._task = self._bars.add(description, total, start)
+        self._next_line = -math.inf
         self._unsaid = False
 
     def __enter__(self) -> Self:
-        self._bars = _Bars(self._stream, self._clock)
-        self._task = self._bars.add(*self._begin)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,11 +115,9 @@ class RunProgress:
             "" if tokens_per_second is None else f"{format_count(round(tokens_per_second))} tok/s",
         ]
         self._bars.update(self._task.id, completed=tokens, status="  ".join(part for part in shown if part))
-        if not self._bars.shown:
-            self._unsaid = True
-            if self._last_line is None or self._clock() - self._last_line >= self._interval:
-                self._last_line = self._clock()
-                self._write_line()
+        self._unsaid = not self._bars.shown
+        if self._unsaid and self._bars.get_time() >= self._next_line:
+            self._write_line()
 
     def note(self, message: str) -> None:
         """Print `message` above the bar, where it stays."""
@@ -132,6 +129,7 @@ class RunProgress:
 
     def _write_line(self) -> None:
         task, self._unsaid = self._task, False
+        self._next_line = self._bars.get_time() + self._interval
         done, total = int(task.completed), int(task.total or 0)
         share = done / total if total else 1.0
         line = f"{task.description}: {share:.0%}, {format_count(done)} of {format_count(total)} tokens"
@@ -145,7 +143,7 @@ class Tracker:
     """One piece of side work, shown while the context lasts; `advance` is called as it goes on."""
 
     def __init__(self, description: str, total: int, bars: _Bars, interval: float) -> None:
-        self._bars, self._interval, self._total = bars, interval, total
+        self._bars, self._interval = bars, interval
         self._task = bars.add(description, total)
         self._next_line = bars.get_time() + QUIET_SECONDS
         self._spoken = False
@@ -156,18 +154,20 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         """Takes the bar away; in plain output says the time that it took, if it was announced at all."""
         if self._spoken:
-            done = int(self._task.completed)
-            self._say("done" if done >= self._total else f"{done} of {self._total}")
+            self._say("done" if self._task.finished else self._done)
         self._bars.remove_task(self._task.id)
 
     def advance(self, units: int = 1) -> None:
         """Count `units` more of the total as done."""
-        done = int(self._task.completed) + units
-        self._bars.update(self._task.id, completed=done)
+        self._bars.advance(self._task.id, units)
         now = self._bars.get_time()
-        if not self._bars.shown and now >= self._next_line and done < self._total:
+        if not self._bars.shown and now >= self._next_line and not self._task.finished:
             self._next_line, self._spoken = now + self._interval, True
-            self._say(f"{done} of {self._total}", " elapsed")
+            self._say(self._done, " elapsed")
+
+    @property
+    def _done(self) -> str:
+        return f"{int(self._task.completed)} of {int(self._task.total or 0)}"
 
     def _say(self, state: str, more: str = "") -> None:
         self._bars.say(f"{self._task.description}: {state}, {_duration(self._task.elapsed)}{more}")

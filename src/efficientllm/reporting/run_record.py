@@ -16,6 +16,7 @@ from pydantic import ConfigDict, PositiveInt, TypeAdapter, create_model
 
 from efficientllm.errors import UsageError
 from efficientllm.pruning.widths import Widths
+from efficientllm.reporting.journal import parsed_lines
 from efficientllm.reporting.tables import EXPERT_LABELS, WIDTH_LABELS
 
 Record = Mapping[str, Any]
@@ -122,42 +123,39 @@ def _text(file: Path) -> str | None:
 
 
 def _lines(file: Path, form: Any, notes: list[str]) -> list[Record]:
-    """The lines of a journal that can be read, and a note that counts the others. A last line without its end is being
-    written, or was when the process died: no note of that."""
+    """The lines of a journal that can be read, and a note that counts the others."""
     try:
-        *whole, rest = file.read_bytes().split(b"\n")
+        lines = parsed_lines(file)
     except FileNotFoundError:
         return []
     except OSError as error:
         notes.append(f"{file} cannot be read ({error.strerror})")
         return []
-    one = TypeAdapter(form)
-    records = [_parsed(line, one) for line in whole]
-    if None in records:
-        notes.append(f"{file.name}: {records.count(None)} of {len(whole)} lines cannot be read and are left out")
-    return [record for record in (*records, _parsed(rest, one)) if record is not None]
+    records = [record for _, record in lines if record is not None and _fits(record, form)]
+    if len(records) < len(lines):
+        left_out = len(lines) - len(records)
+        notes.append(f"{file.name}: {left_out} of {len(lines)} lines cannot be read and are left out")
+    return records
 
 
 def _object(file: Path, form: Any, notes: list[str]) -> Any:
     """The content of a JSON file; None, and a note, where it cannot be read or is of another form; None without it."""
     try:
-        text = file.read_bytes()
-        json.loads(text)
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{file} cannot be read ({error}) and is left out")
         return None
-    content = _parsed(text, TypeAdapter(form))
-    if content is None:
-        notes.append(f"{file} is not of the form that efficientllm writes and is left out")
-    return content
+    if _fits(content, form):
+        return content
+    notes.append(f"{file} is not of the form that efficientllm writes and is left out")
+    return None
 
 
-def _parsed(text: bytes, form: TypeAdapter[Any]) -> Any:
-    """The content as Python's own json reads it; None where it is of another form."""
+def _fits(content: Any, form: Any) -> bool:
     try:
-        form.validate_json(text)
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        TypeAdapter(form).validate_python(content)
+    except ValueError:
+        return False
+    return True

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from efficientllm.reporting.templates import rendered
+
 PIPED_WIDTH = 160
 WIDTH_LABELS = {  # of a shape's record (Widths.record), in the order in which reports and cards show them
     "layers": "layers",
@@ -26,32 +28,13 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
 
 
-def print_criteria() -> None:
-    from efficientllm.pruning.criteria import CRITERIA
-
-    table = Table(box=box.SIMPLE)
-    for name in ("prune.saliency", "score of a unit", "looks at", "cost", "paper"):
-        table.add_column(name)
-    for each in CRITERIA.values():
-        looks = "nothing" if each.needs == "nothing" else " and ".join({"weights": None, each.needs: None})
-        table.add_row(each.name, each.about, looks, each.cost, each.source)
-    console().print(table)
-    console().print(
-        "In the loop on a model of 1 M parameters flap and sparsegpt ended no better than random (three seeds, "
-        "docs/results/ablations.md); efficientllm probe measures them all on yours."
-    )
-
-
-def print_probe(criteria: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Rank correlation with the true loss increase, and scale, of every criterion within each type and over all."""
-    groups = list(next(iter(criteria.values())))
-    table = Table(box=box.SIMPLE, title="rank correlation with the true loss increase, and (scale: score / truth)")
-    table.add_column("prune.saliency")
-    for group in groups:
-        table.add_column(group, justify="right")
-    for name, verdict in criteria.items():
-        cells = [f"{verdict[group]['rank_correlation']:.2f} ({verdict[group]['scale']:.3g})" for group in groups]
-        table.add_row(name, *cells)
+def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, figures: bool = False) -> None:
+    """The first row is the head. figures: whether all columns but the first hold them, which stand to the right."""
+    table = Table(box=box.SIMPLE, title=title)
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if figures and place else "left")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
     console().print(table)
 
 
@@ -89,31 +72,12 @@ def print_keys(rows: Sequence[KeyRow]) -> None:
 def keys_page(rows: Sequence[KeyRow], gone: Mapping[str, str]) -> str:
     """The reference of recipe keys in Markdown: a table for the keys at the top, and one for each section. gone: keys
     that there are no longer, and what to do instead."""
-    groups: dict[str, list[KeyRow]] = {}
-    for row in rows:
-        groups.setdefault(row[0].split(".")[0].removesuffix("[]") if "." in row[0] else "", []).append(row)
-    lines = [
-        "# Keys of a recipe",
-        "",
-        "What `efficientllm keys --markdown` prints. Sizes read as `469M`, `74B` or `32K`; places in the run as tokens "
-        "or percent of",
-        "`train.tokens`; null restores the default. A key that is unknown, or without effect beside the others, is "
-        "refused.",
-    ]
-    for group, own in sorted(groups.items(), key=lambda item: item[0] != ""):
-        lines += [
-            "",
-            f"## {group}" if group else "## At the top",
-            "",
-            "| key | default | meaning |",
-            "| --- | --- | --- |",
-        ]
-        for name, default, meaning, choices in own:
-            cell = f"`{default}`" if default and default != "required" else default
-            lines.append(f"| `{name}` | {cell} | {_with_choices(meaning, choices)} |".replace("||", "\\|\\|"))
-    lines += ["", "## Keys that went", "", "A recipe that still has one is refused with its sentence.", ""]
-    lines += [f"* `{name}`: {instead}." for name, instead in gone.items()]
-    return "\n".join(lines) + "\n"
+    groups: dict[str, list[tuple[str, str, str]]] = {"At the top": []}
+    for name, default, meaning, choices in rows:
+        group = name.split(".")[0].removesuffix("[]") if "." in name else "At the top"
+        cell = f"`{default}`" if default and default != "required" else default
+        groups.setdefault(group, []).append((name, cell, _with_choices(meaning, choices).replace("||", "\\|\\|")))
+    return rendered("keys.md", groups={group: own for group, own in groups.items() if own}, gone=gone)
 
 
 def _with_choices(meaning: str, choices: tuple[str, ...]) -> str:
