@@ -19,12 +19,12 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 
+from bare_loop import OPTIONS
 from conftest import tiny_model
 from distributed.scenario import tensors_of
 from efficientllm import Pruner, PruningCallback
 from efficientllm.errors import UsageError
 
-OPTIONS: dict[str, Any] = {"floors": {"intermediate": 8}, "align": 4, "bound": 0.05}
 STEPS = 8
 
 SHAPE = {"hidden": 28, "heads": 2, "kv_heads": 1, "intermediate": 32}

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
+from bare_loop import OPTIONS
 from conftest import tiny_model
-from distributed.loops import HAND, OPTIONS, Case, by_hand, place, refusals, warned, write_down
+from distributed.loops import HAND, Case, by_hand, place, refusals, warned, write_down
 from efficientllm import PruningCallback
 from efficientllm.distributed.launch import joined
 
