@@ -1,3 +1,4 @@
+import io
 import json
 import math
 from pathlib import Path
@@ -5,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from efficientllm.errors import UsageError
 from efficientllm.pruning.dimensions import EXPERT_TYPES
+from efficientllm.reporting import plots
 from efficientllm.reporting.journal import Journal
 from efficientllm.reporting.plot_style import (
     LOSS_COLOUR,
@@ -70,6 +73,17 @@ def test_run_picture_shows_every_series(tmp_path: Path) -> None:
         assert pixels_of(lower, colour) > 50
     # pruning is a quarter of the run: the upper panels show it large, the lower one as a band
     assert pixels_of(upper, PHASE_COLOUR) > 2 * pixels_of(lower, PHASE_COLOUR) > 0
+
+
+def test_a_legend_of_every_type_stays_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, out: drawn.append(figure))
+    plot_run(write_run(tmp_path / "run"), tmp_path / "run.png")
+    (figure,) = drawn
+    figure.savefig(io.BytesIO())  # lays it out
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend())]
+    assert [len(legend.get_texts()) for legend in legends] == [len(TYPE_STYLES), 4, 4]
+    assert all(legend.get_window_extent().x1 < figure.bbox.x1 for legend in legends)
 
 
 def test_same_records_same_bytes(tmp_path: Path) -> None:

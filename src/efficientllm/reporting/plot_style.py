@@ -44,6 +44,7 @@ RUN_LINES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 RUN_MARKERS = ("o", "s", "^", "D")
 WIDTH = 8.4  # inches
 LINE_OF_LEGEND = 0.21  # inches
+ROOM_OF_ROW = 150  # characters above a panel of RUN/run.png
 ROOM_OF_LEGEND = 90  # characters side by side under a plot
 _RC = {
     "figure.constrained_layout.use": True, "figure.titlesize": 13, "figure.titleweight": "bold", "savefig.dpi": 130,
@@ -105,10 +106,12 @@ def labelled(*panels: Axes) -> dict[str, Any]:
     return found
 
 
-def legend_above(axes: Axes, named: Mapping[str, Any]) -> None:
-    """A legend in a row between title and panel, where it hides no data."""
+def legend_above(axes: Axes, title: str, named: Mapping[str, Any]) -> None:
+    """A legend between title and panel, where it hides no data: in a row, or in two of what is too long for one."""
     style: dict[str, Any] = {"handlelength": 1.8, "columnspacing": 1.2, "borderaxespad": 0.1, "borderpad": 0.2}
-    style |= {"ncols": max(len(named), 1), "fontsize": 8.5 if len(named) < 5 else 7.5}
+    rows = 1 if sum(len(label) + 6 for label in named) < ROOM_OF_ROW else 2
+    style |= {"ncols": max(1, -(-len(named) // rows)), "fontsize": 8.5 if len(named) < 5 else 7.5}
+    axes.set_title(title, pad=8 + 14 * rows)
     legend = axes.legend(named.values(), named, loc="lower left", bbox_to_anchor=(0.0, 1.0), **style)
     legend.set_in_layout(False)  # a long one must not make the panel narrower
 

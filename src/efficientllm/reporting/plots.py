@@ -74,8 +74,7 @@ def plot_run(folder: Path | str, out: Path | str, title: str | None = None) -> P
         axes.tick_params(labelbottom=last)
     titles = [SALIENCY.caption, RATIO.caption, "Loss and size"][-1 - len(upper) :]
     for axes, caption in zip((*upper, loss), titles, strict=True):
-        axes.set_title(caption, pad=22)
-        legend_above(axes, labelled(axes, *([size] if axes is loss else [])))
+        legend_above(axes, caption, labelled(axes, *([size] if axes is loss else [])))
         axes.set_xlim(0, stop * 1.06 if zoomed and axes is not loss else end)
         if pruned:
             (size if axes is loss else axes).axvspan(begin, stop, color=PHASE_COLOUR, zorder=0, linewidth=0)
