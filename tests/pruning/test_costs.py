@@ -38,12 +38,15 @@ SPACE = space_of(tiny_config("llama-gqa"))  # 2 layers, hidden 40, 4 heads on 2 
 LEAST, MOST = Widths(1, 8, 1, 1, 8), Widths(3, 96, 24, 6, 200)
 
 
-def table_cost(seed: int = 0) -> TableCost:
-    """Random seconds, made monotone, over a grid from LEAST to MOST."""
+def table_cost(seed: int = 0, *, small: bool = False) -> TableCost:
+    """Random seconds, made monotone, over a grid from LEAST to MOST; over small widths one value in three is as low as
+    its neighbour's."""
     grid = ((1, 2, 3), (8, 30, 96), (1, 3, 6), (1, 4), (8, 50, 120, 200))
+    if small:
+        grid = ((1, 2, 3), (8, 12, 24), (1, 2, 3), (1, 3), (8, 12, 20, 32))
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand([len(levels) for levels in grid], generator=generator, dtype=torch.float64)
-    return TableCost(grid, never_falling(values), "a table")
+    return TableCost(grid, never_falling(values.where(values > 0.33, values.min()) if small else values), "a table")
 
 
 def cost_named(name: str, space: Space = SPACE, seed: int = 0) -> Cost:
@@ -52,14 +55,15 @@ def cost_named(name: str, space: Space = SPACE, seed: int = 0) -> Cost:
 
 
 NAMES = ("params", "flops", "kv-cache", "latency")
-shapes = st.builds(
-    lambda layers, hidden, kv, queries, ffn: Widths(layers, hidden, kv * queries, kv, ffn),
-    st.integers(1, 3),
-    st.integers(8, 96),
-    st.integers(1, 6),
-    st.integers(1, 4),
-    st.integers(8, 200),
-)
+
+
+def widths_up_to(layers: int, hidden: int, kv: int, queries: int, ffn: int) -> st.SearchStrategy[Widths]:
+    least = (1, 8, 1, 1, 8)
+    drawn = [st.integers(*ends) for ends in zip(least, (layers, hidden, kv, queries, ffn), strict=True)]
+    return st.builds(lambda layers, hidden, kv, queries, ffn: Widths(layers, hidden, kv * queries, kv, ffn), *drawn)
+
+
+shapes, small = widths_up_to(3, 96, 6, 4, 200), widths_up_to(3, 24, 3, 3, 32)
 
 
 def test_costs_are_what_a_model_costs() -> None:
@@ -101,16 +105,6 @@ def test_the_table_is_exact_at_its_shapes_and_linear_between() -> None:
         cost(MOST.changed(hidden=97))
 
 
-small = st.builds(
-    lambda layers, hidden, kv, queries, ffn: Widths(layers, hidden, kv * queries, kv, ffn),
-    st.integers(1, 3),
-    st.integers(8, 24),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(8, 32),
-)
-
-
 def maximal(cost: Cost, source: Widths, target: float, types: tuple[str, ...], step: int) -> set[tuple[int, ...]]:
     """By brute force: the aligned shapes under the target that no other of them has everywhere as wide or wider."""
     axes = []
@@ -148,7 +142,7 @@ def test_every_allowed_path_ends_in_a_maximal_shape(
     """Whatever the order of events, cost (tables with flats among them), depth and a milestone before."""
     config = tiny_config("llama-gqa", num_hidden_layers=source.layers, tie_word_embeddings=tied)
     space = Space(space_of(config).params, source, 6)
-    cost = flat_table(seed % 5) if name == "latency" else cost_named(name, space)
+    cost = table_cost(seed % 5, small=True) if name == "latency" else cost_named(name, space)
     types = tuple(each for each in PRUNING_TYPES if each in chosen and counts(cost, source, each, LEAST))
     order, options = random.Random(seed), {"types": types, "align": Alignment(step, step), "cost": cost}
     whole = cost(source)
@@ -181,14 +175,6 @@ def test_every_allowed_path_ends_in_a_maximal_shape(
     assert tuple(place_of(walk_at_random(feasible, between, types, order))) in want
 
 
-def flat_table(seed: int) -> TableCost:
-    """As `table_cost`, over small widths and with one value in three as low as its neighbour's."""
-    grid = ((1, 2, 3), (8, 12, 24), (1, 2, 3), (1, 3), (8, 12, 20, 32))
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.rand([len(levels) for levels in grid], generator=generator, dtype=torch.float64)
-    return TableCost(grid, never_falling(values.where(values > 0.33, values.min())), "a table")
-
-
 def test_events_are_priced_in_the_run_s_cost() -> None:
     """In whole parameters where nothing else is asked for; an event that saves nothing is never the lightest."""
     live = Live.full(SPACE.widths)
@@ -211,19 +197,12 @@ def test_events_are_priced_in_the_run_s_cost() -> None:
     assert {name for name, event in cached.items() if event.damage < math.inf} in ({"attention"}, {"depth"})
 
 
-FLAT_GRID = ((2,), (8, 40), (1, 2), (1, 2), (8, 30, 52))
-
-
-def flat_at(ffn: int, seconds: float = 1.0) -> TableCost:
+def flat_at(ffn: int) -> TableCost:
     """Latency that grows with hidden and heads, and with FFN channels below `ffn` only."""
-    values = [
-        seconds * (hidden + 10 * kv + 10 * queries + min(each, ffn))
-        for hidden in FLAT_GRID[1]
-        for kv in FLAT_GRID[2]
-        for queries in FLAT_GRID[3]
-        for each in FLAT_GRID[4]
-    ]
-    return TableCost(FLAT_GRID, torch.tensor(values, dtype=torch.float64).view(1, 2, 2, 2, 3), "a table")
+    grid = ((2,), (8, 40), (1, 2), (1, 2), (8, 30, 52))
+    places = itertools.product(*grid)
+    seconds = [hidden + 10 * kv + 10 * queries + min(each, ffn) for _, hidden, kv, queries, each in places]
+    return TableCost(grid, torch.tensor(seconds, dtype=torch.float64).view(1, 2, 2, 2, 3), "a table")
 
 
 def test_a_flat_stretch_of_a_table_is_priced_by_the_whole_way() -> None:

@@ -65,3 +65,10 @@ def test_one_without_its_function_is_refused_where_it_is_made(needs: Needs, miss
     with pytest.raises(ValueError, match=f"criterion 'mine' looks at {needs}: give it {missing}="):
         Criterion("mine", needs, "here", "of a test", "free", column=reach)
     assert Criterion("mine", "nothing", "here", "of a test", "free").element is None
+
+
+def test_an_unknown_type_or_criterion_in_the_mapping_is_named() -> None:
+    with pytest.raises(ValueError, match="'fnn' is no pruning type here"):
+        criteria_of({"fnn": "flap"}, PRUNING_TYPES)
+    with pytest.raises(ValueError, match="'flapp'; did you mean 'flap'"):
+        criteria_of({"ffn": "flapp"}, PRUNING_TYPES)
