@@ -176,7 +176,7 @@ class Subject:
         self.pace.least = 0.96 * self.state.allocated_parameters
         probe: Any = SimpleNamespace(vocabulary=lambda *_: None)  # all that one bundle, not corrected, asks for
         engine.step(self.state.tokens, probe)
-        widths = compaction_widths(engine.widths, engine.space.widths, replace(plan, compact_at=0.0), exactly=False)
+        widths = compaction_widths(engine.widths, engine.space.widths, plan.feasible)
         assert widths is not None
         self._compile(False)
         self._compiled = []  # of the blocks that are about to go

@@ -98,7 +98,7 @@ class Pruner:
             warnings.warn(advice, stacklevel=2)
         size, feasible = milestones[-1].cost(space.widths), milestones[-1]
         schedule = SpanSchedule(start, start + steps, size, feasible.target, options.curve)
-        self._plan = PruningPlan(copy.deepcopy(model.config), milestones, schedule, decides, compact_at=0.0)
+        self._plan = PruningPlan(copy.deepcopy(model.config), milestones, schedule, decides)
         self._state = assemble(model, optimizer, self._plan, runner, ranks)
         self._asked = options.model_dump(mode="json") | {"steps": steps, "start": start, "length": sequence_length}
         self._sharded = any(is_sharded(weight) for weight in model.parameters())
@@ -186,7 +186,7 @@ class Pruner:
         self._passes.close()
 
     def _narrower(self) -> Widths | None:
-        return compaction_widths(self.widths, self._state.space.widths, self._plan, exactly=self.finished)
+        return compaction_widths(self.widths, self._state.space.widths, self._plan.feasible, exactly=self.finished)
 
     def _cut(self, *, moments: bool = True) -> Snapshot:
         """The run at its live widths, rounded up to the alignment until pruning is finished, in new tensors."""

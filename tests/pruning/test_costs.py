@@ -23,7 +23,6 @@ from efficientllm.pruning.costs import (
     Params,
     TableCost,
     counts,
-    place_of,
     shape_at,
 )
 from efficientllm.pruning.dimensions import PRUNING_TYPES
@@ -157,8 +156,8 @@ def test_every_allowed_path_ends_in_a_maximal_shape(
     feasible = FeasibleShapes(space, target, floors=floors, **options)
     assert set(map(tuple, feasible.shapes.tolist())) == want
     assert feasible.sizes.tolist() == sorted((cost(shape_at(each)) for each in want), reverse=True)
-    assert tuple(place_of(walk_at_random(feasible, source, types, order))) in want
-    assert tuple(place_of(feasible.balanced())) in want
+    assert tuple(feasible.place(walk_at_random(feasible, source, types, order))) in want
+    assert tuple(feasible.place(feasible.balanced())) in want
     above = {each for each in maximal(cost, source, milestone, types, step) if cost(shape_at(each)) > target}
     leads_on = {each for each in above if any(all(a <= b for a, b in zip(end, each, strict=True)) for end in want)}
     if milestone in (target, whole):
@@ -171,8 +170,8 @@ def test_every_allowed_path_ends_in_a_maximal_shape(
     first.before(feasible)
     assert set(map(tuple, first.shapes.tolist())) == leads_on
     between = walk_at_random(first, source, types, order)
-    assert tuple(place_of(between)) in leads_on
-    assert tuple(place_of(walk_at_random(feasible, between, types, order))) in want
+    assert tuple(feasible.place(between)) in leads_on
+    assert tuple(feasible.place(walk_at_random(feasible, between, types, order))) in want
 
 
 def test_events_are_priced_in_the_run_s_cost() -> None:

@@ -7,7 +7,6 @@ import torch
 
 from conftest import tiny_config
 from efficientllm.models.space import space_of
-from efficientllm.pruning.costs import place_of
 from efficientllm.pruning.dimensions import PRUNING_TYPES
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Removal, Space
@@ -112,7 +111,7 @@ def test_what_falls_with_a_layer_falls_once() -> None:
     table["depth"] *= 10.0
     goals = [Widths(1, 40, 4, 2, 44), Widths(2, 40, 4, 2, 38)]  # 10 + 8 nats, 2 * 14 nats
     feasible = FeasibleShapes(SPACE, SPACE.num_params() // 2, types=PRUNING_TYPES, align=Alignment(), floors=Floors())
-    feasible.shapes = torch.tensor([place_of(each) for each in goals])
+    feasible.shapes = torch.tensor([feasible.place(each) for each in goals])
     options = {"feasible": feasible, "types": PRUNING_TYPES}
     assert least_damaging(Ranking(table, live), SPACE.widths, **options) == goals[0]
     table["depth"] *= 2.1  # 21 + 8

@@ -84,8 +84,10 @@ def test_sizes_are_aligned_and_worth_a_new_encoding() -> None:
 def test_it_is_asked_at_first_and_whenever_a_fifth_has_fallen() -> None:
     tokens = Tokens()
     assert [tokens.ask(size) for size in (100, 99, 81, 80, 79, 64)] == [True, False, False, True, False, True]
-    saved = Tokens.of({KEPT: torch.arange(3)}, tokens.facts())
-    assert (saved.asked_at, saved.tensors()[KEPT].tolist()) == (64, [0, 1, 2])
+    tokens.kept = torch.arange(3)
+    saved = Tokens.of(*tokens.state())
+    assert saved.asked_at == 64
+    assert saved.kept is tokens.kept
 
 
 @pytest.mark.parametrize("prune", [{"target": 0.4}, {"target": {"flops": "60%"}, "cost": "flops"}])

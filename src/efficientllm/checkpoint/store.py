@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +35,6 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 ONE_PROCESS = {"weights.safetensors", "optimizer.safetensors", "pruner.safetensors"}
 FREE_AND_GO_ON = "earlier checkpoints are whole: free disk space or mend permissions, then run the same command again"
-T = TypeVar("T")
 ALWAYS = {"files", "config", "pruner", "step", "tokens", "refresh_tokens"}  # in manifests of every version
 
 
@@ -47,15 +46,26 @@ def save(folder: Path, snapshot: Snapshot, ranks: World = ALONE) -> Path:
     path = folder / f"step-{snapshot.step:08d}"
     what = f"checkpoint {path}"
     with disk_errors(what, ranks), ExitStack() as stack:
-        partial = ranks.from_first(lambda: _said(what, lambda: stack.enter_context(atomic_path(path))))
+        begin = disk_errors(what)(lambda: stack.enter_context(atomic_path(path)))
+        partial = ranks.from_first(begin)
         files = _write_files(partial, snapshot) if ranks.world == 1 else write_shards(partial, _flat(snapshot), ranks)
 
+        @disk_errors(what)
         def finish() -> None:
-            manifest = _manifest(snapshot) | {"files": files}
+            manifest = {
+                "widths": widths_of(config_of(snapshot)).record(),
+                "format": FORMAT,
+                "efficientllm": __version__,
+                **counts_of(snapshot),
+                "flops": asdict(snapshot.flops),
+                "config": snapshot.config,
+                "pruner": snapshot.pruner_facts,
+                "files": files,
+            }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
             stack.close()
 
-        ranks.from_first(lambda: _said(what, finish))
+        ranks.from_first(finish)
     return path
 
 
@@ -66,11 +76,6 @@ def disk_errors(what: str, ranks: World = ALONE, mend: str = FREE_AND_GO_ON) -> 
         yield
     except (OSError, SafetensorError) as error:
         raise error_of_all(ranks, f"cannot write {what} ({error}); {mend}") from error
-
-
-def _said(what: str, do: Callable[[], T]) -> T:
-    with disk_errors(what):
-        return do()
 
 
 def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
@@ -90,18 +95,6 @@ def _write_files(partial: Path, snapshot: Snapshot) -> dict[str, Any]:
         save_file({key: value.contiguous() for key, value in content.items()}, file)
         files[file.name] = size_and_crc(file)
     return files
-
-
-def _manifest(snapshot: Snapshot) -> dict[str, Any]:
-    return {
-        "widths": widths_of(config_of(snapshot)).record(),
-        "format": FORMAT,
-        "efficientllm": __version__,
-        **counts_of(snapshot),
-        "flops": asdict(snapshot.flops),
-        "config": snapshot.config,
-        "pruner": snapshot.pruner_facts,
-    }
 
 
 def load(path: Path, ranks: World = ALONE, device: torch.device | str = "cpu") -> Snapshot:

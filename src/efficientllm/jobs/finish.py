@@ -22,14 +22,13 @@ from efficientllm.jobs.validate import validate
 from efficientllm.models.generation import listed
 from efficientllm.models.loading import load_generation_config
 from efficientllm.models.vocabulary import renumbered
-from efficientllm.pruning.shapes import fitted
 from efficientllm.reporting.journal import read_journal, without_nonfinite
 from efficientllm.reporting.model_card import write_model_card
 from efficientllm.reporting.plots import plot_run
 from efficientllm.reporting.progress import RunProgress
 from efficientllm.reporting.tables import flops_sentence
 from efficientllm.sizes import format_amount, format_count
-from efficientllm.training.compaction import compact
+from efficientllm.training.compaction import compact, compaction_widths
 from efficientllm.training.state import TrainState, whole_model
 
 Say = Callable[[str], None]
@@ -46,11 +45,10 @@ def finish(job: Job, state: TrainState, source: dict[str, Any], say: Say) -> dic
             f"the run ended at {format_amount(size, unit)}, above the target of "
             f"{format_amount(feasible.target, unit)}: events are left undone; train longer, or {mend}"
         )
-    if job.pruning and state.live_widths != state.space.widths:
+    if job.pruning:
         # Not only where it pays: what is dead must not be in the result, unless its family takes no such shape.
-        widths = job.pruning.feasible.align.round_up(state.live_widths, state.space.widths)
-        widths = fitted(state.space, widths, state.space.widths)
-        if widths != state.space.widths:
+        widths = compaction_widths(state.live_widths, state.space.widths, job.pruning.feasible)
+        if widths is not None:
             compact(state, widths, job.recipe.train, job.pruning)
     model = whole_model(state)
     return job.ranks.from_first(lambda: _leave_result(job, state, model, source, loss, say))

@@ -51,11 +51,7 @@ def leave_milestone(job: Job, state: TrainState, milestone: int, progress: RunPr
     }
     model = whole_model(state)
     with ExitStack() as stack:
-
-        def begin() -> Path:
-            with disk_errors(str(folder)):
-                return stack.enter_context(atomic_path(folder))
-
+        begin = disk_errors(str(folder))(lambda: stack.enter_context(atomic_path(folder)))
         partial = job.ranks.from_first(begin)
         snapshot = capture(state)
         origin = {name: units for name, units in snapshot.pruner_tensors.items() if name.startswith(ORIGIN)}

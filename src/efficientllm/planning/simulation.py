@@ -132,7 +132,8 @@ class Simulation:
         return flops
 
     def _compact(self, done: Simulated, *, exactly: bool) -> None:
-        widths = compaction_widths(done.at.widths, done.allocated, self._plan, exactly=exactly)
+        feasible, frees = self._plan.feasible, self._plan.compact_at
+        widths = compaction_widths(done.at.widths, done.allocated, feasible, exactly=exactly, frees=frees)
         if widths is not None:
             done.allocated = widths
             done.compactions += 1

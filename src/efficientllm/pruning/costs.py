@@ -45,11 +45,6 @@ def shape_at(place: Sequence[Any], axes: Sequence[str] = TABLE_AXES) -> Widths:
     return Widths.of(dict(zip(axes, place, strict=True)))
 
 
-def place_of(widths: Widths) -> list[int]:
-    """A number for each of its axes."""
-    return [widths[axis] for axis in axes_of(widths)]
-
-
 class Cost(Protocol):
     """A price of shapes.
 

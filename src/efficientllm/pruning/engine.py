@@ -175,9 +175,10 @@ class PruningEngine:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain JSON values."""
-        tensors, facts = self.looks.state()
-        tensors |= {f"{LIVE}{name}": mask for name, mask in self.live.items()} | self.tokens.tensors()
-        return tensors, facts | {"events": self.at.events, "rung": self.at.milestone} | self.tokens.facts()
+        scores, looked = self.looks.state()
+        kept, asked = self.tokens.state()
+        tensors = scores | {f"{LIVE}{name}": mask for name, mask in self.live.items()} | kept
+        return tensors, looked | {"events": self.at.events, "rung": self.at.milestone} | asked
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Takes up where `state` left off, from copies. Raises ValueError for tensors that do not belong to

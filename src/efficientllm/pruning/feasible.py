@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.costs import Cost, Params, axes_of, place_of, shape_at, types_along
+from efficientllm.pruning.costs import Cost, Params, axes_of, shape_at, types_along
 from efficientllm.pruning.groups import MULTIPLE, Space
 from efficientllm.pruning.shapes import Alignment, Floors, fits
 from efficientllm.pruning.widths import Widths
@@ -41,7 +41,7 @@ class FeasibleShapes:
     others further, where their steps are large.
 
     shapes: int64 (number, axes), a column for each of costs.axes_of, the largest first (ties in rising order of the
-    columns). sizes: what each of them costs.
+    columns). sizes: what each of them costs. types: the pruning type that narrows each of the columns.
 
     Raises ValueError, one sentence with the mend, when the target is not between the floors and the source.
     """
@@ -60,7 +60,7 @@ class FeasibleShapes:
         self.cost: Cost = cost or Params(space)
         source = space.widths
         self._names = axes_of(source)
-        self._types = types_along(self._names)
+        self.types = types_along(self._names)
         if isinstance(target, Widths):
             self._check_widths(target, types, floors)
             self.target: float = self.cost(target)
@@ -75,13 +75,13 @@ class FeasibleShapes:
                 pin.count(each),
                 align.step(each),
             )
-            for each in self._types
+            for each in self.types
         )
         self._keep(self._maximal())
 
     def _check_widths(self, target: Widths, types: tuple[str, ...], floors: Floors) -> None:
         source = self.space.widths
-        for pruning_type, width in zip(self._types, self._names, strict=True):
+        for pruning_type, width in zip(self.types, self._names, strict=True):
             name = {"queries_per_kv": "queries per KV head"}.get(width, width)
             have, want = source.count(pruning_type), target.count(pruning_type)
             floor, least = floors.of(pruning_type), self.space.least(pruning_type)
@@ -110,7 +110,7 @@ class FeasibleShapes:
         the target are closed downwards: a shape of which no single width can take its next step is maximal."""
         *others, ffn = self._axes
         grid = torch.meshgrid(*others, indexing="ij")
-        last = torch.where(fits(self.space, self._shape([*grid, grid[0]])), self._widest_ffn(grid), -1)
+        last = torch.where(fits(self.space, self.shape_of([*grid, grid[0]])), self._widest_ffn(grid), -1)
         feasible, best = last >= 0, last  # best: the widest FFN of all shapes that are no narrower elsewhere
         for dim in range(len(others)):
             best = best.flip(dim).cummax(dim).values.flip(dim)
@@ -130,7 +130,7 @@ class FeasibleShapes:
         ffn = self._axes[-1]
 
         def costs(index: Tensor) -> Tensor:
-            return torch.as_tensor(self.cost(self._shape([*grid, ffn[index]])))
+            return torch.as_tensor(self.cost(self.shape_of([*grid, ffn[index]])))
 
         least, source = costs(torch.zeros_like(grid[0])).min().item(), self.cost(self.space.widths)
         unit, target = self.cost.unit, self.target
@@ -151,12 +151,17 @@ class FeasibleShapes:
             low, high = torch.where(above, low, middle + 1), torch.where(above, middle, high)
         return low - 1
 
-    def _shape(self, place: Sequence[Any]) -> Widths:
+    def shape_of(self, place: Sequence[Any]) -> Widths:
+        """Widths from a number for each of the columns; their fields are tensors where the numbers are."""
         return shape_at(place, self._names)
+
+    def place(self, widths: Widths) -> list[int]:
+        """A number for each of the columns."""
+        return [widths[name] for name in self._names]
 
     def _keep(self, shapes: Tensor) -> None:
         """Lists these shapes, and for every point of the other axes the narrowest FFN from which one is in reach."""
-        sizes = torch.as_tensor(self.cost(self._shape(shapes.unbind(1))))
+        sizes = torch.as_tensor(self.cost(self.shape_of(shapes.unbind(1))))
         order = sizes.argsort(descending=True, stable=True)
         self.shapes, self.sizes = shapes[order], sizes[order]
         self._listed = set(map(tuple, self.shapes.tolist()))
@@ -190,28 +195,28 @@ class FeasibleShapes:
 
     def reachable(self, widths: Widths) -> bool:
         """Whether some feasible shape has no width above these."""
-        return bool(self._within_reach(torch.tensor([place_of(widths)])))
+        return bool(self._within_reach(torch.tensor([self.place(widths)])))
 
     def reached(self, widths: Widths) -> bool:
         """Whether these widths are a feasible shape."""
-        return tuple(place_of(widths)) in self._listed
+        return tuple(self.place(widths)) in self._listed
 
     def shape(self) -> Widths:
         """The final shape, where there is only one (a target given as widths)."""
         (only,) = self.shapes.tolist()
-        return self._shape(only)
+        return self.shape_of(only)
 
     def balanced(self, within: Widths | None = None) -> Widths:
         """Of the feasible shapes no wider than `within` (default: all) the one whose narrowest width, as a share of the
         source's, is the widest; ties to the larger. What a run will choose is damage's to say."""
         source = self.space.widths
-        shares = (self.shapes.double() / torch.tensor(place_of(source))).min(1).values
-        inside = (self.shapes <= torch.tensor(place_of(within or source))).all(1)
-        return self._shape(self.shapes[torch.where(inside, shares, -1.0).argmax()].tolist())
+        shares = (self.shapes.double() / torch.tensor(self.place(source))).min(1).values
+        inside = (self.shapes <= torch.tensor(self.place(within or source))).all(1)
+        return self.shape_of(self.shapes[torch.where(inside, shares, -1.0).argmax()].tolist())
 
     def least(self, pruning_type: str) -> int:
         """Units of one type in each of its rows in the narrowest shape looked at: its floor, where it may fall."""
-        return int(self._axes[self._types.index(pruning_type)][0])
+        return int(self._axes[self.types.index(pruning_type)][0])
 
     def may_fall(self, pruning_type: str, widths: Widths) -> bool:
         """Whether the type is above its floor, and one event of it keeps a feasible shape within reach."""

@@ -95,7 +95,12 @@ class Looks:
         stale = self.needs - self._fresh
         if stale & {"gradient", "gates"}:
             for left in reversed(range(gathers)):
-                inputs = self._pass(probe, names if left == 0 else [])
+                gates = GateSums(self._space, self._device) if "gates" in self.needs else None
+                with torch.enable_grad():
+                    inputs = probe.gradient(names if left == 0 else [], gates)
+                self.observe()
+                if gates is not None:
+                    self._take("gates", gates=gates)
                 report.refreshes += 1
         if "inputs" in stale:
             readers = [spec.name for spec in reader_specs(self._space)]
@@ -106,16 +111,6 @@ class Looks:
                 self._take("inputs", inputs=inputs)
                 report.flops.looks += self._statistic_flops(inputs)
                 report.refreshes += not met
-        return inputs
-
-    def _pass(self, probe: Probe, names: list[str]) -> Mapping[str, Tensor]:
-        """A look at a gradient of its own, in .grad and at the gates."""
-        gates = GateSums(self._space, self._device) if "gates" in self.needs else None
-        with torch.enable_grad():
-            inputs = probe.gradient(names, gates)
-        self.observe()
-        if gates is not None:
-            self._take("gates", gates=gates)
         return inputs
 
     def _take(self, need: str, *, gates: GateSums | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficientllm.pruning.costs import axes_of, place_of, shape_at, types_along
 from efficientllm.pruning.dimensions import (
     ATTENTION,
     ATTENTION_QUERY,
@@ -79,12 +78,12 @@ def damages_ahead(ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes,
     aligned stop only for what is left of the way. What falls with a layer or a KV head falls once: the units of the
     types within them count for the share of layers and KV heads that stays.
     """
-    ways = torch.tensor(place_of(widths)) - feasible.shapes
-    along_axes, damage = types_along(axes_of(widths)), {}
-    for pruning_type, way in zip(along_axes, ways.clamp(min=0).T, strict=True):
+    here, damage = torch.tensor(feasible.place(widths)), {}
+    ways = here - feasible.shapes
+    for pruning_type, way in zip(feasible.types, ways.clamp(min=0).T, strict=True):
         along = ranking.ahead(pruning_type, int(way.max())) if pruning_type in types else torch.zeros(1).double()
         damage[pruning_type] = along[way]
-    left = dict(zip(along_axes, (feasible.shapes.double() / torch.tensor(place_of(widths))).T, strict=True))
+    left = dict(zip(feasible.types, (feasible.shapes.double() / here).T, strict=True))
     total = torch.zeros(len(feasible.shapes), dtype=torch.float64)
     for pruning_type, own in damage.items():
         outer = [left[DIMENSIONS[name].type] for name in of_type(pruning_type).outer]
@@ -98,7 +97,7 @@ def least_damaging(ranking: Ranking, widths: Widths, *, feasible: FeasibleShapes
     largest."""
     total = damages_ahead(ranking, widths, feasible=feasible, types=types)
     assert bool((total < torch.inf).any()), "a feasible shape stays within reach (feasible.py)"
-    return shape_at(feasible.shapes[total.argmin()].tolist(), axes_of(widths))
+    return feasible.shape_of(feasible.shapes[total.argmin()].tolist())
 
 
 @dataclass(frozen=True)

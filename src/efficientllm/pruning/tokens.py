@@ -27,11 +27,10 @@ class Tokens:
         """As a checkpoint has them."""
         return cls(tensors.get(KEPT), facts.get("asked_at", 0))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self.kept is None else {KEPT: self.kept}
-
-    def facts(self) -> dict[str, int]:
-        return {"asked_at": self.asked_at} if self.asked_at else {}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As PruningEngine.state."""
+        facts = {"asked_at": self.asked_at} if self.asked_at else {}
+        return ({} if self.kept is None else {KEPT: self.kept}), facts
 
     def ask(self, parameters: int) -> bool:
         """Whether it is time to ask: at first, and whenever RENEWED of the parameters has fallen since."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.shapes import fitted
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.snapshot import Snapshot, cut, cut_tokens
@@ -34,17 +35,16 @@ class Compaction:
     vocabulary: tuple[int, int] | None = None
 
 
-def compaction_widths(live: Widths, allocated: Widths, plan: PruningPlan, *, exactly: bool) -> Widths | None:
-    """Widths to compact to now, or None: live widths rounded up, once that frees enough of the allocated ones; with
-    `exactly` the live widths, whatever that frees."""
-    widths = live if exactly else plan.feasible.align.round_up(live, allocated)
-    space = plan.feasible.space
+def compaction_widths(
+    live: Widths, allocated: Widths, feasible: FeasibleShapes, *, exactly: bool = False, frees: float = 0.0
+) -> Widths | None:
+    """Widths to compact to now, or None: live ones rounded up, where that frees this share of the allocated parameters;
+    with `exactly` the live ones, whatever that frees. Never a shape that the family does not take."""
+    widths, space = live if exactly else feasible.align.round_up(live, allocated), feasible.space
     widths = fitted(space, widths, allocated)
-    if widths == allocated:
+    if widths == allocated or (not exactly and 1.0 - space.num_params(widths) / space.num_params(allocated) < frees):
         return None
-    return (
-        widths if exactly or 1.0 - space.num_params(widths) / space.num_params(allocated) >= plan.compact_at else None
-    )
+    return widths
 
 
 def compact(state: TrainState, widths: Widths, train: TrainConfig, plan: PruningPlan) -> Compaction:

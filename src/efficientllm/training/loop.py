@@ -106,7 +106,8 @@ def _prune(
     assert plan is not None
     report = passes.prune(state.tokens)
     exactly = report.milestone is not None or state.pruner.finished  # whose shapes are aligned
-    widths = compaction_widths(state.pruner.widths, state.space.widths, plan, exactly=exactly)
+    live, allocated = state.pruner.widths, state.space.widths
+    widths = compaction_widths(live, allocated, plan.feasible, exactly=exactly, frees=plan.compact_at)
     return report, compact(state, widths, train, plan) if widths else None
 
 

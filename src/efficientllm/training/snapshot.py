@@ -79,11 +79,6 @@ def origin_of(space: Space) -> dict[str, Tensor]:
     return {LAYERS: torch.ones(space.widths.layers).bool(), HIDDEN: torch.ones(space.widths.hidden).bool()}
 
 
-def _cut_origin(origin: Tensor, kept: Tensor) -> Tensor:
-    """kept: those that stay, among those that there were."""
-    return torch.zeros_like(origin).index_fill(0, origin.nonzero().flatten()[kept], True)
-
-
 def config_of(snapshot: Snapshot) -> PretrainedConfig:
     values = dict(snapshot.config)
     return CONFIG_MAPPING[values.pop("model_type")](**values)
@@ -116,7 +111,9 @@ def cut(
     weights, moments = cut_state(space, kept, snapshot.weights, snapshot.moments, consume=consume, ranks=ranks)
     tensors = {f"{LIVE}{name}": mask for name, mask in kept.live.items()}
     tensors |= {SCORES + name: score for name, score in cut_scores(scores, kept, space.widths).items()}
-    tensors |= {ORIGIN + name: _cut_origin(units, kept.units[name]) for name, units in origin.items()}
+    for name, units in origin.items():  # of those that there were, those that stay
+        left = units.nonzero().flatten()[kept.units[name]]
+        tensors[ORIGIN + name] = torch.zeros_like(units).index_fill(0, left, True)
     tensors |= {TOKENS + name: ids for name, ids in tokens.items()}
     narrow = narrowed_config(source, widths, of_layers(snapshot.config, kept.units[LAYERS].tolist())).to_dict()
     return replace(snapshot, config=narrow, weights=weights, moments=moments, pruner_tensors=tensors)

@@ -50,7 +50,7 @@ class PruningPlan:
     milestones: tuple[FeasibleShapes, ...]
     schedule: Schedule
     options: PrunerOptions
-    compact_at: float
+    compact_at: float = 0.0
     begins: int = 0
     at_rest: bool = False
 
