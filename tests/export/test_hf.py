@@ -63,7 +63,7 @@ def test_the_card_carries_the_hub_s_block_and_what_was_measured(finished_run: Pa
     summary = json.loads((finished_run / "summary.json").read_text())
     assert f"{summary['result']['validation_loss']:.3f}" in text
     assert "boolq" in text
-    assert "0.6250 +- 0.1000" in text
+    assert "| boolq | acc | 0.6250 | 0.1000 |" in text
 
 
 def test_a_ladder_size_and_options_of_the_command(

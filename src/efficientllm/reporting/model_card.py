@@ -27,12 +27,6 @@ from efficientllm.sizes import format_count
 
 README = "README.md"
 MARK = "efficientllm"  # the tag by which a card of ours is known
-_ORIGINS = {
-    "pruned": "made from {source} ({count} parameters) by pruning-aware\npretraining: the least salient structure was "
-    "removed a little at a time while the model kept training.",
-    "trained": "made from {source} by training on. Nothing was pruned.",
-    "random": "in the shape of {source}, trained from random weights. Nothing was pruned.",
-}
 _TITLES = {
     "pruned": "{name}, pruned to {count}",
     "trained": "{name}, trained on",
@@ -143,31 +137,26 @@ class Card:
     def text(self, gguf: GGUF | None = None) -> str:
         """The whole card. Absolute paths are shown by their last component: the card is published, the machine's
         folders are not."""
-        front = {"metadata": self.metadata(gguf), "title": self.title, "gguf": gguf, "run": self.run}
-        if self.run is None or self.kind is None:
-            origin = f"{self.parameters:,} parameters: {self.shape}. Exported with efficientllm from the model folder\n"
-            return rendered(
-                "model_card.md", origin=f"{origin}`{self.name}`; nothing else is known of it here.", **front
-            )
-        source, result = self.run["source"], self.run["result"]
-        base = self.base_model
-        link = f"[{base}](https://huggingface.co/{base})" if base else f"`{title_of(source)}`"
-        origin = _ORIGINS[self.kind].format(source=link, count=format_count(source["parameters"]))
-        recipe = without_absolute_paths(str(self.run["recipe"])).strip("\n")
+        run = self.run or {}
+        recipe = without_absolute_paths(str(run.get("recipe", ""))).strip("\n")
+        losses = [run[model].get("validation_loss") for model in ("source", "result")] if run else []
+        rows = measured_rows(self.evaluation)
         return rendered(
             "model_card.md",
-            origin=f"{format_count(result['parameters'])} parameters, {origin}",
-            table=markdown(_table(source, result)),
+            card=self,
+            gguf=gguf,
+            run=run,
+            widths=WIDTH_LABELS | EXPERT_LABELS,
+            perplexities=[None if loss is None else math.exp(min(loss, 700.0)) for loss in losses],  # a double's limit
             way=evaluation_way(self.evaluation),
-            measured=markdown(rows) if (rows := measured_rows(self.evaluation)) else "",
-            tokens=format_count(self.run["tokens"]),
-            duration=_duration(self.run["seconds"]),
+            measured=markdown(rows) if rows else "",
+            duration=_duration(run.get("seconds", 0.0)),
             data=described_data(self.recipe, self.on_disk),
             recipe=recipe,
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),  # longer than any in it
-            comparison=_comparison(source, result),
-            kind=self.kind,
-            **front,
+            comparison=_comparison(run["source"], run["result"]) if run else "",
+            format_count=format_count,
+            number=_number,
         )
 
 
@@ -193,30 +182,9 @@ def license_of(folder: Path | str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _table(source: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[str]]:
-    share = result["parameters"] / source["parameters"]
-    rows = [
-        ["", "source", "compact"],
-        ["parameters", f"{source['parameters']:,}", f"{result['parameters']:,} ({share:.1%})"],
-    ]
-    for key, name in (WIDTH_LABELS | EXPERT_LABELS).items():
-        if key in result["widths"]:
-            rows.append([name, str(source["widths"].get(key, "")), str(result["widths"][key])])
-    if "vocabulary" in result:
-        before = f"{source['vocabulary']:,}" if "vocabulary" in source else ""
-        rows.append(["tokens of the vocabulary", before, f"{result['vocabulary']:,}"])
-        bits = [each.get("validation_bits_per_byte") for each in (source, result)]
-        rows.append(["bits per byte", *(_number(each, each) for each in bits)])
-    losses = source.get("validation_loss"), result.get("validation_loss")
-    rows.append(["validation loss", *(_number(loss, loss) for loss in losses)])
-    perplexities = [math.exp(min(loss or 0.0, 700.0)) for loss in losses]  # beyond it a double overflows
-    rows.append(["perplexity", *(_number(loss, value) for loss, value in zip(losses, perplexities, strict=True))])
-    return rows
-
-
-def _number(loss: float | None, value: float | None) -> str:
-    if loss is None or value is None or not math.isfinite(loss):
-        return "not measured" if loss is None else "not finite"
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not measured" if value is None else "not finite"
     return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
 
 

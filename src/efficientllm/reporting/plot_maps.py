@@ -34,7 +34,7 @@ def architecture(runs: Sequence[RunRecord]) -> Figure | None:
             shares = [width / stages[0][name] for width, name in zip(widths, names, strict=True)]
             offset, grey = np.arange(len(names)) + 0.2 * (place - 1.5), str(0.75 - 0.2 * place)
             bars = axes.bar(offset, shares, width=0.19, color=grey, edgecolor="#0072B2", label=label)
-            axes.bar_label(bars, map(str, widths), fontsize=7)
+            axes.bar_label(bars, list(map(str, widths)), fontsize=7)
         axes.set_xticks(range(len(names)), [LABELS[name] for name in names])
         axes.set(ylim=(0, 1.45), ylabel="share of the source's", title=run.name)
         axes.legend(ncols=4, loc="upper right")

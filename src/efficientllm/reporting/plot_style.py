@@ -46,7 +46,7 @@ WIDTH = 8.4  # inches
 LINE_OF_LEGEND = 0.21  # inches
 ROOM_OF_ROW = 150  # characters above a panel of RUN/run.png
 ROOM_OF_LEGEND = 90  # characters side by side under a plot
-_RC = {
+_RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True, "figure.titlesize": 13, "figure.titleweight": "bold", "savefig.dpi": 130,
     "axes.titlesize": 10, "axes.labelsize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.axisbelow": True, "axes.grid": True, "grid.color": "#000000", "grid.alpha": 0.12, "grid.linewidth": 0.7,

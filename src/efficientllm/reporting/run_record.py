@@ -131,7 +131,7 @@ def _lines(file: Path, form: Any, notes: list[str]) -> list[Record]:
     except OSError as error:
         notes.append(f"{file} cannot be read ({error.strerror})")
         return []
-    records = [record for _, record in lines if record is not None and _fits(record, form)]
+    records: list[Record] = [record for _, record in lines if record is not None and _fits(record, form)]
     if len(records) < len(lines):
         left_out = len(lines) - len(records)
         notes.append(f"{file.name}: {left_out} of {len(lines)} lines cannot be read and are left out")
