@@ -46,12 +46,8 @@ def test_every_criterion_prunes_all_types_in_the_loop(world: World, name: str) -
 def test_post_training_pruning_comes_before_the_first_step(world: World, mode: str, correction: str) -> None:
     """Its looks are on the bill, in FLOPs and look tokens; training has all of its own tokens."""
     name = f"{mode}-{correction}"
-    recipe = world.recipe(name, prune={"mode": mode, "correction": correction, "end": None})
-    if mode == "one-shot":
-        recipe["prune"] |= {"bound": None}
-    path = world.folder / f"{name}.yaml"
-    path.write_text(json.dumps(recipe))
-    assert call("prune", path) == 0
+    idle = {"end": None} | ({"bound": None} if mode == "one-shot" else {})
+    assert call("prune", world.write(name, prune={"mode": mode, "correction": correction} | idle)) == 0
     metrics, events = records(world, name, "metrics"), records(world, name, "events")
     assert {event["step"] for event in events} == {1}
     assert all(record["lr"] > 0.0 for record in metrics)
@@ -64,16 +60,10 @@ def test_post_training_pruning_comes_before_the_first_step(world: World, mode: s
     assert summary["result"]["parameters"] <= 0.5 * summary["source"]["parameters"]
 
 
-def test_one_shot_without_correction_only_zeroes(world: World, tmp_path: Path) -> None:
+def test_one_shot_without_correction_only_zeroes(world: World) -> None:
     """Every weight that is left equals the source's, but for the rescaled gains: at a rate that changes no bit."""
-    recipe = world.recipe(
-        "cut", prune={"mode": "one-shot", "correction": "none", "end": None, "bound": None, "types": ["ffn"]}
-    )
-    recipe["prune"] |= {"target": "80%"}
-    recipe["train"] |= {"tokens": 256, "lr": 1e-30}
-    path = tmp_path / "cut.yaml"
-    path.write_text(json.dumps(recipe))
-    assert call("prune", path) == 0
+    prune = {"mode": "one-shot", "correction": "none", "end": None, "bound": None, "types": ["ffn"], "target": "80%"}
+    assert call("prune", world.write("cut", prune=prune, train={"tokens": 256, "lr": 1e-30})) == 0
     before = load_file(world.folder / "source" / "model.safetensors")
     after = load_file(world.folder / "runs" / "cut" / "model" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before if "mlp" not in name)

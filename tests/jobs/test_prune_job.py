@@ -135,11 +135,8 @@ def test_interrupted_run_is_saved_and_goes_on(world: World, finished: Path, caps
 
 
 def test_plain_training_and_the_scratch_control(world: World, finished: Path) -> None:
-    recipe = world.recipe("scratch", source=str(finished / "model"), init="random", train={"tokens": 8 * 256})
-    del recipe["prune"]
-    path = world.folder / "scratch.yaml"
-    path.write_text(json.dumps(recipe))
-    assert call("train", path) == 0
+    changes = {"source": str(finished / "model"), "init": "random", "prune": None}
+    assert call("train", world.write("scratch", train={"tokens": 8 * 256}, **changes)) == 0
     folder = world.folder / "runs" / "scratch"
     summary = json.loads((folder / "summary.json").read_text())
     assert (
