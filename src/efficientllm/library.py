@@ -35,8 +35,8 @@ from efficientllm.pruning.shards import is_sharded, whole
 from efficientllm.pruning.surgery import choose_kept, names_after
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import compaction_widths
-from efficientllm.training.looks import correction_tokens
 from efficientllm.training.optim import check_trains, optimizer_like
+from efficientllm.training.passes import correction_tokens
 from efficientllm.training.planning import compared_by_scale, decided
 from efficientllm.training.replay import CurrentBatch
 from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of

@@ -70,8 +70,8 @@ class Batches:
 
 
 # Looks of five rows, which divide unequally.
-@patch("efficientllm.training.looks.LOOK_TOKENS", 5 * LENGTH)
-@patch("efficientllm.training.looks.correction_tokens", lambda space: 5 * LENGTH)
+@patch("efficientllm.training.passes.LOOK_TOKENS", 5 * LENGTH)
+@patch("efficientllm.training.passes.correction_tokens", lambda space: 5 * LENGTH)
 @patch("efficientllm.training.optim.EPS", 1e-3)  # so that rounding moves no weight whose gradient is all but zero
 def play(case: Case, ranks: World, folder: Path) -> None:
     """Runs a case and leaves NAME.json and NAME.safetensors: events, losses, and the state, whole."""

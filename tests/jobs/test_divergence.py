@@ -97,15 +97,14 @@ def test_a_bad_batch_is_skipped_and_a_diverged_run_stopped(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The gradient turns to NaN at chosen steps; what follows is as if their batches had been read and no more."""
-    from efficientllm.training.looks import Use
-    from efficientllm.training.passes import Passes
+    from efficientllm.training.passes import Passes, Use
 
     real, calls, bad = Passes.backward, [0], {3, 4, 9}
 
-    def poisoned(passes: Passes, use: Use, *more: object) -> torch.Tensor:
+    def poisoned(passes: Passes, use: Use, *more: object) -> tuple[torch.Tensor, object]:
         calls[0] += use == "step"
-        loss = real(passes, use, *more)  # type: ignore[arg-type]
-        return loss * float("nan") if use == "step" and calls[0] in bad else loss
+        loss, inputs = real(passes, use, *more)  # type: ignore[arg-type]
+        return (loss * float("nan") if use == "step" and calls[0] in bad else loss), inputs
 
     monkeypatch.setattr(Passes, "backward", poisoned)
     path = world.write("poisoned", prune={"bound": 1.0})

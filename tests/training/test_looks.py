@@ -20,8 +20,8 @@ from efficientllm.pruning.slices import dead_slices
 from efficientllm.training.capture import captured_inputs
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
-from efficientllm.training.looks import rows_by_use
 from efficientllm.training.loop import train_steps
+from efficientllm.training.passes import rows_by_use
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import TrainState, capture, restore, start
 

@@ -19,7 +19,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
-from efficientllm.training.looks import captured_inputs_of, kept_every, rows_by_use
+from efficientllm.training.passes import captured_inputs_of, kept_every, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.vocabulary import asking_flops, expected

@@ -19,7 +19,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import compaction_widths
-from efficientllm.training.looks import kept_every, rows_by_use
+from efficientllm.training.passes import kept_every, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 
 StepFlops = Callable[[Widths], Ledger]

@@ -1,4 +1,5 @@
-"""Passes over a model in training, whoever's loop it is: a gradient, and the inputs and gates that pruning asks for."""
+"""Passes over a model in training, whoever's loop it is: a gradient, and the inputs and gates that pruning asks for;
+and how many rows our own read."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +17,53 @@ from torch import Tensor
 from efficientllm.pruning.contract import PruneReport
 from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.groups import Space
+from efficientllm.pruning.readers import read_tensors
 from efficientllm.training.capture import Inputs, Watch, watched_gates
 from efficientllm.training.gradient import SummedLoss, has_planes, predicted_tokens
-from efficientllm.training.looks import Use
-from efficientllm.training.state import TrainState
+from efficientllm.training.state import PruningPlan, TrainState
+
+Use = Literal["step", "gradient", "text", "inputs"]  # of a pass: what it is made for
+LOOK_SHARE, LOOK_TOKENS = 4, 512  # a look reads a quarter of a batch, and no fewer tokens
+CORRECTION_TOKENS = 8  # for each input of the widest layer: fewer would be fitted rather than learnt from
+CAPTURED = 1 << 31  # input elements that all layers together may keep of a pass
+
+
+def rows_by_use(plan: PruningPlan | None, rows: int, length: int, processes: int = 1) -> dict[Use, int]:
+    """Rows of a pass, over all processes: of a step's own gradient, a whole batch (rows, length); of a gradient to look
+    at, of text to encode anew (training/vocabulary.py), and of a pass for inputs of linear layers, which correction
+    wants. A look has a row for every process."""
+    if plan is None:
+        return {"step": rows}
+
+    def within(tokens: int) -> int:
+        return min(rows, max(processes, -(-tokens // length)))
+
+    return {
+        "step": rows,
+        "gradient": within(max(rows * length // LOOK_SHARE, LOOK_TOKENS)),
+        "text": within(min(max(rows * length // 8, LOOK_TOKENS), 8192)),
+        "inputs": within(correction_tokens(plan.feasible.space)),
+    }
+
+
+def kept_every(rows: int, wanted: int) -> int:
+    """Of a pass over so many rows every so-manieth is kept as inputs: about as many as are wanted."""
+    return max(1, round(rows / wanted))
+
+
+def correction_tokens(space: Space) -> int:
+    """Tokens whose inputs a correction sees: eight for each input of the widest layer."""
+    widest = max(space.axis_length(axis, space.widths) for axis, _, _ in read_tensors(space))
+    return max(1, min(CORRECTION_TOKENS * widest, CAPTURED // captured_inputs_of(space)))
+
+
+def captured_inputs_of(space: Space) -> int:
+    """Numbers that are kept of one token: the inputs of all linear layers, those that layers share once."""
+    return sum(
+        space.axis_length(axis, space.widths) * (space.widths.layers if layered else 1) * space.copies(axis)
+        for axis, _, layered in read_tensors(space)
+    )
 
 
 @dataclass(frozen=True)
@@ -46,8 +91,8 @@ class Passes(ABC):
 
     def __init__(self, state: TrainState) -> None:
         self.state, self.device = state, state.device
-        self._kept: Inputs | None = None  # of the last gradient's pass, until they are asked for
-        self._gates: GateSums | None = None  # of the step's own pass, likewise
+        self._kept: Inputs | None = None  # of the step's own pass, until they are asked for
+        self._gates: GateSums | None = None  # likewise
 
     @abstractmethod
     def rows(self, use: Use) -> Pass:
@@ -57,12 +102,13 @@ class Passes(ABC):
     def keeping(self, use: Use, names: Sequence[str]) -> AbstractContextManager[Inputs]:
         """Around a pass: keeps what linear layers are given in as many of its rows as are wanted."""
 
-    def backward(self, use: Use, names: Sequence[str] = (), gates: GateSums | None = None) -> Tensor:
-        """Adds the gradient of the rows' mean loss to .grad, a micro-batch at a time; returns that loss, detached.
+    def backward(self, use: Use, names: Sequence[str], gates: GateSums | None) -> tuple[Tensor, Inputs | None]:
+        """Adds the gradient of the rows' mean loss to .grad, a micro-batch at a time; returns that loss, detached, and
+        the inputs of the linear layers with these names; None where they could not be seen, or there are none.
 
         Normalised by all that is predicted, so that micro-batches of unequal size weigh as they should; with several
-        processes gradient and loss are means over all of them. Keeps the inputs of the linear layers with these names.
-        gates: takes in those of the rows that count; compiled blocks, which do not see the hooks, then run slowly.
+        processes gradient and loss are means over all of them. gates: takes in those of the rows that count; compiled
+        blocks, which do not see the hooks, then run slowly.
         """
         state, ranks, rows = self.state, self.state.ranks, self.rows(use)
         inputs, watches = None, list[Watch]()
@@ -89,8 +135,7 @@ class Passes(ABC):
                 del summed, mean  # with them the graph, before the next forward pass
                 first += len(part)
                 ranks.beat()
-        self._kept = inputs
-        return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss
+        return ranks.over_batch(loss) / ranks.world if ranks.world > 1 else loss, inputs
 
     def prune(self, position: float) -> PruneReport:
         """The events that are due at a position of the schedule; what looks have left in .grad is cleared."""
@@ -113,11 +158,11 @@ class Passes(ABC):
 
     def gradient(self, names: Sequence[str], gates: GateSums | None = None) -> Mapping[str, Tensor]:
         """The gradient at the current weights, in .grad; the inputs on the way, (tokens, inputs) by name."""
+        self._kept = None  # what a step has met is older than this
         self.state.optimizer.zero_grad(set_to_none=True)
-        self.backward("gradient", names, gates)
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            return kept
+        _, met = self.backward("gradient", names, gates)
+        if met is not None:
+            return met
         return self.inputs(names) if names else {}
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
-from efficientllm.training.looks import LOOK_SHARE
+from efficientllm.training.passes import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import (
     alignment_of,

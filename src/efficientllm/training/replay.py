@@ -16,8 +16,7 @@ from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.shards import fill
 from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import IGNORED
-from efficientllm.training.looks import Use
-from efficientllm.training.passes import Pass, Passes
+from efficientllm.training.passes import Pass, Passes, Use
 from efficientllm.training.state import TrainState
 
 BATCH = torch.zeros(1, 0, dtype=torch.int64)  # stands for the rows of the batch, which only the caller knows

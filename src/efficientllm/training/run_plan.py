@@ -14,7 +14,7 @@ from efficientllm.models.rotation import obstacle
 from efficientllm.models.space import space_of
 from efficientllm.pruning.groups import Space
 from efficientllm.training.advisories import advisories_of
-from efficientllm.training.looks import CORRECTION_TOKENS
+from efficientllm.training.passes import CORRECTION_TOKENS
 from efficientllm.training.planning import pruning_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.validation_pace import ValidationPace, validation_pace

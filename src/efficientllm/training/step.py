@@ -31,8 +31,7 @@ from efficientllm.training.gradient import (
     predicted_tokens,
     summed_loss,
 )
-from efficientllm.training.looks import Use, kept_every, rows_by_use
-from efficientllm.training.passes import Pass, Passes
+from efficientllm.training.passes import Pass, Passes, Use, kept_every, rows_by_use
 from efficientllm.training.state import PruningPlan, TrainState
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -97,7 +96,8 @@ class OwnBatches(Passes):
             plain = self.hooks_are_seen and self._distillation is None  # a teacher's loss is not in nats of this one
             if "gates" in pruner.looks.needs and plain:
                 self._gates = GateSums(self.state.space, self.device)
-        return self.backward("step", names, self._gates)
+        loss, self._kept = self.backward("step", names, self._gates)
+        return loss
 
     def rows(self, use: Use) -> Pass:
         ranks, number = self.state.ranks, self._rows[use]
