@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from efficientllm.evaluation.harness import EvalRequest, joined_with, known_results, results_file
+from efficientllm.evaluation.harness import EvalRequest, joined_with, results_file
 from efficientllm.evaluation.tasks import COMMON_SENSE, PAPER, TASKS, common_sense_mean, eval_rows
-from efficientllm.reporting.evaluation_table import accuracy
+from efficientllm.reporting.evaluation_table import accuracy, known_results
 
 
 def test_a_task_without_accuracy_is_shown_by_its_first_metric() -> None:

@@ -84,9 +84,10 @@ def _measure(
 ) -> None:
     """Adds the model's results to `found`, and keeps them in its run folder."""
     from efficientllm.evaluation.harness import evaluate as evaluate_model
-    from efficientllm.evaluation.harness import joined_with, known_results, results_file
+    from efficientllm.evaluation.harness import joined_with, results_file
     from efficientllm.files import write_json
     from efficientllm.models.loading import load_model
+    from efficientllm.reporting.evaluation_table import known_results
 
     source, home, tokenizer = subject
     loaded = load_model(source, device=place, what="model", use="evaluated").eval()

@@ -15,7 +15,6 @@ from efficientllm.evaluation.harness import (
     check_tasks,
     evaluate,
     joined_with,
-    known_results,
     results_file,
     same_way,
     way_of,
@@ -23,7 +22,7 @@ from efficientllm.evaluation.harness import (
 from efficientllm.files import write_json
 from efficientllm.jobs.device import choose_device
 from efficientllm.models.loading import load_model, load_tokenizer
-from efficientllm.reporting.evaluation_table import accuracy
+from efficientllm.reporting.evaluation_table import accuracy, known_results
 
 
 def measure_tasks(results: Iterable[ArmResult], request: EvalRequest, device: str, say: Say) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import sys
 import traceback
@@ -21,13 +20,12 @@ from efficientllm.errors import UsageError
 from efficientllm.evaluation.offline import check_folder, local_data
 from efficientllm.evaluation.records import drawn, right_records
 from efficientllm.evaluation.tasks import TASKS, common_sense_mean
-from efficientllm.reporting.evaluation_table import accuracy, figures_of
+from efficientllm.reporting.evaluation_table import BY_TASK, accuracy, figures_of, known_results
 
 Say = Callable[[str], None]
 # The harness finds the largest batch by five passes over 64 of the longest requests, for every task. That takes a CPU
 # longer than the task itself, and more rows at once are no faster there.
 CPU_ROWS = 8
-_BY_TASK = ("results", "versions", "records", "right")
 
 
 @dataclass(frozen=True)
@@ -137,21 +135,11 @@ def _mean(results: Mapping[str, dict[str, float]]) -> float | None:
     return common_sense_mean({task: accuracy(values).value for task, values in results.items()})
 
 
-def known_results(file: Path) -> dict[str, Any]:
-    """What an earlier evaluation has left; nothing where there is none or it cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(content, dict) and all(isinstance(content.get(key, {}), dict) for key in _BY_TASK)
-    return content if whole else {}
-
-
 def joined_with(known: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Results with those of other tasks that were measured before in the same way: limit or sample, data, harness."""
     if not same_way(known, found):
         return found
-    joined = found | {key: {**known.get(key, {}), **found.get(key, {})} for key in _BY_TASK}
+    joined = found | {key: {**known.get(key, {}), **found.get(key, {})} for key in BY_TASK}
     return joined | {"mean": _mean(joined["results"])}
 
 

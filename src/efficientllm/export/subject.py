@@ -18,6 +18,7 @@ from efficientllm.errors import UsageError
 from efficientllm.files import read_json
 from efficientllm.models.loading import load_tokenizer, located
 from efficientllm.models.space import head_dim_of, widths_of
+from efficientllm.reporting.evaluation_table import known_results
 from efficientllm.reporting.journal import read_journal
 from efficientllm.reporting.model_card import Card, license_of
 
@@ -28,7 +29,7 @@ class Subject:
 
     `home` is the folder that takes exports for which no place was named; `facts` is what write_model_card takes
     (None for a model that no run here has made); `results` what an evaluation has measured, as it lies in
-    eval/results.json (None where there is none, or where it cannot be read).
+    eval/results.json (nothing where there is none, or where it cannot be read).
     """
 
     folder: Path
@@ -162,12 +163,8 @@ def _milestone(folder: Path) -> Subject:
 RESULT = ("parameters", "widths", "validation_loss", "validation_bits_per_byte", "vocabulary")
 
 
-def _results(folder: Path) -> Any:
-    """What an evaluation has left, in whatever form; a broken file is as good as none."""
-    try:
-        return json.loads((folder / "eval" / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _results(folder: Path) -> dict[str, Any]:
+    return known_results(folder / "eval" / "results.json")
 
 
 def _json(file: Path) -> dict[str, Any] | None:

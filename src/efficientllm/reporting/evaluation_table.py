@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+BY_TASK = ("results", "versions", "records", "right")  # what a file of results has of every task
 
 
 class Figure(NamedTuple):
@@ -20,6 +24,16 @@ class Figure(NamedTuple):
         scale, form, fine = (100, ".2f", ".1f") if letter else (1, ".4g", ".2g")
         spread = "" if self.error is None else f" ± {scale * self.error:{fine}}"
         return f"{scale * self.value:{form}}{spread} {letter or self.metric}"
+
+
+def known_results(file: Path) -> dict[str, Any]:
+    """What an earlier evaluation has left; nothing where there is none or it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(content, dict) and all(isinstance(content.get(key, {}), dict) for key in BY_TASK)
+    return content if whole else {}
 
 
 def figures_of(values: Any) -> list[Figure]:
