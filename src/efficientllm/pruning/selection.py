@@ -36,7 +36,6 @@ class Ranking:
     def __init__(self, scores: Mapping[str, Tensor], live: Live) -> None:
         self._scores, self._live = scores, live
         self._orders: dict[str, tuple[Tensor, Tensor]] = {}
-        self._taken: dict[str, int] = {}
 
     def _order(self, pruning_type: str) -> tuple[Tensor, Tensor]:
         """(units (events, rows) with -1 in dead rows, saliency (events,) fp64: the sum over the event's units)."""
@@ -47,24 +46,23 @@ class Ranking:
             units = units.masked_fill(values.isinf(), -1)
             saliency = values.masked_fill(values.isinf(), 0.0).sum(0)
             self._orders[pruning_type] = units.T, saliency
-            self._taken[pruning_type] = 0
         return self._orders[pruning_type]
 
     def upcoming(self, pruning_type: str, events: int) -> tuple[Tensor, float]:
         """Units (events, rows) of the next events of a type, and their saliency summed."""
         units, saliency = self._order(pruning_type)
-        first = self._taken.get(pruning_type, 0)
-        return units[first : first + events], float(saliency[first : first + events].sum())
+        return units[:events], float(saliency[:events].sum())
 
     def ahead(self, pruning_type: str, events: int) -> Tensor:
         """(events + 1,) fp64: saliency of a type's next 0, 1, ... `events` events summed."""
         _, saliency = self._order(pruning_type)
-        first = self._taken.get(pruning_type, 0)
-        return torch.cat([saliency.new_zeros(1), saliency[first : first + events].cumsum(0)])
+        return torch.cat([saliency.new_zeros(1), saliency[:events].cumsum(0)])
 
     def take(self, event: Removal) -> None:
         """Moves on after an event, which must be dead already. One that takes units of other types reorders those."""
-        self._taken[event.type] = self._taken.get(event.type, 0) + 1
+        if event.type in self._orders:
+            units, saliency = self._orders[event.type]
+            self._orders[event.type] = units[1:], saliency[1:]
         own = of_type(event.type)
         for other in DIMENSIONS.values():
             if other is not own and (own.name in other.chain or other.name in own.chain):
