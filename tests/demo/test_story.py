@@ -36,8 +36,8 @@ def test_demo_tells_its_story_once(tmp_path: Path, small_corpus: None, capsys: p
     assert first["compact"]["result"]["parameters"] <= round(0.4 * first["source"]["result"]["parameters"])
     assert first["from scratch"]["result"]["widths"] == first["compact"]["result"]["widths"]
     assert first["from scratch"]["tokens"] == first["compact"]["tokens"]
-    for name in ("pruning.png", "learning.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
+    assert (tmp_path / "compact" / "run.png").stat().st_size > 10_000
+    assert said[-1].startswith(f"picture: {tmp_path / 'compact' / 'run.png'} ")
     said.clear()
     assert run_demo(tmp_path, said.append, TOY) == first
     assert sum("is finished" in line for line in said) == 3

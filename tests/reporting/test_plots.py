@@ -20,8 +20,10 @@ from efficientllm.reporting.plot_style import (
     SIZE_COLOUR,
     TYPE_STYLES,
     VALIDATION_COLOUR,
+    save_figure,
 )
-from efficientllm.reporting.plots import plot_demo, plot_run
+from efficientllm.reporting.plots import figures, plot_run
+from efficientllm.reporting.run_record import read_run
 
 SOURCE = {"layers": 4, "hidden": 192, "heads": 8, "kv_heads": 4, "intermediate": 512}
 
@@ -58,7 +60,7 @@ def pixels_of(image: np.ndarray, colour: str) -> int:
 
 
 def test_run_picture_shows_every_series(tmp_path: Path) -> None:
-    out = plot_run(write_run(tmp_path / "run"), tmp_path / "new" / "run.png", title="books, 469M")
+    out = plot_run(write_run(tmp_path / "run"), tmp_path / "new" / "run.png")
     assert out == tmp_path / "new" / "run.png"
     image = imread(out)
     height = image.shape[0]
@@ -119,18 +121,26 @@ def test_short_diverged_and_sparse_runs_are_drawn(tmp_path: Path, steps: int) ->
             {"step": step, "tokens": step * 10, "loss": math.nan if step % 2 else 3.0, "saliency": {"ffn": 0.0}}
         )
     assert plot_run(tmp_path / "run", tmp_path / "run.png").stat().st_size > 1000
-    assert plot_demo({"run": tmp_path / "run"}, tmp_path / "demo.png").stat().st_size > 1000
+    assert overlaid({"run": tmp_path / "run"}, tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_demo_picture_overlays_the_runs_and_names_their_validation_loss(tmp_path: Path) -> None:
+def overlaid(runs: dict[str, Path], out: Path) -> Path:
+    """The losses of these runs in one picture, as a report has them."""
+    records = [read_run(folder, name) for name, folder in runs.items()]
+    figure = next(make for name, _, make in figures(records) if name == "loss")()
+    assert figure is not None
+    return save_figure(figure, out)
+
+
+def test_learning_curves_are_overlaid_and_name_their_validation_loss(tmp_path: Path) -> None:
     runs = {
         "compact": write_run(tmp_path / "one"),
         "from scratch": write_run(tmp_path / "two", pruned=False, steps=90, worse=0.3),
     }
-    image = imread(plot_demo(runs, tmp_path / "demo.png"))
+    image = imread(overlaid(runs, tmp_path / "loss.png"))
     assert all(pixels_of(image, colour) > 100 for colour in RUN_COLOURS[:2])
     assert not any(pixels_of(image, colour) for colour in RUN_COLOURS[2:6])
-    text = plot_demo(runs, tmp_path / "demo.svg").read_text()
+    text = overlaid(runs, tmp_path / "loss.svg").read_text()
     assert "compact: validation loss, 3.050" in text
     assert "from scratch: validation loss, 3.318" in text
 
@@ -139,7 +149,7 @@ def test_of_several_runs_one_whose_tokens_fell_names_no_loss(tmp_path: Path) -> 
     runs = {"other": write_run(tmp_path / "one", pruned=False), "cut": write_run(tmp_path / "two")}
     fall = {"step": 9, "tokens": 9000, "vocabulary": [512, 384], "after": SOURCE}
     Journal(runs["cut"] / "compactions.jsonl").append(fall)
-    text = plot_demo(runs, tmp_path / "demo.svg").read_text()
+    text = overlaid(runs, tmp_path / "loss.svg").read_text()
     assert "cut: loss of other tokens after the dotted line" in text
     assert "other: validation loss" in text
 
@@ -151,6 +161,4 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UsageError, match=r"no metrics\.jsonl"):
         plot_run(tmp_path / "run", tmp_path / "run.png")
-    with pytest.raises(UsageError, match="at least one run"):
-        plot_demo({}, tmp_path / "demo.png")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -106,8 +106,8 @@ def test_losses_of_other_tokens_are_shown_in_bits_per_byte(run: Path, tmp_path: 
     (other / "source.json").write_text(json.dumps(source | told(5678)))
     rows = list(_models(read_run(other)))
     losses = [f"{each['validation_loss']:.4f}" for each in (source, summary["result"])]
-    assert f"{losses[0]} (1.5000 bits per byte, 5,678 tokens)" in rows[0]
-    assert f"{losses[1]} (1.5000 bits per byte, 1,234 tokens)" in rows[1]
+    assert f"{losses[0]} (1.5000 bits per byte, 5,678 tokens)" == rows[0]["validation loss"]
+    assert f"{losses[1]} (1.5000 bits per byte, 1,234 tokens)" == rows[1]["validation loss"]
 
 
 def test_a_damaged_run_is_shown_as_far_as_it_goes(

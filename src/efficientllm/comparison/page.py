@@ -9,7 +9,7 @@ from typing import Any
 from efficientllm.comparison.arms import parse_arm
 from efficientllm.comparison.equal_flops import CLOSE
 from efficientllm.comparison.rates import FACTOR, MORE
-from efficientllm.reporting.tables import markdown
+from efficientllm.reporting.tables import markdown, rows_of
 from efficientllm.sizes import format_count
 
 TITLES = {
@@ -92,32 +92,30 @@ def _reach(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(arms: Mapping[str, Any]) -> Iterator[str]:
-    names = "arm, parameters, rate, loss, bits per byte, perplexity, difference to the loop, tokens, FLOPs"
     limited = any(run["budget_spent"] is not None for arm in arms.values() for run in arm["runs"].values())
-    rows = [[*names.split(", "), *(["FLOPs / budget"] if limited else []), "seconds", "peak memory"]]
-    for name, arm in arms.items():
-        runs = list(arm["runs"].values())
-        if not runs:
-            continue
-        spread = "" if arm["spread"] is None else f" ± {arm['spread']:.4f}"
-        sizes = sorted({run["parameters"] for run in runs})
-        size = " to ".join(dict.fromkeys(format_count(each) for each in (sizes[0], sizes[-1])))
-        mean = arm["mean"]
-        rows += [[
-            name,
-            size,
-            f"{arm['lr']:.3g}",
-            f"{mean['loss']:.4f}{spread}",
-            f"{mean['bits_per_byte']:.4f}",
-            f"{mean['perplexity']:.2f}",
-            difference_cell(arm["difference"]),
-            format_count(round(mean["tokens"])),
-            f"{mean['flops']:.3g}" + (f" + {arm['inherited_flops']:.3g}" if arm["inherited_flops"] else ""),
-            *([_shares(runs)] if limited else []),
-            f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
-            f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
-        ]]  # fmt: skip
-    yield markdown(rows)
+    yield markdown(rows_of(_row(name, arm, limited) for name, arm in arms.items() if arm["runs"]))
+
+
+def _row(name: str, arm: Mapping[str, Any], limited: bool) -> dict[str, str]:
+    """limited: whether there is a budget of FLOPs."""
+    runs, mean = list(arm["runs"].values()), arm["mean"]
+    sizes = sorted({run["parameters"] for run in runs})
+    row = {
+        "arm": name,
+        "parameters": " to ".join(dict.fromkeys(format_count(each) for each in (sizes[0], sizes[-1]))),
+        "rate": f"{arm['lr']:.3g}",
+        "loss": f"{mean['loss']:.4f}" + ("" if arm["spread"] is None else f" ± {arm['spread']:.4f}"),
+        "bits per byte": f"{mean['bits_per_byte']:.4f}",
+        "perplexity": f"{mean['perplexity']:.2f}",
+        "difference to the loop": difference_cell(arm["difference"]),
+        "tokens": format_count(round(mean["tokens"])),
+        "FLOPs": f"{mean['flops']:.3g}" + (f" + {arm['inherited_flops']:.3g}" if arm["inherited_flops"] else ""),
+    }
+    row |= {"FLOPs / budget": _shares(runs)} if limited else {}
+    return row | {
+        "seconds": f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+        "peak memory": f"{max(run['peak_memory_bytes'] for run in runs) / 2**20:,.0f} MiB",
+    }
 
 
 def _shares(runs: Iterable[Mapping[str, Any]]) -> str:

@@ -18,7 +18,6 @@ from efficientllm.demo.corpus import train_tokenizer, write_corpus
 from efficientllm.demo.speed import forward_speeds, speed_once_pruned
 from efficientllm.files import atomic_path
 from efficientllm.jobs.prune import run
-from efficientllm.reporting.plots import plot_demo, plot_run
 from efficientllm.reporting.tables import console
 from efficientllm.sizes import format_count
 
@@ -59,10 +58,8 @@ def run_demo(folder: Path, say: Say, size: DemoSize | None = None) -> dict[str, 
     say("3 of 3: the control, the same final shape from scratch on the same batches")
     scratch = stage("scratch", folder / "compact" / "model", size.prune_tokens, init="random")
     summaries = {"source": source, "compact": compact, "from scratch": scratch}
-    picture = plot_run(folder / "compact", folder / "pruning.png", title="Pruned to 40 % while it keeps training")
-    curves = plot_demo({"compact": folder / "compact", "from scratch": folder / "scratch"}, folder / "learning.png")
     print_table(summaries, size)
-    say(f"pictures: {picture} (saliency and pruning ratio over tokens), {curves} (learning curves)")
+    say(f"picture: {folder / 'compact' / 'run.png'} (saliency, pruning ratio and loss over tokens)")
     return summaries
 
 

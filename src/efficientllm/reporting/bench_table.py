@@ -5,37 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from efficientllm.reporting.tables import markdown
+from efficientllm.reporting.tables import markdown, rows_of
 from efficientllm.sizes import format_bytes, format_count
 
 
 def bench_page(result: Mapping[str, Any]) -> str:
     """Two tables and a paragraph. result: what goes into the JSON file."""
-    *tables, notes = bench_parts(result)
-    return "\n\n".join((*(markdown(rows) for rows in tables), "\n".join(row[0] for row in notes)))
+    facts, speeds, notes = bench_parts(result)
+    return "\n\n".join((markdown(facts), markdown(speeds), "\n".join(notes)))
 
 
-def bench_parts(result: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Rows of what each model is and of how fast it runs, heads first; sentences, one a row."""
-    return list(_facts(result)), list(_speeds(result)), [[note] for note in _notes(result)]
+def bench_parts(result: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]], list[str]]:
+    """Rows of what each model is and of how fast it runs, heads first; sentences."""
+    return rows_of(_facts(result)), rows_of(_speeds(result)), list(_notes(result))
 
 
-def _facts(result: Mapping[str, Any]) -> Iterator[list[str]]:
+def _facts(result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     context = result["settings"]["prompt"] + result["settings"]["generate"]
-    head = ["model", "type", "parameters", "FLOPs/token, prefill", f"FLOPs/token, decode at {context}"]
-    yield [*head, "weights", f"KV cache at {context}", "peak memory (above the empty process)"]
     for model in result["models"]:
         facts = model["facts"]
-        yield [
-            model["model"],
-            facts.get("type") or result["settings"]["dtype"],  # results of earlier versions name one for all
-            format_count(facts["parameters"]),
-            format_count(round(facts["prefill_flops"])),
-            format_count(facts["decode_flops"]),
-            format_bytes(facts["weight_bytes"]),
-            format_bytes(facts["cache_bytes"]),
-            _memory(model["memory"]),
-        ]
+        yield {
+            "model": model["model"],
+            "type": facts.get("type") or result["settings"]["dtype"],  # results of earlier versions name one for all
+            "parameters": format_count(facts["parameters"]),
+            "FLOPs/token, prefill": format_count(round(facts["prefill_flops"])),
+            f"FLOPs/token, decode at {context}": format_count(facts["decode_flops"]),
+            "weights": format_bytes(facts["weight_bytes"]),
+            f"KV cache at {context}": format_bytes(facts["cache_bytes"]),
+            "peak memory (above the empty process)": _memory(model["memory"]),
+        }
 
 
 def _memory(memory: Mapping[str, int | None]) -> str:
@@ -47,28 +45,28 @@ def _memory(memory: Mapping[str, int | None]) -> str:
     return f"{format_bytes(peak)} ({format_bytes(peak - before)})"
 
 
-def _speeds(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    compared = len(result["models"]) > 1
-    head = ["model", "batch", "time to first token, ms", "prefill, tokens/s", "decode, tokens/s"]
-    yield head + (["prefill, x the first", "decode, x the first"] if compared else [])
+def _speeds(result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for batch in map(str, result["settings"]["batches"]):
         for index, model in enumerate(result["models"]):
             found = model["batches"][batch]
-            row = [model["model"], batch, _spread(found["time_to_first_token"], 1e3)]
-            row += [_spread(found["prefill_tokens_per_second"]), _spread(found["decode_tokens_per_second"])]
-            if compared:
-                row += [_ratio(found["prefill_ratio"], index), _ratio(found["decode_ratio"], index)]
+            row = {
+                "model": model["model"],
+                "batch": batch,
+                "time to first token, ms": _spread(found["time_to_first_token"], 1e3),
+                "prefill, tokens/s": _spread(found["prefill_tokens_per_second"]),
+                "decode, tokens/s": _spread(found["decode_tokens_per_second"]),
+            }
+            for phase in ("prefill", "decode") if len(result["models"]) > 1 else ():
+                ratio = found[f"{phase}_ratio"]
+                row[f"{phase}, x the first"] = (
+                    "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if index else "1"
+                )
             yield row
 
 
 def _spread(values: Mapping[str, float], scale: float = 1.0) -> str:
-    return (
-        f"{_number(values['median'] * scale)} ({_number(values['low'] * scale)} to {_number(values['high'] * scale)})"
-    )
-
-
-def _ratio(values: Mapping[str, float], index: int) -> str:
-    return f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})" if index else "1"
+    median, low, high = (_number(scale * values[name]) for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
 
 
 def _number(value: float) -> str:
@@ -93,13 +91,16 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
 
 def table_page(content: Mapping[str, Any], path: str) -> str:
     """The shapes held out of a latency table, measured and interpolated, and the table's error over them."""
-    rows = [["held-out shape", "measured, ms", "by the table, ms", "error"]]
-    for check in content["held_out"]:
-        widths = check["widths"]
-        heads = f"{widths['heads']}/{widths['kv_heads']}"
-        shape = f"{widths['layers']} layers, hidden {widths['hidden']}, heads {heads}, FFN {widths['intermediate']}"
-        measured, predicted = (_number(1e3 * check[key]) for key in ("seconds", "predicted"))
-        rows.append([shape, measured, predicted, f"{check['error']:+.1%}"])
+    shape = "{layers} layers, hidden {hidden}, heads {heads}/{kv_heads}, FFN {intermediate}"
+    checks = rows_of(
+        {
+            "held-out shape": shape.format(**check["widths"]),
+            "measured, ms": _number(1e3 * check["seconds"]),
+            "by the table, ms": _number(1e3 * check["predicted"]),
+            "error": f"{check['error']:+.1%}",
+        }
+        for check in content["held_out"]
+    )
     about = content["measured_on"]
     notes = (
         f"{path}: {len(content['seconds'])} shapes, prompt {about['prompt']}, {about['generate']} generated, batch "
@@ -108,7 +109,7 @@ def table_page(content: Mapping[str, Any], path: str) -> str:
         f"{content['in_a_row']} sequences, as a ratio to the source's among them. The ratios of a shape range over "
         f"{content['median_range']:.0%} of their median (median shape)."
     )
-    if not content["held_out"]:
+    if not checks:
         return f"{notes}\n\nNo shape lies between those of the grid: its error is not known."
     error = f"Median error on shapes held out: {content['median_error']:.1%} (worst {content['worst_error']:.1%})."
-    return "\n\n".join((markdown(rows), notes, error))
+    return "\n\n".join((markdown(checks), notes, error))

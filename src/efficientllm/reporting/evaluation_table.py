@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from efficientllm.reporting.tables import rows_of
+
 BY_TASK = ("results", "versions", "records", "right")  # what a file of results has of every task
 
 
@@ -64,11 +66,15 @@ def measured(results: Any) -> Iterator[tuple[str, Figure]]:
 
 def measured_rows(results: Any) -> list[list[str]]:
     """The figures as a table, its head first; nothing where there are none."""
-    rows = [
-        [task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"]
+    return rows_of(
+        {
+            "task": task,
+            "metric": metric,
+            "value": f"{value:.4f}",
+            "standard error": "" if error is None else f"{error:.4f}",
+        }
         for task, (metric, value, error) in measured(results)
-    ]
-    return [["task", "metric", "value", "standard error"], *rows] if rows else []
+    )
 
 
 def evaluation_way(results: Any) -> str:

@@ -140,7 +140,6 @@ class Card:
         run = self.run or {}
         recipe = without_absolute_paths(str(run.get("recipe", ""))).strip("\n")
         losses = [run[model].get("validation_loss") for model in ("source", "result")] if run else []
-        rows = measured_rows(self.evaluation)
         return rendered(
             "model_card.md",
             card=self,
@@ -149,7 +148,7 @@ class Card:
             widths=WIDTH_LABELS | EXPERT_LABELS,
             perplexities=[None if loss is None else math.exp(min(loss, 700.0)) for loss in losses],  # a double's limit
             way=evaluation_way(self.evaluation),
-            measured=markdown(rows) if rows else "",
+            measured=markdown(measured_rows(self.evaluation)),
             duration=_duration(run.get("seconds", 0.0)),
             data=described_data(self.recipe, self.on_disk),
             recipe=recipe,

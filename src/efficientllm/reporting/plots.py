@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,19 @@ def figures(runs: Runs) -> Iterator[tuple[str, str, Callable[[], Figure | None]]
 
 
 @styled()
-def plot_run(folder: Path | str, out: Path | str, title: str | None = None) -> Path:
+def plot_run(folder: Path | str, out: Path | str) -> Path:
     """Draws the run in `folder` to `out` (.png or .svg) and returns `out`.
 
     Three panels over tokens: saliency, pruning ratio, loss with size. The pruning phase is shaded; when it is less than
     half of the run the upper two panels show it alone; when nothing was pruned they are left out.
     Raises UsageError when the run has no records yet.
     """
-    run = _started(Path(folder))
+    run = read_run(Path(folder))
+    if not run.metrics:
+        raise UsageError(f"{folder} has no metrics.jsonl with records: give the folder of a run that has started")
     pruned = bool(run.events) or any(line.get("saliency") for line in run.metrics)
     figure = Figure(figsize=(9, 10.5 if pruned else 4.8))
-    figure.suptitle(title or run.name)
+    figure.suptitle(run.name)
     *upper, loss = figure.subplots(3, 1, height_ratios=(1, 1, 1.3)) if pruned else [figure.subplots()]
     size = _draw_loss(loss, [run])
     end = run.metrics[-1]["tokens"]
@@ -79,26 +81,6 @@ def plot_run(folder: Path | str, out: Path | str, title: str | None = None) -> P
         if pruned:
             (size if axes is loss else axes).axvspan(begin, stop, color=PHASE_COLOUR, zorder=0, linewidth=0)
     return save_figure(figure, Path(out))
-
-
-@styled()
-def plot_demo(runs: Mapping[str, Path | str], out: Path | str) -> Path:
-    """The learning curves of `runs` (label -> run folder) in one picture; returns `out`.
-
-    Raises UsageError when there is no run, or one has no records yet.
-    """
-    if not runs:
-        raise UsageError("there is no run to draw: give at least one run folder")
-    figure = _loss([_started(Path(folder), label) for label, folder in runs.items()])
-    assert figure is not None
-    return save_figure(figure, Path(out))
-
-
-def _started(folder: Path, name: str | None = None) -> RunRecord:
-    run = read_run(folder, name)
-    if not run.metrics:
-        raise UsageError(f"{folder} has no metrics.jsonl with records: give the folder of a run that has started")
-    return run
 
 
 def _loss(runs: Runs) -> Figure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -49,8 +49,16 @@ def flops_sentence(parts: Mapping[str, float | None]) -> str:
     return f"{total:.3g} FLOPs ({shares})"
 
 
+def rows_of(records: Iterable[Mapping[str, str]]) -> list[list[str]]:
+    """A table of records that all have the same keys, which are its head."""
+    found = list(records)
+    return [list(found[0]), *(list(each.values()) for each in found)] if found else []
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """A Markdown table; the first row is its head. "" without rows."""
+    if not rows:
+        return ""
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
