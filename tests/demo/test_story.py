@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from efficientllm.demo.story import DemoSize, run_demo
+from efficientllm.reporting.plots import plot_run
 
 TOY = DemoSize(
     vocabulary=512,
@@ -23,7 +24,10 @@ TOY = DemoSize(
 
 
 @pytest.mark.slow
-def test_demo_tells_its_story_once(tmp_path: Path, small_corpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_tells_its_story_once(
+    tmp_path: Path, small_corpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("efficientllm.jobs.finish.plot_run", plot_run)  # which the tiny world leaves out
     said: list[str] = []
     first = run_demo(tmp_path, said.append, TOY)
     table = capsys.readouterr().out
