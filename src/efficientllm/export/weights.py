@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from efficientllm.errors import UsageError
-from efficientllm.models.experts import on_disk
+from efficientllm.models.experts import as_saved
 from efficientllm.models.families import FAMILIES
 from efficientllm.models.loading import reason_of
 from efficientllm.models.parts import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -49,7 +49,7 @@ class Weights:
         wanted = {
             name: shape
             for spec in space.params
-            for name, shape in on_disk(spec.name, space.shape(spec, space.widths)).items()
+            for name, shape in as_saved(spec.name, space.shape(spec, space.widths)).items()
         }
         self._check(wanted)
         self.shapes = wanted

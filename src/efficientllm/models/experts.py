@@ -76,7 +76,7 @@ def _hide_dead(router: Any, _args: object, output: tuple[Tensor, ...]) -> tuple[
     return logits, weights.to(logits.dtype), experts
 
 
-def on_disk(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def as_saved(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """How a weight lies in a model folder, by name: those of experts one by one, gate and up apart."""
     base, _, part = name.rpartition(".experts.")
     if part == "down_proj":
