@@ -109,10 +109,12 @@ def process_of(name: str, load: Callable[[], Run]) -> Iterator[Run]:
     process.start()
     there.close()  # else its end would not be seen here
 
-    def answer() -> Any:
+    def answer(*batch: int) -> Any:
         try:
+            for each in batch:
+                here.send(each)
             found = here.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the pipe's other end is gone, perhaps since before it was asked
             process.join()
             how = _died(process.exitcode or 0)
             raise UsageError(f"the process that measured {name} has died{how}; see what it printed above") from None
@@ -120,13 +122,9 @@ def process_of(name: str, load: Callable[[], Run]) -> Iterator[Run]:
             raise found
         return found
 
-    def run(batch: int) -> Any:
-        here.send(batch)
-        return answer()
-
     try:
-        answer()
-        yield run
+        answer()  # that it is loaded
+        yield answer
     finally:
         process.kill()
         process.join()
