@@ -107,6 +107,7 @@ def test_an_existing_folder_that_looks_like_a_hub_id_is_local(tmp_path: Path, mo
     [
         (None, "not measured", "No validation text was given"),
         (math.nan, "not finite", "diverged"),
+        (math.inf, "not finite", "diverged"),
         (2.25, "2.250", "0.250 nats per token better"),
         (5000.0, "5000", "worse"),
     ],
@@ -115,6 +116,7 @@ def test_missing_or_broken_losses_are_said_plainly(tmp_path: Path, loss: float |
     changed = facts()["result"] | {"validation_loss": loss}
     _, body = parts(write_model_card(tmp_path, facts(result=changed)))
     assert f"| validation loss | 2.500 | {shown} |" in body
+    assert (f"| perplexity | 12.182 | {shown} |" in body) == shown.startswith("not ")
     assert said in body
 
 

@@ -146,7 +146,7 @@ class Card:
             gguf=gguf,
             run=run,
             widths=WIDTH_LABELS | EXPERT_LABELS,
-            perplexities=[None if loss is None else math.exp(min(loss, 700.0)) for loss in losses],  # a double's limit
+            perplexities=[_perplexity(loss) for loss in losses],
             way=evaluation_way(self.evaluation),
             measured=markdown(measured_rows(self.evaluation)),
             duration=_duration(run.get("seconds", 0.0)),
@@ -179,6 +179,13 @@ def license_of(folder: Path | str) -> str | None:
     """The licence that a model folder's own README.md states; None where it states none."""
     found = metadata_of(Path(folder) / README).get("license")
     return found if isinstance(found, str) else None
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """Of a loss in nats; what is not known, or not finite, stays so."""
+    if loss is None or not math.isfinite(loss):
+        return loss
+    return math.exp(min(loss, 700.0))  # beyond it a double overflows
 
 
 def _number(value: float | None) -> str:
