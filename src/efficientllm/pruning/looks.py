@@ -119,9 +119,8 @@ class Looks:
         for chosen in {each.name: each for each in self._criteria.values() if each.needs == need}.values():
             scores = self._scores(chosen, gates, inputs)
             found |= {name: scores[name] for name, each in self._criteria.items() if each.name == chosen.name}
-        if (
-            not torch.cat([each.flatten() for each in found.values()]).isfinite().all()
-        ):  # in the average it would stay for good
+        units = torch.cat([score.flatten() for score in found.values()])
+        if not units.isfinite().all():  # in the average it would stay for good
             self.nonfinite += 1
             return
         self.average.update(found, DECAY ** max(self.fallen[need], 1.0 / MEMORY))

@@ -65,7 +65,7 @@ def _renew(state: TrainState, change: Callable[[Snapshot], Snapshot], train: Tra
     """The run, changed as a snapshot. Wrapped and compiled modules refer to each other in cycles, so that only the
     garbage collector frees theirs; a full GPU would not start it."""
     device, ranks, snapshot = state.device, state.ranks, capture(state)
-    vars(state).clear()  # it holds on to nothing that is about to be cut, and says so to whoever asks it meanwhile
+    vars(state).clear()  # else it would hold on to what is about to be cut
     if train.compile:
         torch._dynamo.reset()
     if ranks.world > 1 or train.compile:
