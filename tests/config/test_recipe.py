@@ -169,6 +169,7 @@ positions = st.one_of(
     st.floats(0, 0.14).map(lambda x: f"{x:.6f}"), st.integers(2, 1_400_000).map(str), st.just("0%"), st.just("1M")
 )
 names = st.text(string.ascii_letters + string.digits + " ./_-:#'\"{}[]%&*!|>@`\t\u00e9\u4e16", min_size=1, max_size=20)
+paths = names.map("./{}".format)  # as data.validation: a name such as 0 or 5% would be read as a share
 
 
 @st.composite
@@ -203,7 +204,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     }
     return {
         "source": draw(names),
-        "data": {"train": draw(st.lists(names, min_size=1, max_size=3)), "validation": draw(st.none() | names)},
+        "data": {"train": draw(st.lists(names, min_size=1, max_size=3)), "validation": draw(st.none() | paths)},
         "train": train,
         "prune": draw(st.none() | st.just(prune)),
         "run": {"dir": draw(names), "checkpoint_every": draw(st.sampled_from(["5M", "3%", None]))},
