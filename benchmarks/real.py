@@ -42,7 +42,7 @@ from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_count, parse_count, parse_fraction
 
 BATCH, MICRO_BATCH = 4096, 2
-RATE = "3e-4"  # a tenth of the peak that SmolLM2 was pretrained with
+RATE = "3e-4"  # a tenth of SmolLM2's peak in pretraining
 FREE = {"target": None}  # stands for --target, in the arms below
 
 # The sections that an arm adds to the recipe; without `prune` it is plain training.
@@ -231,14 +231,13 @@ def main() -> None:
     bench = Bench(arguments)
     if arguments.one:
         arm, seed = arguments.one[0], int(arguments.one[1])
+        say(f"{arm}, seed {seed}")
         run(Recipe.model_validate(bench.recipe(arm, seed)), say)
         return
     seeds = range(1, arguments.seeds + 1)
     todo = [(a, s) for s in seeds for a in arguments.arms if not (bench.run_folder(a, s) / "summary.json").is_file()]
-    if todo:
-        say(apart(estimate, bench, len(todo)))
+    say(apart(estimate, bench, len(todo)) if todo else "all of it has run")
     for arm, seed in todo:
-        say(f"{arm}, seed {seed}")
         subprocess.run([sys.executable, *sys.argv, "--one", arm, str(seed)], check=True)
         print(json.dumps({arm: {kind: pooled(each, sorted(each)) for kind, each in bench.losses(arm, seed).items()}}))
     tables = [f"seed {seed}\n\n{table(bench, arguments.arms, seed)}" for seed in seeds]

@@ -48,18 +48,17 @@ RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})  # prune k
 class Pruner:
     """Prunes a transformers model while somebody's loop trains it.
 
-    model: a supported decoder (models/families.py). optimizer: built on its parameters (Adam, AdamW, SGD).
+    model: a supported decoder (models/families.py), on the device where it trains. optimizer: built on its parameters.
     target: parameters ("469M"), a share ("40%", 0.4), widths ({"hidden": 512}) or a size in another cost, with that
     cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the target is reached, from the `start`-th on.
-    loss_fn: returns the loss of the current batch, with its graph; default: the last forward call is run again, in its
-    autocast. Gates are seen where model(...) itself is called; elsewhere, and under fp16 autocast, a look is a pass of
-    its own. With a GradScaler call unscale_(optimizer) before observe(). Further keywords are the recipe's prune keys:
-    curve, saliency, types, selection, bound, correction, align, floors, cost, latency_table. sequence_length: tokens at
-    which cost "flops" counts.
+    loss_fn: returns the loss of the current batch, with its graph; default: the last forward call again, in its
+    autocast. Gates are seen where model(...) itself is called, without fp16 autocast; elsewhere a look is a pass more.
+    With a GradScaler call unscale_(optimizer) before observe(). Further keywords are the recipe's prune keys (curve,
+    saliency, types, bound, cost, ...). sequence_length: tokens at which cost "flops" counts.
 
     process_group: the processes whose loops train this model together (torch.distributed.group.WORLD), each on its own
     rows of the batch: copies of one model (DistributedDataParallel, but for static_graph) or its shards (FSDP2). Scores
-    and losses are met over them, and all take the same events; all call observe() and step() alike.
+    and losses are met over them; all take the same events, and call observe() and step() alike.
 
     Raises UsageError or ValueError, in one sentence, for what cannot be had; warns on the first process alone.
     """
@@ -82,10 +81,7 @@ class Pruner:
         runner, ranks = as_found(model, process_group)
         options = options_of({"target": target, "types": list(types)} | prune)
         if (options.cost == "flops") != (sequence_length is not None):
-            raise ValueError(
-                "Pruner takes sequence_length, the tokens of your rows, with cost 'flops', which counts at a length, "
-                "and with no other"
-            )
+            raise ValueError("give sequence_length, the tokens of your rows, with cost 'flops', and with no other cost")
         space = space_of(model.config)
         check_space(space, model)
         check_trains(optimizer, model)
