@@ -27,8 +27,8 @@ from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import losing_readers
 from efficientllm.pruning.slices import group_slices
-from efficientllm.training.capture import captured_inputs
 from efficientllm.training.gradient import Precision, mean_loss, summed_loss
+from efficientllm.training.hooks import captured_inputs
 
 CPU = Precision("cpu", bf16=False)
 LENGTH = 256

@@ -33,7 +33,7 @@ from efficientllm.pruning.dimensions import ATTENTION_QUERY, FFN_TYPE, STEM
 from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import Reader, losing_readers
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.hooks import captured_inputs
 
 USUAL = 0.01  # damping of the usual way: a share of the mean diagonal of X^T X
 DAMPINGS = (0.125, 0.5, 1.0, 2.0, 4.0, 16.0)

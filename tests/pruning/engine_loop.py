@@ -18,7 +18,7 @@ from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.schedule import SpanSchedule
 from efficientllm.pruning.shapes import Alignment, Floors
-from efficientllm.training.capture import Inputs, captured_inputs, watched_gates
+from efficientllm.training.hooks import Inputs, captured_inputs, watched_gates
 
 MIXED = {"stem": "gate-fisher", "ffn": "flap", "attention": "wanda", "attention_query": "taylor-element"}
 

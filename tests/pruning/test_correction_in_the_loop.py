@@ -12,7 +12,7 @@ from efficientllm.pruning.correction import Corrections, SolverOptions, correct,
 from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.live import Live
 from efficientllm.pruning.readers import losing_readers
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.hooks import captured_inputs
 from reference.correction_fp64 import dense_coefficients
 
 PRECISE = SolverOptions(damping=0.05, tolerance=1e-5, iterations=400)

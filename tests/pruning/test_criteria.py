@@ -11,7 +11,7 @@ from efficientllm.pruning.criteria import CRITERIA, Criterion, Needs, criteria_o
 from efficientllm.pruning.dimensions import EXPERT_TYPES, PRUNING_TYPES
 from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import drawn_scores
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.hooks import captured_inputs
 from reference.criteria_fp64 import unit_score
 
 IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from conftest import tiny_model
 from efficientllm.models.parts import recompute
 from efficientllm.models.space import space_of
 from efficientllm.pruning.gates import GateSums, bounded
-from efficientllm.training.capture import watched_gates
+from efficientllm.training.hooks import watched_gates
 
 IDS = torch.randint(0, 61, (5, 20), generator=torch.Generator().manual_seed(1))
 PREDICTED = 5 * 19

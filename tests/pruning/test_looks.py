@@ -12,7 +12,7 @@ from efficientllm.pruning.criteria import hessian_flops, inverse_hessian_diagona
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Removal
 from efficientllm.pruning.readers import reader_specs
-from efficientllm.training.capture import Inputs
+from efficientllm.training.hooks import Inputs
 from pruning.engine_loop import MIXED, Loop
 
 

@@ -17,9 +17,9 @@ from efficientllm.checkpoint.store import load, save
 from efficientllm.config import Recipe
 from efficientllm.pruning.dimensions import ATTENTION_QUERY
 from efficientllm.pruning.slices import dead_slices
-from efficientllm.training.capture import captured_inputs
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, summed_loss
+from efficientllm.training.hooks import captured_inputs
 from efficientllm.training.loop import train_steps
 from efficientllm.training.passes import rows_by_use
 from efficientllm.training.planning import pruning_plan

@@ -22,10 +22,10 @@ from efficientllm.evaluation.removal import loss_increases
 from efficientllm.evaluation.validation import validation_loss
 from efficientllm.models.space import space_of
 from efficientllm.pruning.gates import GateSums
-from efficientllm.training.capture import watched_gates
 from efficientllm.training.chunked_loss import IGNORED
 from efficientllm.training.distillation import Distillation, LiveTeacher
 from efficientllm.training.gradient import Precision, model_inputs, predicted_tokens, row_losses, summed_loss
+from efficientllm.training.hooks import watched_gates
 from efficientllm.training.state import start
 from efficientllm.training.step import OwnBatches
 from efficientllm.training.teacher_cache import CachedTeacher

@@ -12,7 +12,7 @@ from efficientllm import Pruner
 from efficientllm.models.space import space_of
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Space
-from efficientllm.training.capture import watched_gates
+from efficientllm.training.hooks import watched_gates
 
 
 def test_the_caller_s_own_passes_are_watched() -> None:

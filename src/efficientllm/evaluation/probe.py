@@ -16,8 +16,8 @@ from efficientllm.pruning.dimensions import EXPERT_TYPES
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.readers import input_scores, reader_specs
 from efficientllm.pruning.saliency import drawn_scores, unit_scores
-from efficientllm.training.capture import Watch, captured_inputs, unwatched, watched_gates
 from efficientllm.training.gradient import Precision, predicted_tokens, summed_loss
+from efficientllm.training.hooks import Watch, captured_inputs, unwatched, watched_gates
 
 Scores = dict[str, dict[str, Tensor]]  # criterion -> pruning type -> (rows, units)
 

@@ -16,9 +16,9 @@ from efficientllm.config import TrainConfig
 from efficientllm.models.parts import recompute
 from efficientllm.models.space import build, space_of
 from efficientllm.pruning.gates import GateSums
-from efficientllm.training.capture import unwatched, watched_gates
 from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.gradient import Precision, summed_loss
+from efficientllm.training.hooks import unwatched, watched_gates
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _teacher_bytes(recipe: Recipe, teacher: Space, *, bf16: bool) -> int:
 
 
 def _input_bytes(plan: RunPlan, *, bf16: bool) -> int:
-    """Of the rows whose inputs a step with events keeps (training/capture.py), in a single process."""
+    """Of the rows whose inputs a step with events keeps (training/hooks.py), in a single process."""
     if plan.pruning is None or (plan.pruning.options.correction is None and "inputs" not in _needs(plan)):
         return 0
     wanted = rows_by_use(plan.pruning, plan.batch_rows, plan.length)["inputs"]

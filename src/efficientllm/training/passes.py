@@ -19,8 +19,8 @@ from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.readers import read_tensors
-from efficientllm.training.capture import Inputs, Watch, watched_gates
 from efficientllm.training.gradient import SummedLoss, has_planes, predicted_tokens
+from efficientllm.training.hooks import Inputs, Watch, watched_gates
 from efficientllm.training.state import PruningPlan, TrainState
 
 Use = Literal["step", "gradient", "text", "inputs"]  # of a pass: what it is made for

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from efficientllm.models.parts import body
 from efficientllm.pruning.gates import GateSums
 from efficientllm.pruning.shards import fill
-from efficientllm.training.capture import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.chunked_loss import IGNORED
+from efficientllm.training.hooks import Inputs, Watch, captured_inputs, watched_gates
 from efficientllm.training.passes import Pass, Passes, Use
 from efficientllm.training.state import TrainState
 

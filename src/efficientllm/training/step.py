@@ -19,7 +19,6 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.gates import GateSums
-from efficientllm.training.capture import Inputs, captured_inputs
 from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.distillation import Distillation, Lineage
 from efficientllm.training.gradient import (
@@ -31,6 +30,7 @@ from efficientllm.training.gradient import (
     predicted_tokens,
     summed_loss,
 )
+from efficientllm.training.hooks import Inputs, captured_inputs
 from efficientllm.training.passes import Pass, Passes, Use, kept_every, rows_by_use
 from efficientllm.training.state import PruningPlan, TrainState
 

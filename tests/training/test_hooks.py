@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from efficientllm.models.space import space_of
 from efficientllm.pruning.readers import reader_specs
-from efficientllm.training.capture import captured_inputs
+from efficientllm.training.hooks import captured_inputs
 
 IDS = torch.arange(48).reshape(3, 16)
 
