@@ -48,7 +48,8 @@ RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})  # prune k
 class Pruner:
     """Prunes a transformers model while somebody's loop trains it.
 
-    model: a supported decoder (models/families.py), on the device where it trains. optimizer: built on its parameters.
+    model: a supported decoder (models/families.py), on the device where it trains. optimizer: built on its parameters
+    (Adam, AdamW, SGD).
     target: parameters ("469M"), a share ("40%", 0.4), widths ({"hidden": 512}) or a size in another cost, with that
     cost ({"flops": "40%"}, cost="flops"). steps: calls of step() until the target is reached, from the `start`-th on.
     loss_fn: returns the loss of the current batch, with its graph; default: the last forward call again, in its
