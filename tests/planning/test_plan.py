@@ -36,7 +36,7 @@ def test_plain_training_costs_what_was_planned(world: World) -> None:
     summary = run(Recipe.model_validate(recipe), lambda line: None)
     assert plan.flops == summary["flops"]
     assert plan.steps * plan.batch_tokens == summary["tokens"] == sum(plan.phases)
-    assert (plan.events, plan.compactions) == (0, 0)
+    assert (plan.events, plan.compactions, plan.flops_by_mode) == (0, 0, {})
 
 
 def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
@@ -78,6 +78,8 @@ def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(
     assert ladder.compactions == 3
     shot = planned(world, world.recipe("shot", prune={"mode": "one-shot", "bound": None, "end": None}))
     assert (shot.compactions, shot.refreshes) == (1, 32)
+    assert once.flops_by_mode["one-shot"] == shot.flops == shot.flops_by_mode["one-shot"]
+    assert once.flops_by_mode["loop"] == once.flops != once.flops_by_mode["iterative"]
     wide = planned(world, world.recipe("wide", prune={"saliency": "wanda", "end": "50%"}))
     assert wide.refreshes == 0
     assert wide.flops_by_part.looks > 0

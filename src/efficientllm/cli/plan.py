@@ -173,6 +173,10 @@ def _goal(plan: Estimate) -> str:
     return f"{plan.reaches} at most, about {size}" if plan.reaches else f"{size} at most"
 
 
+def _modes(plan: Estimate) -> str:
+    return ", ".join(f"{mode} {flops:.3g}" for mode, flops in plan.flops_by_mode.items())
+
+
 def _rows(plan: Estimate, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:
     from efficientllm.reporting.tables import flops_sentence
 
@@ -188,6 +192,7 @@ def _rows(plan: Estimate, memory: StepMemory, *, bf16: bool) -> list[tuple[str, 
          f"{format_count(plan.batch_tokens)}"),
         ("FLOPs", f"{flops_sentence(asdict(plan.flops_by_part)).replace('FLOPs ', '')}; "
          f"{plan.step_flops:.3g} a step at full shape; validation takes {plan.validation_flops:.3g} more"),
+        *([("", f"at the same tokens by prune.mode: {_modes(plan)}")] if plan.flops_by_mode else []),
         ("memory, weights", format_bytes(memory.weights)),
         ("memory, gradients", format_bytes(memory.gradients)),
         ("memory, AdamW", format_bytes(memory.optimizer)),

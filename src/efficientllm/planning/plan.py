@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 from transformers import PretrainedConfig
 
-from efficientllm.config import Recipe
+from efficientllm.config import PruneConfig, Recipe, effective_recipe
+from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.space import space_of
 from efficientllm.planning.memory import StepMemory, step_memory
@@ -20,7 +22,7 @@ from efficientllm.pruning.shapes import proportional_widths
 from efficientllm.pruning.widths import Widths
 from efficientllm.sizes import format_amount
 from efficientllm.training.passes import captured_inputs_of, kept_every, rows_by_use
-from efficientllm.training.run_plan import RunPlan
+from efficientllm.training.run_plan import RunPlan, run_plan
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.vocabulary import asking_flops, expected
 
@@ -34,8 +36,9 @@ class Estimate:
     final shape that comes nearest to them); saliency will choose others of the same size. phases: tokens before, while
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
     flops_by_part: the same as in a run's summary; pruning_flops: those of looks and correction;
-    validation_flops come on top. checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is
-    written; draws: of a teacher, kept. notes: the run's advisories."""
+    validation_flops come on top. flops_by_mode: of the recipe in each prune.mode that it can have, at the same tokens.
+    checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is written; draws: of a teacher,
+    kept. notes: the run's advisories."""
 
     parameters: int
     target: int
@@ -51,6 +54,7 @@ class Estimate:
     flops: float
     flops_by_part: Ledger
     pruning_flops: float
+    flops_by_mode: dict[str, float]
     validation_flops: int
     step_flops: int
     memory: StepMemory
@@ -64,17 +68,10 @@ class Estimate:
 def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: PretrainedConfig | None = None) -> Estimate:
     """bf16, gpu: how and on what it will be trained. teacher: another than the source."""
     recipe, config, space = plan.recipe, plan.source, plan.space
-    sheds = recipe.prune is not None and recipe.prune.vocabulary
-    forecast, rows = expected(plan) if sheds else (plan, config.vocab_size)
-    counted = (
-        f"counted are {rows:,} of {config.vocab_size:,} tokens from the first step on: how many fall, the text says"
-    )
+    forecast, counted = _forecast(plan)
     target, shape, reaches = _goal(forecast.space, forecast.pruning)
     teaching = space if teacher is None else space_of(teacher)
-    cost = _step_flops(plan, teaching)
-    done = _simulated(forecast, _step_flops(forecast, teaching))
-    done.flops.looks += forward_flops(space, plan.turned_by, plan.length).base
-    done.flops.looks += asking_flops(forecast) if sheds else 0.0
+    done = _simulated(plan, teaching)
     parameters = int(space.num_params())
     return Estimate(
         parameters,
@@ -91,8 +88,9 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
         done.flops.total,
         done.flops,
         done.pruning,
+        {} if recipe.prune is None else _flops_by_mode(plan, teaching),
         plan.pace.flops,
-        int(cost(space.widths).total),
+        int(_step_flops(plan, teaching)(space.widths).total),
         replace(
             step_memory(config, recipe.train, plan.length, bf16=bf16, gpu=gpu, gates="gates" in _needs(plan)),
             teacher=_teacher_bytes(recipe, teaching, bf16=bf16),
@@ -102,8 +100,29 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
         checkpoints=recipe.run.keep + 1,
         corpus=(2 if config.vocab_size <= 2**16 else 4) * recipe.train.tokens,
         draws=DRAW_BYTES * (recipe.distill.samples or 0) * recipe.train.tokens if recipe.distill else 0,
-        notes=(*plan.advisories, *([counted] if sheds else [])),
+        notes=(*plan.advisories, *counted),
     )
+
+
+def _forecast(plan: RunPlan) -> tuple[RunPlan, list[str]]:
+    """The plan with as many tokens as are expected to stay where they may fall, and what is to be said of that."""
+    if plan.recipe.prune is None or not plan.recipe.prune.vocabulary:
+        return plan, []
+    found, rows = expected(plan)
+    left = f"{rows:,} of {plan.source.vocab_size:,} tokens"
+    return found, [f"counted are {left} from the first step on: how many fall, the text says"]
+
+
+def _flops_by_mode(plan: RunPlan, teaching: Space) -> dict[str, float]:
+    content = plan.recipe.model_dump(mode="json")
+    found = {}
+    for mode in get_args(PruneConfig.model_fields["mode"].annotation):
+        try:
+            recipe = effective_recipe(content | {"prune": content["prune"] | {"mode": mode}})
+        except UsageError:  # such as a prune.start that suits the other modes alone
+            continue
+        found[mode] = run_flops(run_plan(recipe, plan.source), teaching).total
+    return found
 
 
 def _goal(space: Space, plan: PruningPlan | None) -> tuple[int, Widths, str]:
@@ -178,13 +197,18 @@ def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
 
 def run_flops(plan: RunPlan, teaching: Space) -> Ledger:
     """FLOPs of a whole run, as they will stand in its summary. teaching: the teacher's shape, where there is one."""
-    return _simulated(plan, _step_flops(plan, teaching)).flops
+    return _simulated(plan, teaching).flops
 
 
-def _simulated(plan: RunPlan, cost: StepFlops) -> Simulated:
-    if plan.pruning is not None:
-        return Simulation(plan, cost).run()
-    done = Simulated(Standing(plan.space.widths), plan.space.widths)
-    for _ in range(plan.steps):
-        done.flops.add(cost(plan.space.widths))
+def _simulated(plan: RunPlan, teaching: Space) -> Simulated:
+    forecast, _ = _forecast(plan)
+    cost = _step_flops(forecast, teaching)
+    if forecast.pruning is None:
+        done = Simulated(Standing(plan.space.widths), plan.space.widths)
+        for _ in range(plan.steps):
+            done.flops.add(cost(plan.space.widths))
+        return done
+    done = Simulation(forecast, cost).run()
+    done.flops.looks += forward_flops(plan.space, plan.turned_by, plan.length).base
+    done.flops.looks += asking_flops(forecast) if plan.recipe.prune and plan.recipe.prune.vocabulary else 0.0
     return done
