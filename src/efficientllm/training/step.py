@@ -19,6 +19,7 @@ from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.models.parts import body, logits_of
 from efficientllm.pruning.decision import ByDamage, Standing
 from efficientllm.pruning.gates import GateSums
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.training.chunked_loss import is_chunked
 from efficientllm.training.distillation import Distillation, Lineage
 from efficientllm.training.gradient import (
@@ -154,20 +155,22 @@ class OwnBatches(Passes):
         """Counts the operations of a pass, over all processes: the student's and the teacher's. Whoever encodes text
         anew counts its passes."""
         state, flops, length = self.state, self.state.flops, self._length
+        if use == "text":
+            return
         forward = forward_flops(state.space, rows, length)
         if use == "inputs":
             assert state.pruner is not None
             for_scores = "inputs" in state.pruner.looks.needs
-            flops.looks += forward.base if for_scores else 0
-            flops.correction += 0 if for_scores else forward.base
-        elif use != "text":
-            taught = self._distillation if use == "step" else None
-            again, chunked = self._train.gradient_checkpointing, taught is not None
-            trained = training_flops(forward, gradient_checkpointing=again, chunked=chunked)
-            flops.steps += trained if use == "step" else 0
-            flops.looks += trained if use == "gradient" else 0
-            flops.teacher += taught.teacher.flops(rows, length) if taught else 0
-            state.refresh_tokens += rows * length if use == "gradient" else 0
+            flops.add(Ledger(looks=forward.base) if for_scores else Ledger(correction=forward.base))
+            return
+        taught = self._distillation if use == "step" else None
+        again = self._train.gradient_checkpointing
+        trained = training_flops(forward, gradient_checkpointing=again, chunked=taught is not None)
+        if use == "gradient":
+            flops.looks += trained
+            state.refresh_tokens += rows * length
+        else:
+            flops.add(Ledger(trained, teacher=taught.teacher.flops(rows, length) if taught else 0))
 
 
 def _hidden_states(model: Any, precision: Precision, rows: Tensor) -> Tensor:
