@@ -43,6 +43,10 @@ from efficientllm.training.snapshot import Snapshot, cut, model_like, model_of
 from efficientllm.training.state import PruningPlan, assemble, capture
 
 RECIPE_ONLY = frozenset({"ladder", "mode", "end", "every", "rotate"})  # prune keys that say how our own loop is run
+COMPACTED_EARLY = (
+    "pruning goes on after this compact(): no Pruner can load a state_dict() taken from here on; to be able to resume "
+    "from your own checkpoints, compact once finished"
+)
 
 
 class Pruner:
@@ -194,8 +198,9 @@ class Pruner:
     def compact(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
         """The smaller model and an optimizer of the same kind with its state; the old ones are to be dropped.
 
-        Live widths are rounded up to the alignment until pruning is finished. Learning-rate schedulers must be made
-        anew for the new optimizer, a model that is wrapped for several processes wrapped anew on each of them. Raises
+        Live widths are rounded up to the alignment until pruning is finished; until then no other Pruner can go on from
+        a state_dict() that is taken after it, which a warning says. Learning-rate schedulers must be made anew for the
+        new optimizer, a model that is wrapped for several processes wrapped anew on each of them. Raises
         ValueError for an optimizer that is wrapped (by accelerate, say) or whose state cannot be cut, and for shards.
         """
         if self._sharded:
@@ -208,6 +213,8 @@ class Pruner:
                 f"compact() cannot replace a wrapped optimizer ({type(self.optimizer).__name__}); give Pruner the "
                 "plain one, or leave the tensors at their size and call save_pretrained() at the end"
             )
+        if not self.finished and self._state.ranks.leads:
+            warnings.warn(COMPACTED_EARLY, stacklevel=2)
         snapshot, old = self._cut(), self._state
         model = model_like(self.model, model_of(snapshot, old.device))
         weights = dict(model.named_parameters())

@@ -137,8 +137,8 @@ def test_a_ladder_leaves_models_that_train_on(world: World, ladder: Path, capsys
     assert went_on[-1]["live_parameters"] == reached["parameters"]
 
 
-def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None:
-    """The checkpoints and the smaller size are lost: it comes again, bit for bit."""
+def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoints and the smaller size are lost: it comes again, bit for bit, and for no other recipe."""
     folder = world.folder / "runs" / "ladder"
     steps = {
         json.loads((milestone / "summary.json").read_text())["step"]: milestone
@@ -150,6 +150,8 @@ def test_a_ladder_is_left_again_after_a_kill(world: World, ladder: Path) -> None
     for checkpoint in checkpoints(folder / "checkpoints"):
         shutil.rmtree(checkpoint)
     (folder / "summary.json").unlink()
+    assert call("prune", ladder, "train.lr=2e-2") == 2
+    assert "belongs to a recipe with train.lr=0.01, not 0.02" in capsys.readouterr().err
     assert call("prune", ladder) == 0
     after = load_file(milestone / "model" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -39,14 +39,16 @@ def test_plain_training_costs_what_was_planned(world: World) -> None:
     assert (plan.events, plan.compactions, plan.flops_by_mode) == (0, 0, {})
 
 
-def test_a_pruned_run_costs_about_what_was_planned(world: World) -> None:
-    """Without correction, on a path that both know."""
+@pytest.mark.parametrize("saliency", ["gate-fisher", "taylor-element", "sparsegpt", "magnitude"])
+def test_a_pruned_run_costs_about_what_was_planned(world: World, saliency: str) -> None:
+    """Without correction, on a path that both know, whatever its scores look at."""
     path = {"selection": "interleaved", "target": {"hidden": 28, "intermediate": 24}}
-    prune = path | {"correction": "none", "end": "75%", "bound": 1.0}
-    recipe = world.recipe("as-planned", prune=prune, train={"tokens": 96 * 256})
+    prune = path | {"correction": "none", "end": "75%", "bound": 1.0, "saliency": saliency}
+    recipe = world.recipe(f"as-planned-{saliency}", prune=prune, train={"tokens": 96 * 256})
     plan = planned(world, recipe)
     summary = run(Recipe.model_validate(recipe), lambda line: None)
     assert plan.flops == pytest.approx(summary["flops"], rel=0.01)
+    assert plan.flops_by_part.looks == pytest.approx(summary["flops_by_part"]["looks"], rel=0.02)
     assert plan.target == summary["result"]["parameters"]
     assert sum(plan.phases) == summary["tokens"]
     assert plan.phases[:2] == (492, 72 * 256 - 492)  # 2 % of warm-up, then to 75 %
@@ -77,9 +79,11 @@ def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(
     ladder = planned(world, world.recipe("ladder", prune={"ladder": ["80%", "65%"]}))
     assert ladder.compactions == 3
     shot = planned(world, world.recipe("shot", prune={"mode": "one-shot", "bound": None, "end": None}))
-    assert (shot.compactions, shot.refreshes) == (1, 32)
+    assert (shot.compactions, shot.refreshes) == (1, 8)
     assert once.flops_by_mode["one-shot"] == shot.flops == shot.flops_by_mode["one-shot"]
     assert once.flops_by_mode["loop"] == once.flops != once.flops_by_mode["iterative"]
+    short = world.recipe("short", train={"tokens": 2 * 256, "batch_tokens": 256}, prune={"end": "100%", "start": 300})
+    assert planned(world, short).flops_by_mode.keys() == {"loop"}  # no batch is left for the others after token 300
     wide = planned(world, world.recipe("wide", prune={"saliency": "wanda", "end": "50%"}))
     assert wide.refreshes == 0
     assert wide.flops_by_part.looks > 0

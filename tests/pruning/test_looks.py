@@ -51,12 +51,12 @@ def test_an_event_above_the_bound_falls_alone_after_a_look_of_its_own() -> None:
 def test_every_type_is_looked_at_by_its_own_criterion() -> None:
     mixed = Loop("llama-gqa", saliency=MIXED)
     mixed.ids = torch.arange(48).reshape(4, 12)
-    mixed.pruner.looks.before_bundle(mixed, [], 1, PruneReport())
+    mixed.pruner.looks.before_bundle(mixed, [], 0, PruneReport())
     found = mixed.pruner.looks.average.values()
     for pruning_type, name in MIXED.items():
         alone = Loop("llama-gqa", saliency=name)
         alone.ids = mixed.ids
-        alone.pruner.looks.before_bundle(alone, [], 1, PruneReport())
+        alone.pruner.looks.before_bundle(alone, [], 0, PruneReport())
         torch.testing.assert_close(found[pruning_type], alone.pruner.looks.average.values()[pruning_type])
 
 

@@ -37,6 +37,10 @@ def pace_of(world: World, recipe: Recipe) -> ValidationPace:
     return validation_pace(recipe, space_of(config), pruning_plan(recipe, config))
 
 
+def test_less_than_a_token_is_a_token(world: World) -> None:
+    assert pace_of(world, recipe_of(world, 40_000, validate_every="0.001%")).every == 1
+
+
 @pytest.mark.parametrize("target", [None, "50%", "20%"])
 @pytest.mark.parametrize("tokens", [100_000, 3_000_000, 10**9])
 def test_by_default_it_takes_at_most_five_percent_of_what_the_run_spends(

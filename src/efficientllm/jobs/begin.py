@@ -144,6 +144,8 @@ def _what_is_there(job: Job) -> tuple[Path | None, dict[str, Any]]:
     saved = checkpoints(job.folder.checkpoints)
     source = job.folder.read_json(job.folder.source)
     if not saved:
+        if source and job.folder.ladder.is_dir():  # whose sizes are left as they are where a run comes by again
+            _check_source(job, source, job.folder)
         return None, {}
     if source is None:
         raise UsageError(

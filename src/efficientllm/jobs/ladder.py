@@ -35,7 +35,7 @@ RECIPE = "recipe.yaml"
 def leave_milestone(job: Job, state: TrainState, milestone: int, progress: RunProgress) -> None:
     """Leaves the model at this moment, which has just been cut to a size of the ladder."""
     assert job.pruning is not None
-    folder = job.folder.path / "ladder" / _name(job.pruning.milestones[milestone])
+    folder = job.folder.ladder / _name(job.pruning.milestones[milestone])
     left = job.ranks.from_first(lambda: job.folder.read_json(folder / "summary.json"))
     if left is not None and left["step"] == state.step:
         return  # a run that was killed and resumed comes by again, with the same weights

@@ -45,6 +45,7 @@ class RunFolder:
         self.source = self.path / "source.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.ladder = self.path / "ladder"
         self.summary = self.path / "summary.json"
         self.metrics = Journal(self.path / "metrics.jsonl", writes=writes)
         self.events = Journal(self.path / "events.jsonl", writes=writes)
@@ -97,7 +98,8 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether there is anything of a run to go on from, or to read."""
-        return self.config.is_file() and (self.summary.is_file() or bool(checkpoints(self.checkpoints)))
+        left = self.summary.is_file() or bool(checkpoints(self.checkpoints)) or self.ladder.is_dir()
+        return self.config.is_file() and left
 
     def difference(self, recipe: Recipe) -> tuple[str, Any, Any] | None:
         """The first essential key, with both values, in which the run begun here differs from a recipe; None where none

@@ -119,9 +119,10 @@ def _flops_by_mode(plan: RunPlan, teaching: Space) -> dict[str, float]:
     for mode in get_args(PruneConfig.model_fields["mode"].annotation):
         try:
             recipe = effective_recipe(content | {"prune": content["prune"] | {"mode": mode}})
+            other = run_plan(recipe, plan.source)
         except UsageError:  # such as a prune.start that suits the other modes alone
             continue
-        found[mode] = run_flops(run_plan(recipe, plan.source), teaching).total
+        found[mode] = run_flops(other, teaching).total
     return found
 
 

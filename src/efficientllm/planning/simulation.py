@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from efficientllm.models.experts import balance_of
 from efficientllm.models.flops import forward_flops, training_flops
 from efficientllm.pruning.correction import EXPECTED, solve_flops
 from efficientllm.pruning.criteria import criteria_of
@@ -19,7 +20,7 @@ from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.readers import read_tensors
 from efficientllm.pruning.widths import Widths
 from efficientllm.training.compaction import compaction_widths
-from efficientllm.training.passes import kept_every, rows_by_use
+from efficientllm.training.passes import kept_every, passes_over, rows_by_use
 from efficientllm.training.run_plan import RunPlan
 
 StepFlops = Callable[[Widths], Ledger]
@@ -52,10 +53,12 @@ class Simulation:
         self._space, self._plan, self._step_flops, self._steps = space, plan, step_flops, run.steps
         self._batch, self._length = run.batch_rows, run.length
         self._recomputes, self._compiles = train.gradient_checkpointing, train.compile
-        self._watched = not (train.compile or run.recipe.distill)  # a step's own pass shows its gates
+        # A step's own pass shows its gates.
+        self._watched = not (train.compile or run.recipe.distill or balance_of(run.source))
         self._rows = rows_by_use(plan, self._batch, self._length)
         chosen = criteria_of(plan.options.saliency, plan.options.types)
         self._needs = {each.needs for each in chosen.values()}
+        self._reading = {each.name: each for each in chosen.values() if each.needs == "inputs"}.values()
         self._types = [name for name in space.types if name in plan.options.types]
         self._course = Course(plan.milestones, plan.schedule)
         self._guide, self._sites = ByShape(self._types), read_tensors(space)
@@ -78,7 +81,7 @@ class Simulation:
         options, bundles, milestone = self._plan.options, 0, done.at.milestone
         ready = not (self._plan.at_rest or self._compiles)  # inputs that the step's own pass has kept
         while done.at.milestone == milestone and self._course.due(done.at, position):
-            seen = self._refresh(done, options.gathers if not bundles else 1, ready=ready)
+            seen = self._refresh(done, options.look_batches if not bundles else 0, ready=ready)
             if options.correction and not seen:
                 done.flops.correction += 0 if ready else self._inputs(done)
                 seen = self._rows_of(self._batch) if ready else self._rows["inputs"]
@@ -92,19 +95,32 @@ class Simulation:
         done.over = self._course.finished(done.at)
         self._compact(done, exactly=done.at.milestone > milestone or done.over)
 
-    def _refresh(self, done: Simulated, gathers: int, *, ready: bool) -> int:
+    def _refresh(self, done: Simulated, batches: int, *, ready: bool) -> int:
         """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""
         seen = 0
         if self._needs & {"gradient", "gates"} and not done.fresh:
-            done.refreshes += gathers
+            passes = passes_over(self._rows, "gradient", batches)
+            done.refreshes += passes
             passed = forward_flops(self._space, self._rows["gradient"], self._length, done.allocated)
-            done.flops.looks += gathers * training_flops(passed, gradient_checkpointing=self._recomputes)
+            done.flops.looks += passes * training_flops(passed, gradient_checkpointing=self._recomputes)
             seen = 0 if self._compiles else self._rows_of(self._rows["gradient"])
         done.fresh = True
-        if "inputs" in self._needs and not seen:
-            done.flops.looks += self._inputs(done) * (gathers - ready)
-            seen = self._rows_of(self._batch) if ready else self._rows["inputs"]
+        if "inputs" in self._needs:
+            passes = passes_over(self._rows, "inputs", batches) if not seen else 1
+            if not seen:
+                done.flops.looks += self._inputs(done) * (passes - ready)
+                seen = self._rows_of(self._batch) if ready else self._rows["inputs"]
+            done.flops.looks += passes * self._statistics(done.allocated, seen)
         return seen
+
+    def _statistics(self, widths: Widths, rows: int) -> int:
+        """Of the criteria that look at inputs, of so many rows."""
+        flops = 0
+        for axis, _, layered in self._sites:
+            number = (widths.layers if layered else 1) * (widths["experts"] if DIMENSIONS[axis].apart else 1)
+            tokens, width = rows * self._length, self._space.axis_length(axis, widths)
+            flops += number * sum(each.statistic_flops(tokens, width) for each in self._reading)
+        return flops
 
     def _rows_of(self, rows: int) -> int:
         """Those of a pass over so many rows whose inputs are kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -28,6 +28,10 @@ class Probe(Protocol):
         """Puts a fresh gradient at the current weights into .grad, without a weight update. Returns the inputs of the
         linear layers with these weights that it has met on the way, as `inputs` does. gates: takes in those of this
         process's rows."""
+        ...
+
+    def passes(self, use: Literal["gradient", "inputs"], batches: int) -> int:
+        """How many of these read as many rows as so many batches of training have; 1 at least."""
         ...
 
     def gates(self) -> GateSums | None:
@@ -55,8 +59,8 @@ class PrunerOptions:
     bound: largest share of the live parameters removed between two looks (one larger event falls alone, after a look of
     its own). correction: the second-order update of what is left; None leaves it out. order: "saliency", or a pruning
     path (selection.py) towards one fixed shape.
-    gathers: looks that are taken before the first event of a step where training has taken none (weights at rest).
-    seed: of the criterion `random`.
+    look_batches: what is looked at before the first event of a step where training has taken no look (weights at rest),
+    in batches of training; 0: one pass. seed: of the criterion `random`.
     """
 
     types: tuple[str, ...]
@@ -64,7 +68,7 @@ class PrunerOptions:
     bound: float = 0.05
     correction: SolverOptions | None = None
     order: str = "saliency"
-    gathers: int = 1
+    look_batches: int = 0
     seed: int = 0
 
 

@@ -111,8 +111,8 @@ class PruningEngine:
         self.looks.begin()
         while self.due(position) and report.milestone is None:
             names = self.reads()
-            gathers = 1 if report.events else self.options.gathers
-            inputs = self.looks.before_bundle(probe, names, gathers, report)
+            batches = 0 if report.events else self.options.look_batches
+            inputs = self.looks.before_bundle(probe, names, batches, report)
             if not self.looks.complete:
                 report.blind = True
                 break

@@ -79,10 +79,11 @@ class Looks:
             self._take("gradient")
 
     def before_bundle(
-        self, probe: Probe, names: list[str], gathers: int, report: PruneReport
+        self, probe: Probe, names: list[str], batches: int, report: PruneReport
     ) -> Mapping[str, Tensor] | None:
-        """Looks anew at whatever has not been looked at since the last event, `gathers` times where that needs a pass.
-        names: linear layers whose inputs are wanted; returned where a look has met them."""
+        """Looks anew at whatever has not been looked at since the last event; by passes, where it needs them, over as
+        many rows as so many batches have. names: linear layers whose inputs are wanted; returned where a look has met
+        them."""
         inputs: Mapping[str, Tensor] | None = None
         if "weights" in self.needs:
             self._take("weights")
@@ -94,7 +95,7 @@ class Looks:
                 self._take("gates", gates=own)
         stale = self.needs - self._fresh
         if stale & {"gradient", "gates"}:
-            for left in reversed(range(gathers)):
+            for left in reversed(range(probe.passes("gradient", batches))):
                 gates = GateSums(self._space, self._device) if "gates" in self.needs else None
                 with torch.enable_grad():
                     inputs = probe.gradient(names if left == 0 else [], gates)
@@ -105,7 +106,7 @@ class Looks:
         if "inputs" in stale:
             readers = [spec.name for spec in reader_specs(self._space)]
             met = inputs is not None and inputs.keys() >= set(readers)
-            for _ in range(1 if met else gathers):
+            for _ in range(1 if met else probe.passes("inputs", batches)):
                 inputs = inputs if met else probe.inputs(readers)
                 assert inputs is not None
                 self._take("inputs", inputs=inputs)

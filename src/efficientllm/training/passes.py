@@ -47,6 +47,11 @@ def rows_by_use(plan: PruningPlan | None, rows: int, length: int, processes: int
     }
 
 
+def passes_over(rows: Mapping[Use, int], use: Use, batches: int) -> int:
+    """How many passes read so many batches; 1 at least. rows: of each pass, as of rows_by_use."""
+    return max(1, -(-batches * rows["step"] // rows[use]))
+
+
 def kept_every(rows: int, wanted: int) -> int:
     """Of a pass over so many rows every so-manieth is kept as inputs: about as many as are wanted."""
     return max(1, round(rows / wanted))
@@ -150,6 +155,10 @@ class Passes(ABC):
     def vocabulary(self, guide: ByDamage, at: Standing) -> int | None:
         """As of Probe: tokens fall in our own loop alone."""
         return None
+
+    def passes(self, use: Use, batches: int) -> int:
+        """As of Probe: with a single batch at hand, one."""
+        return 1
 
     def gates(self) -> GateSums | None:
         """Those of the step's own pass, once; None where it was not watched."""

@@ -21,7 +21,6 @@ from efficientllm.pruning.engine import PrunerOptions
 from efficientllm.pruning.feasible import FeasibleShapes
 from efficientllm.pruning.groups import Space
 from efficientllm.pruning.schedule import EverySchedule, Schedule, SpanSchedule
-from efficientllm.training.passes import LOOK_SHARE
 from efficientllm.training.state import PruningPlan
 from efficientllm.training.targets import (
     alignment_of,
@@ -34,7 +33,7 @@ from efficientllm.training.targets import (
 )
 
 COMPACT_AT = 0.04  # of the parameters: compactions then take 0.2 % of a run to 40 % (docs/results/overhead.md)
-ONE_SHOT_BATCHES = 8  # to come, whose looks one-shot averages; not studied
+LOOK_BATCHES = {"one-shot": 8, "iterative": 1}  # to come, whose looks are averaged at rest; not studied
 
 
 def pruning_plan(recipe: Recipe, source: PretrainedConfig) -> PruningPlan | None:
@@ -110,7 +109,7 @@ def options_and_milestones(
         bound=1.0 if prune.mode == "one-shot" else prune.bound,
         correction=None if prune.correction == "none" else SolverOptions(),
         order=prune.path or "saliency",
-        gathers=_gathers(prune),
+        look_batches=LOOK_BATCHES.get(prune.mode, 0),
         seed=seed,
     )
     targets = [*milestones_of(prune, space, cost), target_of(prune, space, cost)]
@@ -149,13 +148,6 @@ def compared_by_scale(prune: PruneConfig, options: PrunerOptions) -> Iterator[st
             f"scores of {', '.join(names)} compare its types by scale only, as they are not in nats: {DEFAULT}, one "
             "type, or a target given as widths leaves nothing to compare"
         )
-
-
-def _gathers(prune: PruneConfig) -> int:
-    """Looks before the first event: with the weights at rest no step has taken any. Four are a batch."""
-    if prune.mode == "loop":
-        return 1
-    return LOOK_SHARE * (ONE_SHOT_BATCHES if prune.mode == "one-shot" else 1)
 
 
 def cost_of(prune: PruneConfig, source: PretrainedConfig, sequence_length: int) -> Cost:

@@ -32,7 +32,7 @@ from efficientllm.training.gradient import (
     summed_loss,
 )
 from efficientllm.training.hooks import Inputs, captured_inputs
-from efficientllm.training.passes import Pass, Passes, Use, kept_every, rows_by_use
+from efficientllm.training.passes import Pass, Passes, Use, kept_every, passes_over, rows_by_use
 from efficientllm.training.state import PruningPlan, TrainState
 
 if TYPE_CHECKING:  # so that the loop runs where pydantic is not installed (benchmarks/gpu.py)
@@ -94,7 +94,8 @@ class OwnBatches(Passes):
         pruner, plan, names = self.state.pruner, self._plan, list[str]()
         if pruner and plan and not plan.at_rest and pruner.due(self.state.tokens + self.tokens):
             names = pruner.reads()
-            plain = self.hooks_are_seen and self._distillation is None  # a teacher's loss is not in nats of this one
+            # The loss of a teacher, or with that of an even load, is not in nats of the model's own.
+            plain = self.hooks_are_seen and self._distillation is None and not self._balanced
             if "gates" in pruner.looks.needs and plain:
                 self._gates = GateSums(self.state.space, self.device)
         loss, self._kept = self.backward("step", names, self._gates)
@@ -110,6 +111,9 @@ class OwnBatches(Passes):
             predicted=predicted_by_all(own, number, ranks) if use in ("step", "gradient") else 1,
             first=ranks.share(number).start,
         )
+
+    def passes(self, use: Use, batches: int) -> int:
+        return passes_over(self._rows, use, batches)
 
     def keeping(self, use: Use, names: Sequence[str]) -> AbstractContextManager[Inputs]:
         every = kept_every(self._rows[use], self._rows["inputs"])

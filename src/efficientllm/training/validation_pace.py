@@ -53,8 +53,8 @@ def validation_pace(recipe: Recipe, space: Space, plan: PruningPlan | None) -> V
         times = next((times for times in TIMES if affordable(times) >= wanted), 1)
         every = -(-total // times)
     else:
-        every = run.validate_every.tokens(total)
-        times = -(-total // max(1, every))
+        every = max(1, run.validate_every.tokens(total))
+        times = -(-total // every)
     rows = asked or max(1, min(MOST_TOKENS // length, max(LEAST_ROWS, affordable(times))))
     flops = rows * row_flops(times)
     return ValidationPace(every, rows, flops, _said(recipe, rows, times, flops / training))
