@@ -53,7 +53,7 @@ for step in range(80):
     optimizer.step()
     optimizer.zero_grad()
     pruner.step()  # zero the next groups when the schedule says so
-    if step == 20:
+    if step == 50:  # pruning is finished
         model, optimizer = pruner.compact()  # optional: from here on the tensors are smaller
         trained = DistributedDataParallel(model) if several else model
     if step % 10 == 0 and rank == 0:

@@ -81,6 +81,8 @@ def test_compacting_at_the_end_alone_and_ladders_and_modes_can_be_planned(
     shot = planned(world, world.recipe("shot", prune={"mode": "one-shot", "bound": None, "end": None}))
     assert (shot.compactions, shot.refreshes) == (1, 8)
     assert once.flops_by_mode["one-shot"] == shot.flops == shot.flops_by_mode["one-shot"]
+    given = planned(world, world.recipe("given", prune={"target": {"intermediate": 24}}))
+    assert (once.suits, given.suits) == ("loop", "")
     assert once.flops_by_mode["loop"] == once.flops != once.flops_by_mode["iterative"]
     short = world.recipe("short", train={"tokens": 2 * 256, "batch_tokens": 256}, prune={"end": "100%", "start": 300})
     assert planned(world, short).flops_by_mode.keys() == {"loop"}  # no batch is left for the others after token 300

@@ -176,7 +176,7 @@ def _goal(plan: Estimate) -> str:
 def _modes(plan: Estimate) -> str:
     """FLOPs of each, and which one to take: docs/results/plan.md has the evidence."""
     spent = ", ".join(f"{mode} {flops:.3g}" for mode, flops in plan.flops_by_mode.items())
-    return f"{spent} (lowest in loss or level wherever compared, at equal tokens and at equal FLOPs: loop)"
+    return spent + (f" (lowest in loss or level wherever compared: {plan.suits})" if plan.suits else "")
 
 
 def _rows(plan: Estimate, memory: StepMemory, *, bf16: bool) -> list[tuple[str, str]]:

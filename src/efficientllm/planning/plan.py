@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import PretrainedConfig
 
-from efficientllm.config import PruneConfig, Recipe, effective_recipe
+from efficientllm.config import PruneConfig, Recipe, WidthTarget, effective_recipe
 from efficientllm.errors import UsageError
 from efficientllm.models.flops import forward_flops, teacher_flops, training_flops
 from efficientllm.models.space import space_of
@@ -37,6 +37,7 @@ class Estimate:
     and after pruning. refreshes: gradients taken anew for another bundle of a step. flops: of the whole run;
     flops_by_part: the same as in a run's summary; pruning_flops: those of looks and correction;
     validation_flops come on top. flops_by_mode: of the recipe in each prune.mode that it can have, at the same tokens.
+    suits: the mode to take, by what has been compared; "" for a shape that is given, or where it cannot be had.
     checkpoint, corpus, draws: bytes; checkpoints: that lie on the disk while one more is written; draws: of a teacher,
     kept. notes: the run's advisories."""
 
@@ -55,6 +56,7 @@ class Estimate:
     flops_by_part: Ledger
     pruning_flops: float
     flops_by_mode: dict[str, float]
+    suits: str
     validation_flops: int
     step_flops: int
     memory: StepMemory
@@ -72,6 +74,7 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
     target, shape, reaches = _goal(forecast.space, forecast.pruning)
     teaching = space if teacher is None else space_of(teacher)
     done = _simulated(plan, teaching)
+    modes = {} if recipe.prune is None else _flops_by_mode(plan, teaching)
     parameters = int(space.num_params())
     return Estimate(
         parameters,
@@ -88,7 +91,8 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
         done.flops.total,
         done.flops,
         done.pruning,
-        {} if recipe.prune is None else _flops_by_mode(plan, teaching),
+        modes,
+        "loop" if "loop" in modes and not isinstance(recipe.prune and recipe.prune.target, WidthTarget) else "",
         plan.pace.flops,
         int(_step_flops(plan, teaching)(space.widths).total),
         replace(

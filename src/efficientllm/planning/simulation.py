@@ -97,8 +97,8 @@ class Simulation:
 
     def _refresh(self, done: Simulated, batches: int, *, ready: bool) -> int:
         """Passes for scores that are not fresh. Returns the rows of inputs that they have met."""
-        seen = 0
-        if self._needs & {"gradient", "gates"} and not done.fresh:
+        seen, looked = 0, bool(self._needs & {"gradient", "gates"}) and not done.fresh
+        if looked:
             passes = passes_over(self._rows, "gradient", batches)
             done.refreshes += passes
             passed = forward_flops(self._space, self._rows["gradient"], self._length, done.allocated)
@@ -106,7 +106,7 @@ class Simulation:
             seen = 0 if self._compiles else self._rows_of(self._rows["gradient"])
         done.fresh = True
         if "inputs" in self._needs:
-            passes = passes_over(self._rows, "inputs", batches) if not seen else 1
+            passes = 1 if looked else passes_over(self._rows, "inputs", batches)
             if not seen:
                 done.flops.looks += self._inputs(done) * (passes - ready)
                 seen = self._rows_of(self._batch) if ready else self._rows["inputs"]

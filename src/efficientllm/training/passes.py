@@ -48,8 +48,9 @@ def rows_by_use(plan: PruningPlan | None, rows: int, length: int, processes: int
 
 
 def passes_over(rows: Mapping[Use, int], use: Use, batches: int) -> int:
-    """How many passes read so many batches; 1 at least. rows: of each pass, as of rows_by_use."""
-    return max(1, -(-batches * rows["step"] // rows[use]))
+    """How many passes read so many batches; 1 at least, and no more than looks at the gradient would take: of a
+    large batch a pass for inputs reads a small part. rows: of each pass, as of rows_by_use."""
+    return max(1, min(LOOK_SHARE * batches, -(-batches * rows["step"] // rows[use])))
 
 
 def kept_every(rows: int, wanted: int) -> int:
