@@ -123,6 +123,10 @@ class Position:
         """Tokens from the start of a run of `total` tokens, rounded; not clipped to the run."""
         return round(self.value * total) if self.value <= 1 else int(self.value)
 
+    def interval(self, total: int) -> int:
+        """Tokens from one time to the next, where it says how often; at least one."""
+        return max(1, self.tokens(total))
+
     def __str__(self) -> str:
         return format_fraction(self.value) if self.value <= 1 else str(exact_count(int(self.value)))
 

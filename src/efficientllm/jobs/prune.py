@@ -90,7 +90,7 @@ def train(job: Job, state: TrainState, stop: StopRequest, teacher: Distillation 
     job as it is at the end: where tokens fall, another goes on."""
     recipe = job.recipe
     total = job.plan.tokens
-    checkpoint_every = max(1, recipe.run.checkpoint_every.tokens(total))
+    checkpoint_every = recipe.run.checkpoint_every.interval(total)
     vocabulary = vocabulary_of(job)
     records = _steps(job, state, teacher, vocabulary)
     name = job.folder.path.name

@@ -73,8 +73,8 @@ def estimate_of(plan: RunPlan, *, bf16: bool, gpu: bool = False, teacher: Pretra
     forecast, counted = _forecast(plan)
     target, shape, reaches = _goal(forecast.space, forecast.pruning)
     teaching = space if teacher is None else space_of(teacher)
-    done = _simulated(plan, teaching)
-    modes = {} if recipe.prune is None else _flops_by_mode(plan, teaching)
+    done = _simulated(plan, forecast, teaching)
+    modes = {} if recipe.prune is None else _flops_by_mode(plan, done.flops.total, teaching)
     parameters = int(space.num_params())
     return Estimate(
         parameters,
@@ -117,10 +117,14 @@ def _forecast(plan: RunPlan) -> tuple[RunPlan, list[str]]:
     return found, [f"counted are {left} from the first step on: how many fall, the text says"]
 
 
-def _flops_by_mode(plan: RunPlan, teaching: Space) -> dict[str, float]:
+def _flops_by_mode(plan: RunPlan, own: float, teaching: Space) -> dict[str, float]:
+    """own: of the mode that the recipe has."""
     content = plan.recipe.model_dump(mode="json")
     found = {}
     for mode in get_args(PruneConfig.model_fields["mode"].annotation):
+        if mode == content["prune"]["mode"]:
+            found[mode] = own
+            continue
         try:
             recipe = effective_recipe(content | {"prune": content["prune"] | {"mode": mode}})
             other = run_plan(recipe, plan.source)
@@ -202,11 +206,11 @@ def _step_flops(plan: RunPlan, teaching: Space) -> StepFlops:
 
 def run_flops(plan: RunPlan, teaching: Space) -> Ledger:
     """FLOPs of a whole run, as they will stand in its summary. teaching: the teacher's shape, where there is one."""
-    return _simulated(plan, teaching).flops
-
-
-def _simulated(plan: RunPlan, teaching: Space) -> Simulated:
     forecast, _ = _forecast(plan)
+    return _simulated(plan, forecast, teaching).flops
+
+
+def _simulated(plan: RunPlan, forecast: RunPlan, teaching: Space) -> Simulated:
     cost = _step_flops(forecast, teaching)
     if forecast.pruning is None:
         done = Simulated(Standing(plan.space.widths), plan.space.widths)

@@ -53,7 +53,7 @@ def validation_pace(recipe: Recipe, space: Space, plan: PruningPlan | None) -> V
         times = next((times for times in TIMES if affordable(times) >= wanted), 1)
         every = -(-total // times)
     else:
-        every = max(1, run.validate_every.tokens(total))
+        every = run.validate_every.interval(total)
         times = -(-total // every)
     rows = asked or max(1, min(MOST_TOKENS // length, max(LEAST_ROWS, affordable(times))))
     flops = rows * row_flops(times)
